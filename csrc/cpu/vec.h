@@ -1,0 +1,145 @@
+// One vector type, as wide as the instruction set this file is compiled for, and what kernels need of it.
+// Every kernel in this folder is compiled once for each level; SEQFUSE_ISA names the level's namespace.
+// GCC and Clang vector extensions keep the kernels free of intrinsics, on x86 and elsewhere alike.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "seqfuse/types.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define SEQFUSE_VBYTES 64
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define SEQFUSE_VBYTES 32
+#else
+#define SEQFUSE_VBYTES 16
+#endif
+
+#ifndef SEQFUSE_ISA
+#define SEQFUSE_ISA baseline
+#endif
+
+#define SEQFUSE_INLINE inline __attribute__((always_inline))
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+constexpr int VL = SEQFUSE_VBYTES / 4;  // floats in a vector
+
+typedef float vf __attribute__((vector_size(SEQFUSE_VBYTES)));
+typedef int32_t vi __attribute__((vector_size(SEQFUSE_VBYTES)));
+typedef uint32_t vu __attribute__((vector_size(SEQFUSE_VBYTES)));
+typedef uint16_t vh __attribute__((vector_size(SEQFUSE_VBYTES / 2)));
+typedef float vf_any __attribute__((vector_size(SEQFUSE_VBYTES), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(SEQFUSE_VBYTES / 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+SEQFUSE_INLINE vf splat(float x) { return x - vf{}; }
+SEQFUSE_INLINE vf as_float(vu x) { return (vf)x; }
+SEQFUSE_INLINE vu as_bits(vf x) { return (vu)x; }
+SEQFUSE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+SEQFUSE_INLINE vf min(vf a, vf b) { return select(b < a, b, a); }  // keeps a NaN in a
+SEQFUSE_INLINE vf max(vf a, vf b) { return select(b > a, b, a); }
+
+SEQFUSE_INLINE float widen(bf16 x) {
+  const uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+SEQFUSE_INLINE float widen(float x) { return x; }
+
+SEQFUSE_INLINE bf16 narrow(float x) {  // round to nearest even; a NaN stays a NaN
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+SEQFUSE_INLINE void put(float* p, float x) { *p = x; }
+SEQFUSE_INLINE void put(bf16* p, float x) { *p = narrow(x); }
+
+SEQFUSE_INLINE vf load(const float* p) { return *(const vf_any*)p; }
+SEQFUSE_INLINE vf load(const bf16* p) {
+  return as_float(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16);
+}
+SEQFUSE_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+SEQFUSE_INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(p, &h, 32);
+#else
+  const vu u = as_bits(x);
+  const vu r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  *(vh_any*)p = __builtin_convertvector((vi)(x != x) ? vu{} + 0x7fc0u : r, vh);
+#endif
+}
+
+// the first n < VL lanes; the others read as `fill` and are not written
+template <class T>
+SEQFUSE_INLINE vf load_n(const T* p, int n, float fill = 0.0f) {
+  vf x = splat(fill);
+  for (int i = 0; i < n; i++) x[i] = widen(p[i]);
+  return x;
+}
+template <class T>
+SEQFUSE_INLINE void store_n(T* p, vf x, int n) {
+  for (int i = 0; i < n; i++) put(p + i, x[i]);
+}
+
+SEQFUSE_INLINE float sum(vf x) {  // pairwise, so that the order of additions does not depend on the compiler
+  float t[VL];
+  memcpy(t, &x, sizeof(x));
+  for (int w = VL / 2; w; w /= 2)
+    for (int i = 0; i < w; i++) t[i] += t[i + w];
+  return t[0];
+}
+
+// exp by range reduction to |r| <= ln2 / 2 and a degree-6 polynomial: about 1 ulp. Saturates instead of overflowing
+// to a trap value: 0 below -87.3, inf is never reached (88.3 is the largest argument).
+SEQFUSE_INLINE vf exp(vf x) {
+  x = min(max(x, splat(-87.3f)), splat(88.3f));
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf n = (x * 1.44269504088896341f + magic) - magic;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * as_float((vu)e);
+}
+
+SEQFUSE_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// tanh: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel (coefficients: Cephes, tanhf)
+SEQFUSE_INLINE vf tanh(vf x) {
+  const vf a = as_float(as_bits(x) & 0x7fffffffu);
+  const vf z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const vf near = p * z * x + x;
+  const vf far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  return select(a < splat(0.625f), near, as_float(as_bits(far) | (as_bits(x) & 0x80000000u)));
+}
+
+// the M of common/gates.h
+struct VecMath {
+  static SEQFUSE_INLINE vf sigmoid(vf x) { return SEQFUSE_ISA::sigmoid(x); }
+  static SEQFUSE_INLINE vf tanh(vf x) { return SEQFUSE_ISA::tanh(x); }
+  static SEQFUSE_INLINE vf relu(vf x) { return select(x < splat(0.0f), splat(0.0f), x); }
+  static SEQFUSE_INLINE vf step(vf x) { return select(x > splat(0.0f), splat(1.0f), splat(0.0f)); }
+};
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,35 @@
+// Types that every contract header shares. No torch header may be included below csrc/.
+#pragma once
+#include <cstdint>
+
+namespace seqfuse {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// How a CPU kernel gets its threads: the caller lends its own pool, so there is never a second one.
+// `run(n, fn, ctx)` calls fn(ctx, begin, end) on disjoint ranges that cover [0, n), at most `threads` of them at a time.
+// `concurrent` promises that all ranges of one run are in flight together (an OpenMP team), which a kernel needs
+// before it may make one range wait for another.
+struct Parallel {
+  using Body = void (*)(void* ctx, int64_t begin, int64_t end);
+  void (*run)(int64_t n, Body body, void* ctx);
+  int threads;
+  bool concurrent;
+
+  template <class F>
+  void operator()(int64_t n, F& f) const {
+    run(n, [](void* ctx, int64_t b, int64_t e) { (*static_cast<F*>(ctx))(b, e); }, &f);
+  }
+};
+
+// Levels of the run-time dispatch on x86; every other architecture has the baseline only.
+enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+Isa isa_detected();       // what this processor can do
+Isa isa_active();         // what kernels use: min(detected, limit)
+void isa_limit(Isa top);  // for tests and benchmarks: never use a level above `top`
+const char* isa_name(Isa);
+
+}  // namespace seqfuse
