@@ -89,24 +89,25 @@ def ninja_file(build: Path, target: Path, cxx: str) -> str:
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {build.as_posix()}",
-        f"rule cxx\n  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared -s $in $flags -o $out",
+        f"rule cxx\n  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        "  description = compile $in $level",
+        f"rule link\n  command = {cxx} -shared -s $in $flags -o $out\n  description = link $out",
     ]
     if cuda:
         lines.append(f"rule nvcc\n  command = {CUDA_HOME}/bin/nvcc $flags -MMD -MF $out.d -c $in -o $out\n"
-                     "  depfile = $out.d\n  deps = gcc")  # fmt: skip
+                     "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")  # fmt: skip
     objects = []
 
-    def compile_one(rule, source, flags, suffix=""):
-        out = (build / (source.replace("/", "_") + suffix + ".o")).as_posix()
-        lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}")
+    def compile_one(rule, source, flags, level=""):
+        out = (build / f"{source.replace('/', '_')}{'.' if level else ''}{level}.o").as_posix()
+        lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}\n  level = {level}")
         objects.append(out)
 
     for source in files["cpu"]:
         once = Path(source).name in RUN_ONCE
         for level, flags in [("", [])] if once else cpu_levels().items():
             isa = [f"-DSEQFUSE_ISA={level}"] if level else []
-            compile_one("cxx", source, [*kernel_flags(), *flags, *isa], f".{level}" if level else "")
+            compile_one("cxx", source, [*kernel_flags(), *flags, *isa], level)
     for source in files["cuda"] if cuda else []:
         compile_one("nvcc", source, nvcc_flags())
     for source in files["bindings"]:
@@ -137,7 +138,8 @@ class NinjaBuild(build_ext):
             script.write_text(text)
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        subprocess.run([*command, "-f", str(script)], cwd=ROOT, check=True)
+        if subprocess.run([*command, "-f", str(script)], cwd=ROOT).returncode:
+            raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]  # the compiler may be missing

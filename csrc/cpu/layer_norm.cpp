@@ -23,157 +23,159 @@ int workers(int64_t rows, int64_t cols, int threads) {
   return n < 1 ? 1 : int(n);
 }
 
-// calls f(row) for the rows of workers [begin, end) out of n
+// Element-wise pieces take the vector loop and the tail through one lambda: f(i, n) handles n elements from i on, and n
+// is VL but for the last call. Everything is passed by value, so that the compiler keeps it in registers.
 template <class F>
-SEQFUSE_INLINE void for_rows(int64_t rows, int64_t worker, int64_t n, F f) {
-  for (int64_t r = rows * worker / n; r < rows * (worker + 1) / n; r++) f(r);
+SEQFUSE_INLINE void for_vectors(int64_t begin, int64_t N, F f) {
+  int64_t i = begin;
+  for (; i + VL <= N; i += VL) f(i, VL);
+  if (i < N) f(i, int(N - i));
+}
+template <class T>
+SEQFUSE_INLINE vf take(const T* p, int n, float fill = 0.0f) {
+  return n == VL ? load(p) : load_n(p, n, fill);
+}
+template <class T>
+SEQFUSE_INLINE void give(T* p, vf x, int n) {
+  n == VL ? store(p, x) : store_n(p, x, n);
+}
+
+template <class T, class P, bool Residual>
+void forward_row(const LayerNormForward& a, int64_t r) {
+  const int64_t N = a.cols, unrolled = N / (4 * VL) * (4 * VL);
+  const float inv_n = 1.0f / float(N);
+  const T* __restrict x = static_cast<const T*>(a.x) + r * N;
+  const T* __restrict res = static_cast<const T*>(a.residual) + (Residual ? r * N : 0);
+  T* __restrict y = static_cast<T*>(a.y) + r * N;
+  T* added = static_cast<T*>(a.sum) + (Residual ? r * N : 0);
+  const T* s = Residual ? added : x;
+  const P* __restrict weight = static_cast<const P*>(a.weight);
+  const P* __restrict bias = static_cast<const P*>(a.bias);
+
+  // mean; with a residual the rounded sum is written here and read back from the cache
+  vf m0{}, m1{}, m2{}, m3{};
+  auto element = [=](int64_t i, int n) {
+    if constexpr (!Residual) return take(x + i, n);
+    give(added + i, take(x + i, n) + take(res + i, n), n);
+    return take(added + i, n);
+  };
+  for (int64_t i = 0; i < unrolled; i += 4 * VL) {
+    m0 += element(i, VL), m1 += element(i + VL, VL), m2 += element(i + 2 * VL, VL), m3 += element(i + 3 * VL, VL);
+  }
+  for_vectors(unrolled, N, [&](int64_t i, int n) { m0 += element(i, n); });
+  const float mean = sum((m0 + m1) + (m2 + m3)) * inv_n;
+
+  vf v0{}, v1{}, v2{}, v3{};
+  auto square = [=](int64_t i, int n) {
+    const vf d = take(s + i, n, mean) - mean;
+    return d * d;
+  };
+  for (int64_t i = 0; i < unrolled; i += 4 * VL) {
+    v0 += square(i, VL), v1 += square(i + VL, VL), v2 += square(i + 2 * VL, VL), v3 += square(i + 3 * VL, VL);
+  }
+  for_vectors(unrolled, N, [&](int64_t i, int n) { v0 += square(i, n); });
+  const float rstd = 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) * inv_n + a.eps);
+  a.mean[r] = mean, a.rstd[r] = rstd;
+
+  if (weight && bias) {
+    for_vectors(0, N, [=](int64_t i, int n) {
+      give(y + i, (take(s + i, n) - mean) * rstd * take(weight + i, n) + take(bias + i, n), n);
+    });
+  } else {
+    for_vectors(0, N, [=](int64_t i, int n) {
+      const vf w = weight ? take(weight + i, n) : splat(1.0f), b = bias ? take(bias + i, n) : vf{};
+      give(y + i, (take(s + i, n) - mean) * rstd * w + b, n);
+    });
+  }
 }
 
 template <class T, class P, bool Residual>
 void forward(const LayerNormForward& a, const Parallel& parallel) {
-  const int64_t N = a.cols, body = N / VL * VL;
-  const int tail = int(N - body);
-  const float inv_n = 1.0f / float(N);
-  const P* weight = static_cast<const P*>(a.weight);
-  const P* bias = static_cast<const P*>(a.bias);
-  const int n = workers(a.rows, N, parallel.threads);
-
-  auto row = [&](int64_t r) {
-    const T* x = static_cast<const T*>(a.x) + r * N;
-    const T* res = Residual ? static_cast<const T*>(a.residual) + r * N : nullptr;
-    T* sum_out = Residual ? static_cast<T*>(a.sum) + r * N : nullptr;
-    T* y = static_cast<T*>(a.y) + r * N;
-    const T* s = Residual ? sum_out : x;
-
-    // mean; with a residual the rounded sum is written here and read back from the cache
-    vf m0{}, m1{}, m2{}, m3{};
-    auto take = [&](int64_t i) {
-      if constexpr (!Residual) return load(x + i);
-      store(sum_out + i, load(x + i) + load(res + i));
-      return load(sum_out + i);
-    };
-    int64_t i = 0;
-    for (; i + 4 * VL <= N; i += 4 * VL) {
-      m0 += take(i), m1 += take(i + VL), m2 += take(i + 2 * VL), m3 += take(i + 3 * VL);
-    }
-    for (; i < body; i += VL) m0 += take(i);
-    if (tail) {
-      if constexpr (Residual) store_n(sum_out + body, load_n(x + body, tail) + load_n(res + body, tail), tail);
-      m1 += load_n(s + body, tail);
-    }
-    const float mean = sum((m0 + m1) + (m2 + m3)) * inv_n;
-
-    vf v0{}, v1{}, v2{}, v3{};
-    auto square = [&](int64_t j) {
-      const vf d = load(s + j) - mean;
-      return d * d;
-    };
-    for (i = 0; i + 4 * VL <= N; i += 4 * VL) {
-      v0 += square(i), v1 += square(i + VL), v2 += square(i + 2 * VL), v3 += square(i + 3 * VL);
-    }
-    for (; i < body; i += VL) v0 += square(i);
-    if (tail) {
-      const vf d = load_n(s + body, tail, mean) - mean;
-      v1 += d * d;
-    }
-    const float rstd = 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) * inv_n + a.eps);
-    a.mean[r] = mean, a.rstd[r] = rstd;
-
-    auto affine = [&](vf v, vf w, vf b) { return (v - mean) * rstd * w + b; };
-    if (weight && bias) {
-      for (i = 0; i < body; i += VL) store(y + i, affine(load(s + i), load(weight + i), load(bias + i)));
-    } else {
-      for (i = 0; i < body; i += VL)
-        store(y + i, affine(load(s + i), weight ? load(weight + i) : splat(1.0f), bias ? load(bias + i) : vf{}));
-    }
-    if (tail)
-      store_n(y + body,
-              affine(load_n(s + body, tail), weight ? load_n(weight + body, tail) : splat(1.0f),
-                     bias ? load_n(bias + body, tail) : vf{}),
-              tail);
-  };
+  const int n = workers(a.rows, a.cols, parallel.threads);
   auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; w++) for_rows(a.rows, w, n, row);
+    for (int64_t r = a.rows * begin / n; r < a.rows * end / n; r++) forward_row<T, P, Residual>(a, r);
   };
   parallel(n, job);
 }
 
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
+// R rows at once, so that the fp32 sums of dweight and dbias are read and written once for R rows:
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
+template <class T, class P, int R, bool Params, bool Weight>
+void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, float* __restrict db) {
+  const int64_t N = a.cols;
+  const float inv_n = 1.0f / float(N);
+  const T* __restrict dy = static_cast<const T*>(a.dy) + r * N;
+  const T* __restrict s = static_cast<const T*>(a.s) + r * N;
+  const P* __restrict weight = static_cast<const P*>(a.weight);
+  float mean[R], rstd[R], mg[R], mgx[R];
+  vf g_sum[R], gx_sum[R];
+  for (int k = 0; k < R; k++) mean[k] = a.mean[r + k], rstd[k] = a.rstd[r + k], g_sum[k] = gx_sum[k] = vf{};
+
+  for_vectors(0, N, [&](int64_t i, int n) {
+    const vf w = Weight ? take(weight + i, n) : splat(1.0f);
+    vf dw_i{}, db_i{};
+    for (int k = 0; k < R; k++) {
+      const vf d = take(dy + k * N + i, n), xhat = (take(s + k * N + i, n, mean[k]) - mean[k]) * rstd[k];
+      const vf g = d * w;
+      g_sum[k] += g, gx_sum[k] += g * xhat;
+      dw_i += d * xhat, db_i += d;
+    }
+    if constexpr (Params) give(dw + i, take(dw + i, n) + dw_i, n), give(db + i, take(db + i, n) + db_i, n);
+  });
+  for (int k = 0; k < R; k++) mg[k] = sum(g_sum[k]) * inv_n, mgx[k] = sum(gx_sum[k]) * inv_n;
+
+  for (int k = 0; k < R; k++) {
+    const T* __restrict dy_k = dy + k * N;
+    const T* __restrict s_k = s + k * N;
+    const T* __restrict dsum = a.dsum ? static_cast<const T*>(a.dsum) + (r + k) * N : nullptr;
+    T* __restrict dx = static_cast<T*>(a.dx) + (r + k) * N;
+    // rstd * (g - mg - (s - mean) * rstd * mgx)  =  g * rstd + s * slope + offset
+    const float scale = rstd[k], slope = -rstd[k] * rstd[k] * mgx[k];
+    const float centre = mean[k], shift = rstd[k] * mg[k];
+    auto value = [=](int64_t i, int n) {
+      const vf w = Weight ? take(weight + i, n) : splat(1.0f);
+      return take(dy_k + i, n) * w * scale + ((take(s_k + i, n) - centre) * slope - shift);
+    };
+    if (dsum)
+      for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n) + take(dsum + i, n), n); });
+    else
+      for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n), n); });
+  }
+}
+
+template <class T, class P, bool Params, bool Weight>
+void backward_range(const LayerNormBackward& a, int64_t begin, int64_t end, float* dw, float* db) {
+  constexpr int R = 4;
+  if (Params) memset(dw, 0, sizeof(float) * a.cols), memset(db, 0, sizeof(float) * a.cols);
+  int64_t r = begin;
+  for (; r + R <= end; r += R) backward_rows<T, P, R, Params, Weight>(a, r, dw, db);
+  for (; r < end; r++) backward_rows<T, P, 1, Params, Weight>(a, r, dw, db);
+}
+
 template <class T, class P>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
-  const int64_t N = a.cols, body = N / VL * VL;
-  const int tail = int(N - body);
-  const float inv_n = 1.0f / float(N);
-  const P* weight = static_cast<const P*>(a.weight);
+  const int64_t N = a.cols;
   int n = workers(a.rows, N, parallel.threads);
   if (n > a.partial_rows) n = int(a.partial_rows);
   const bool params = a.dweight || a.dbias;
-
+  auto range = params ? (a.weight ? backward_range<T, P, true, true> : backward_range<T, P, true, false>)
+                      : (a.weight ? backward_range<T, P, false, true> : backward_range<T, P, false, false>);
   auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; w++) {
-      float* dw = a.partial + w * N;
-      float* db = a.partial + (a.partial_rows + w) * N;
-      if (params) memset(dw, 0, sizeof(float) * N), memset(db, 0, sizeof(float) * N);
-      for_rows(a.rows, w, n, [&](int64_t r) {
-        const T* dy = static_cast<const T*>(a.dy) + r * N;
-        const T* s = static_cast<const T*>(a.s) + r * N;
-        const T* dsum = a.dsum ? static_cast<const T*>(a.dsum) + r * N : nullptr;
-        T* dx = static_cast<T*>(a.dx) + r * N;
-        const float mean = a.mean[r], rstd = a.rstd[r];
-
-        vf g0{}, g1{}, gx0{}, gx1{};
-        auto first = [&](int64_t i, vf& g_sum, vf& gx_sum) {
-          const vf d = load(dy + i), xhat = (load(s + i) - mean) * rstd;
-          const vf g = weight ? d * load(weight + i) : d;
-          g_sum += g, gx_sum += g * xhat;
-          if (params) store(dw + i, load(dw + i) + d * xhat), store(db + i, load(db + i) + d);
-        };
-        int64_t i = 0;
-        for (; i + 2 * VL <= N; i += 2 * VL) first(i, g0, gx0), first(i + VL, g1, gx1);
-        for (; i < body; i += VL) first(i, g0, gx0);
-        if (tail) {
-          const vf d = load_n(dy + body, tail), xhat = (load_n(s + body, tail, mean) - mean) * rstd;
-          const vf g = weight ? d * load_n(weight + body, tail) : d;
-          g1 += g, gx1 += g * xhat;
-          if (params) {
-            store_n(dw + body, load_n(dw + body, tail) + d * xhat, tail);
-            store_n(db + body, load_n(db + body, tail) + d, tail);
-          }
-        }
-        const float mg = sum(g0 + g1) * inv_n, mgx = sum(gx0 + gx1) * inv_n;
-
-        auto second = [&](vf d, vf v, vf wt, vf extra) {
-          return rstd * (d * wt - mg - (v - mean) * rstd * mgx) + extra;
-        };
-        for (i = 0; i < body; i += VL)
-          store(dx + i, second(load(dy + i), load(s + i), weight ? load(weight + i) : splat(1.0f),
-                               dsum ? load(dsum + i) : vf{}));
-        if (tail)
-          store_n(dx + body,
-                  second(load_n(dy + body, tail), load_n(s + body, tail),
-                         weight ? load_n(weight + body, tail) : splat(1.0f), dsum ? load_n(dsum + body, tail) : vf{}),
-                  tail);
-      });
-    }
+    for (int64_t w = begin; w < end; w++)
+      range(a, a.rows * w / n, a.rows * (w + 1) / n, a.partial + w * N, a.partial + (a.partial_rows + w) * N);
   };
   parallel(n, job);
 
-  auto reduce = [&](const float* partial, void* out) {
+  auto reduce = [=](const float* partial, P* out) {
     if (!out) return;
-    P* o = static_cast<P*>(out);
-    for (int64_t i = 0; i < body; i += VL) {
-      vf t = load(partial + i);
-      for (int w = 1; w < n; w++) t += load(partial + w * N + i);
-      store(o + i, t);
-    }
-    for (int64_t i = body; i < N; i++) {
-      float t = partial[i];
-      for (int w = 1; w < n; w++) t += partial[w * N + i];
-      put(o + i, t);
-    }
+    for_vectors(0, N, [=](int64_t i, int m) {
+      vf t = take(partial + i, m);
+      for (int w = 1; w < n; w++) t += take(partial + w * N + i, m);
+      give(out + i, t, m);
+    });
   };
-  reduce(a.partial, a.dweight);
-  reduce(a.partial + a.partial_rows * N, a.dbias);
+  reduce(a.partial, static_cast<P*>(a.dweight));
+  reduce(a.partial + a.partial_rows * N, static_cast<P*>(a.dbias));
 }
 
 template <class T, class P>

@@ -30,7 +30,7 @@ inline void check_same_device(const Tensor& t, const Tensor& like, const char* w
   STD_TORCH_CHECK(t.device() == like.device(), what, ": every tensor must be on one device");
 }
 
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> type = {}) {
   return torch::stable::new_empty(like, shape, type);

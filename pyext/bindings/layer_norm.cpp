@@ -36,11 +36,11 @@ Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, co
                 const std::optional<Tensor>& bias_in, double eps, Launch launch) {
   const auto [rows, cols] = check_rows(x_in, "x");
   if (residual_in) check_like(*residual_in, x_in, "residual");
-  const Tensor x = contiguous(x_in);
+  const Tensor x = dense(x_in);
   std::optional<Tensor> residual, weight, bias;
-  if (residual_in) residual = contiguous(*residual_in);
-  if (weight_in) weight = contiguous(*weight_in);
-  if (bias_in) bias = contiguous(*bias_in);
+  if (residual_in) residual = dense(*residual_in);
+  if (weight_in) weight = dense(*weight_in);
+  if (bias_in) bias = dense(*bias_in);
   LayerNormForward a{};
   a.dtype = dtype_of(x, "x");
   a.param_dtype = check_param(weight, x, check_param(bias, x, DType::f32, "bias"), "weight");
@@ -64,10 +64,10 @@ Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, con
   const auto [rows, cols] = check_rows(s_in, "s");
   check_like(dy_in, s_in, "dy");
   if (dsum_in) check_like(*dsum_in, s_in, "dsum");
-  const Tensor dy = contiguous(dy_in), s = contiguous(s_in);
+  const Tensor dy = dense(dy_in), s = dense(s_in);
   std::optional<Tensor> dsum, weight;
-  if (dsum_in) dsum = contiguous(*dsum_in);
-  if (weight_in) weight = contiguous(*weight_in);
+  if (dsum_in) dsum = dense(*dsum_in);
+  if (weight_in) weight = dense(*weight_in);
   LayerNormBackward a{};
   a.dtype = dtype_of(s, "s");
   a.param_dtype = check_param(weight, s, a.dtype, "weight");
