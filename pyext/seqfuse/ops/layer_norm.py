@@ -164,14 +164,14 @@ library.register_op(
     "layer_norm_fwd",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
-    "layer_norm",
+    library.launcher("layer_norm", "layer_norm_fwd"),
 )
 library.register_op(
     "layer_norm_bwd",
     "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool want_dweight, bool want_dbias)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
-    "layer_norm",
+    library.launcher("layer_norm", "layer_norm_bwd"),
 )
 
 
