@@ -104,12 +104,12 @@ TileFn by_vectors(int vectors, int rows) {
   }
 }
 
-// one word of column c: a float, or the pair (k, k + 1), of which the last may be half a pair
+// word k of a column: a float, or the pair 2k, 2k + 1
 template <class T>
-SEQFUSE_INLINE word word_at(const T* column, int64_t k, int64_t K) {
-  word u = 0;
+SEQFUSE_INLINE word word_at(const T* column, int64_t k) {
+  word u;
   if constexpr (uses_dot<T>) {
-    memcpy(&u, column + 2 * k, 2 * k + 1 < K ? 4 : 2);
+    memcpy(&u, column + 2 * k, 4);
   } else {
     const float f = widen(column[k]);
     memcpy(&u, &f, 4);
@@ -129,22 +129,24 @@ template <class T>
 void pack_rows(const PackColumns& p, word* out) {
   constexpr int KB = 16;  // one cache line of each column at a time
   const int64_t words = words_of<T>(p.K), stride = int64_t(p.vectors) * VL;
+  const int64_t whole = uses_dot<T> ? p.K / 2 : p.K;  // words that are not half a pair
   word t[KB][VL];
   for (int v = 0; v < p.vectors; v++) {
     const T* base = (const T*)p.w + p.first[v] * p.ld;
     memset(t, 0, sizeof(t));
     for (int64_t k0 = 0; k0 < words; k0 += KB) {
-      const int n = int(words - k0 < KB ? words - k0 : KB);
+      const int n = int(whole - k0 < KB ? whole - k0 : KB);
       for (int lane = 0; lane < p.count[v]; lane++) {
         const T* column = base + lane * p.ld;
-        if (k0 + KB < words) {
+        if (n == KB) {
 #pragma GCC unroll 16
-          for (int k = 0; k < KB; k++) t[k][lane] = word_at(column, k0 + k, int64_t(1) << 40);
+          for (int k = 0; k < KB; k++) t[k][lane] = word_at(column, k0 + k);
         } else {
-          for (int k = 0; k < n; k++) t[k][lane] = word_at(column, k0 + k, p.K);
+          for (int k = 0; k < n; k++) t[k][lane] = word_at(column, k0 + k);
+          if (k0 + n < words) memcpy(&(t[n][lane] = 0), column + p.K - 1, 2);
         }
       }
-      for (int k = 0; k < n; k++) memcpy(out + (k0 + k) * stride + v * VL, t[k], sizeof(t[k]));
+      for (int k = 0; k < KB && k0 + k < words; k++) memcpy(out + (k0 + k) * stride + v * VL, t[k], sizeof(t[k]));
     }
   }
 }
