@@ -46,6 +46,19 @@ SEQFUSE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 SEQFUSE_INLINE vf min(vf a, vf b) { return select(b < a, b, a); }  // keeps a NaN in a
 SEQFUSE_INLINE vf max(vf a, vf b) { return select(b > a, b, a); }
 
+// x as a value of its own: the compiler may not fuse the product that made it into a later addition, so that what is
+// subtracted from itself is zero
+SEQFUSE_INLINE vf unfused(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 SEQFUSE_INLINE float widen(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
   float f;
@@ -108,7 +121,7 @@ template <class T>
 SEQFUSE_INLINE void store_n(T* p, vf x, int n) {
   T t[VL];
   store(t, x);
-  for (int i = 0; i < n; i++) p[i] = t[i];
+  for (int i = 0; i < VL && i < n; i++) p[i] = t[i];
 }
 #endif
 
