@@ -127,12 +127,19 @@ SEQFUSE_INLINE vf rounded(vf x) {
 
 SEQFUSE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-SEQFUSE_INLINE float sum(vf x) {  // pairwise, so that the order of additions does not depend on the compiler
-  float t[VL];
-  memcpy(t, &x, sizeof(x));
-  for (int w = VL / 2; w; w /= 2)
-    for (int i = 0; i < w; i++) t[i] += t[i + w];
-  return t[0];
+SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
+#if SEQFUSE_VBYTES == 64
+  const auto y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto y = x;
+#endif
+#if SEQFUSE_VBYTES >= 32
+  const auto z = __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#else
+  const auto z = y;
+#endif
+  return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
 // exp by range reduction to |r| <= ln2 / 2 and a degree-6 polynomial: about 1 ulp. Saturates instead of overflowing
