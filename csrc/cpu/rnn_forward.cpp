@@ -83,7 +83,7 @@ struct ForwardScan {
       const int vectors = int(g.size()) * G;
       const word* w = packed + g.begin * G * VL * words;
       for_row_tiles(s.rows, vectors, [&](int64_t row, int rows) {
-        alignas(64) float product[24 * VL];
+        alignas(64) float product[max_tile * VL];
         prefetch_inputs(t, g, row, rows);
         tile_function(uses_dot<T>, vectors, rows)(w, h[i & 1] + row * ld, ld, words, product, vectors * VL, VL, false);
         // two passes: the activations of one row alone are a chain too long for the processor's window
