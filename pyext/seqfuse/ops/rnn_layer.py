@@ -88,6 +88,7 @@ class RnnLayerFunction(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells = ctx.saved_tensors
         cell, reverse, needs = ctx.cell, ctx.reverse, ctx.needs_input_grad
+        dc_n = dc_n if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 11
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
