@@ -89,8 +89,10 @@ def test_float32_parameters_with_bf16_input(isa):
     weight=st.booleans(),
     bias=st.booleans(),
     threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
 )
-def test_random_configurations(rows, cols, dtype, residual, weight, bias, threads):
+def test_random_configurations(rows, cols, dtype, residual, weight, bias, threads, seed):
+    torch.manual_seed(seed)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -52,8 +52,11 @@ def run(cell, module, dtype, x, h0, c0):
     return {**{n: t.detach() for n, t in out.items()}, **found}
 
 
-def check(cell, module, dtype, x, h0, c0, backend="cpu"):
-    """seqfuse on `backend` keeps the error rule: truth is torch.nn in float64, the measure torch.nn at the same dtype."""
+def check(cell, module, dtype, x, h0, c0, backend="cpu", names=None):
+    """seqfuse on `backend` keeps the error rule: truth is torch.nn in float64, the measure torch.nn at the same dtype.
+
+    names: which results to look at (None: all outputs and all gradients).
+    """
     double = torch_module(cell, module.input_size, module.hidden_size, **options_of(module)).double()
     double.load_state_dict({n: p.detach().bfloat16().double() for n, p in module.state_dict().items()})
     exact = run(cell, double, torch.float64, x, h0, c0)
@@ -61,7 +64,7 @@ def check(cell, module, dtype, x, h0, c0, backend="cpu"):
     with seqfuse.backend(backend):
         got = run(cell, seqfuse.fuse(double), dtype, x, h0, c0)
     time = 1 if module.batch_first else 0
-    for name in exact:
+    for name in names or exact:
         dims = (time, 1 - time) if name in ("y", "dx") else ()
         assert_accurate(got[name], exact[name], theirs[name], dims=dims, what=name)
 
@@ -106,16 +109,21 @@ def test_no_bias_and_zero_states(isa, cell):
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     dtype=st.sampled_from(sorted(DTYPES)),
     threads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
 )
-def test_random_configurations(cell, T, B, width, H, layers, flags, dtype, threads):
+def test_random_configurations(cell, T, B, width, H, layers, flags, dtype, threads, seed):
+    torch.manual_seed(seed)
     bias, batch_first, bidirectional, states = flags
     module = torch_module(
         cell, width, H, num_layers=layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional
     )
+    # relu's derivative jumps at zero: where a pre-activation lies within bf16's rounding of it, either value is right and
+    # the gradients of two correct kernels may differ by any amount. The grid above has no such point; random inputs do.
+    names = ("y", "h_n") if (cell, dtype) == ("rnn_relu", "bf16") else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(cell, module, DTYPES[dtype], *inputs(cell, module, T, B, states))
+        check(cell, module, DTYPES[dtype], *inputs(cell, module, T, B, states), names=names)
     finally:
         torch.set_num_threads(before)
 
