@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
-from pathlib import Path
 
 import torch
 
-import seqfuse
-from seqfuse import native
+from seqfuse.info import build_info
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1d2125; --soft: #667078; --line: #dfe3e6; --fill: #f1f3f4;
@@ -194,21 +191,14 @@ def device_name(device: torch.device) -> str:
     return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def environment(device: torch.device) -> list[tuple[str, str]]:
     """Where and with what a run was made: rows for `table`."""
+    info = build_info()
     return [
         ("date", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("device", device_name(device)),
-        ("processor", f"{processor()}, {os.cpu_count()} logical cores"),
-        ("seqfuse", f"{getattr(seqfuse, '__version__', '?')}, CPU kernels at {native.isa()}"),
-        ("PyTorch", torch.__version__),
-        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("processor", f"{info['cpu']}, {os.cpu_count()} logical cores"),
+        ("seqfuse", f"{info['seqfuse']}, CPU kernels at {info['isa']}"),
+        ("PyTorch, Triton", f"{info['torch']}, {info['triton']}"),
+        ("Python, system", f"{info['python']}, {info['platform']}"),
     ]
