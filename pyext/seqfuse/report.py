@@ -35,6 +35,7 @@ code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaV
 .tile { background: var(--fill); border-radius: .5rem; padding: .9rem 1.1rem; }
 .tile b { display: block; font-size: 1.65rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; line-height: 1.35; display: block; margin-top: .15rem; }
+summary { cursor: pointer; color: var(--soft); }
 figure { margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -168,6 +169,11 @@ def figure(content: str, caption: str = "") -> str:
 
 def paragraph(text: str, soft: bool = False) -> str:
     return f'<p class="soft">{escape(text)}</p>' if soft else f"<p>{escape(text)}</p>"
+
+
+def details(summary: str, content: str) -> str:
+    """Content that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def section(title: str, *content: str) -> str:
