@@ -133,7 +133,7 @@ void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, 
     vf dw_i{}, db_i{};
     for (int k = 0; k < R; k++) {
       const vf d = take(dy + k * N + i, n), xhat = (take(s + k * N + i, n, mean[k]) - mean[k]) * rstd[k];
-      const vf g = d * w;
+      const vf g = unfused(d * w);
       g_sum[k] += g, gx_sum[k] += g * xhat;
       dw_i += d * xhat, db_i += d;
     }
@@ -146,12 +146,10 @@ void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, 
     const T* __restrict s_k = s + k * N;
     const T* __restrict dsum = a.dsum ? static_cast<const T*>(a.dsum) + (r + k) * N : nullptr;
     T* __restrict dx = static_cast<T*>(a.dx) + (r + k) * N;
-    // rstd * (g - mg - (s - mean) * rstd * mgx)  =  g * rstd + s * slope + offset
-    const float scale = rstd[k], slope = -rstd[k] * rstd[k] * mgx[k];
-    const float centre = mean[k], shift = rstd[k] * mg[k];
+    const float scale = rstd[k], centre = mean[k], shift = mg[k], slope = rstd[k] * mgx[k];
     auto value = [=](int64_t i, int n) {
       const vf w = Weight ? take(weight + i, n) : splat(1.0f);
-      return take(dy_k + i, n) * w * scale + ((take(s_k + i, n) - centre) * slope - shift);
+      return scale * (unfused(take(dy_k + i, n) * w) - shift - (take(s_k + i, n) - centre) * slope);
     };
     if (dsum)
       for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n) + take(dsum + i, n), n); });
@@ -203,13 +201,12 @@ void forward(const LayerNormForward& a, const Parallel& p) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a, const Parallel& p) {
-  if (a.dtype == DType::f32) return a.param_dtype == DType::f32 ? forward<float, float>(a, p) : forward<float, bf16>(a, p);
+  if (a.dtype == DType::f32) return forward<float, float>(a, p);
   a.param_dtype == DType::f32 ? forward<bf16, float>(a, p) : forward<bf16, bf16>(a, p);
 }
 
 void layer_norm_backward(const LayerNormBackward& a, const Parallel& p) {
-  if (a.dtype == DType::f32)
-    return a.param_dtype == DType::f32 ? backward<float, float>(a, p) : backward<float, bf16>(a, p);
+  if (a.dtype == DType::f32) return backward<float, float>(a, p);
   a.param_dtype == DType::f32 ? backward<bf16, float>(a, p) : backward<bf16, bf16>(a, p);
 }
 
