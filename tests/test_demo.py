@@ -53,9 +53,9 @@ def corpus(lexicon_file) -> g2p.Corpus:
 
 
 def new_demo(lexicon_file, out, **options) -> tuple[demo.Demo, Console]:
-    config = g2p.Config(**TINY | options.pop("config", {}))
+    config, device = g2p.Config(**TINY | options.pop("config", {})), options.pop("device", "cpu")
     console = Console(record=True, width=200, file=open(os.devnull, "w"), highlight=False)
-    return demo.Demo(demo.Options(out, config, lexicon_file, "cpu", **options), console), console
+    return demo.Demo(demo.Options(out, config, lexicon_file, device, **options), console), console
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -287,6 +287,24 @@ def test_demo_prints_the_promised_lines(finished):
     assert re.search(r"^training step: plain [\d.,]+ steps/s, fused [\d.,]+ steps/s, ratio \d+\.\d\dx$", text, re.M)
     assert re.search(r"^greedy decoding: plain [\d.,]+ words/s, fused [\d.,]+ words/s, ratio \d+\.\d\dx$", text, re.M)
     assert "logits and 23 gradients keep the error rule against float64" in text
+
+
+def test_demo_under_bfloat16_autocast(lexicon_file, tmp_path):
+    run, console = new_demo(lexicon_file, tmp_path, config={"bf16": True})
+    assert run.run() == 0 and "phoneme error rate" in console.export_text()
+    losses = load_file(tmp_path / demo.CHECKPOINT)["losses"]
+    assert losses.isfinite().all() and losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_demo_on_a_gpu(lexicon_file, tmp_path, bf16):
+    run, console = new_demo(lexicon_file, tmp_path, device="auto", config={"bf16": bf16})
+    assert run.device.type == "cuda" and run.run() == 0
+    assert torch.cuda.get_device_name() in console.export_text()
+    resumed, console = new_demo(lexicon_file, tmp_path, device="auto", resume=True)
+    assert resumed.run() == 0 and "resumed at step 12 of 12" in console.export_text()
 
 
 def test_demo_writes_weights_that_plain_torch_loads(finished, corpus):

@@ -11,6 +11,7 @@ import copy
 import itertools
 import json
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -221,11 +222,12 @@ class Demo:
         if not self.checkpoint.is_file():
             self.say(f"\n[bold]{what}[/bold] before the first checkpoint: start again with the same command")
             return INTERRUPTED
-        more = "" if self.options.out == Path("demo") else f" --out {self.options.out}"
-        more += f" --data {self.options.data}" if self.options.data else ""
+        more = [] if self.options.out == Path("demo") else ["--out", str(self.options.out)]
+        more += ["--data", str(self.options.data)] if self.options.data else []
+        arguments = shlex.join(["--resume", *more])
         self.say(f"\n[bold]{what}[/bold]; everything is in {self.checkpoint}. Go on from there with")
-        self.say(f"    seqfuse demo --resume{more}")
-        self.say(f'or  make demo ARGS="--resume{more}"')
+        self.say(f"    seqfuse demo {arguments}")
+        self.say(f'or  make demo ARGS="{arguments}"')
         return INTERRUPTED
 
     def prepare(self, saved) -> tuple[g2p.Corpus, g2p.G2P]:

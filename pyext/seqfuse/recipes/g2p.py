@@ -35,7 +35,7 @@ SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 class Config:
     """Everything that decides the result, apart from the data and the machine."""
 
-    steps: int = 6400
+    steps: int = 5000
     batch_size: int = 64  # words
     embed: int = 128
     hidden: int = 384  # the encoder has half of it in each direction
