@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
 import seqfuse
+import torch
 from seqfuse import dispatch, native, tuned
 
 

@@ -1,12 +1,11 @@
 """layer_norm against the float64 reference: the CPU kernel at every instruction-set level, and the op's whole surface."""
 
 import pytest
+import seqfuse
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import seqfuse
 from seqfuse import reference
 from seqfuse.testing import assert_accurate
 
@@ -55,7 +54,9 @@ def pytorch(x, residual, weight, bias, eps=1e-5):
 def check(tensors, grads, backend, names=("y", "s", "dx", "dresidual", "dweight", "dbias")):
     if tensors[1] is None:
         names = [n for n in names if n not in ("s", "dresidual")]
-    names = [n for n in names if (n != "dweight" or tensors[2] is not None) and (n != "dbias" or tensors[3] is not None)]
+    names = [
+        n for n in names if (n != "dweight" or tensors[2] is not None) and (n != "dbias" or tensors[3] is not None)
+    ]
     with seqfuse.backend(backend):
         got = run(ours, tensors, grads)
     exact = run(truth, tensors, grads, torch.float64)

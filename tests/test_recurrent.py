@@ -1,11 +1,10 @@
 """lstm, gru and rnn against torch.nn in float64: every cell at every instruction-set level, and the ops' whole surface."""
 
 import pytest
+import seqfuse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import seqfuse
 from seqfuse import reference
 from seqfuse.testing import assert_accurate
 
