@@ -1,4 +1,4 @@
-"""Builds seqfuse._C: the CPU kernels once per instruction-set level, the CUDA kernels where torch has CUDA, the bindings.
+"""Builds seqfuse._C: the CPU kernels once per instruction set, the CUDA kernels where torch has CUDA, the bindings.
 
 Install torch >= 2.11 first (torch is left out of build-system.requires on purpose: pip would fetch the newest CUDA
 build into an isolated environment, gigabytes and the wrong ABI), then `pip install --no-build-isolation .`

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from seqfuse import native
 
 # torch.empty then holds NaN (integers: the largest value), in C++ too: a kernel that reads what nobody wrote is caught

@@ -16,9 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+
 from seqfuse import data, demo, report
 from seqfuse.recipes import g2p
-from typer.testing import CliRunner
 
 TINY = dict(steps=12, batch_size=8, embed=16, hidden=32, warmup=4, validate_every=5, checkpoint_every=4)
 

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import seqfuse
 import torch
+
+import seqfuse
 from seqfuse import dispatch, native, tuned
 
 

@@ -4,12 +4,13 @@ import copy
 import pickle
 
 import pytest
-import seqfuse
 import torch
-from seqfuse.testing import assert_accurate
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import seqfuse
+from seqfuse.testing import assert_accurate
 
 
 class Tagger(nn.Module):

@@ -1,11 +1,12 @@
-"""layer_norm against the float64 reference: the CPU kernel at every instruction-set level, and the op's whole surface."""
+"""layer_norm against the float64 reference: the CPU kernel at every instruction set, and the op's whole surface."""
 
 import pytest
-import seqfuse
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import seqfuse
 from seqfuse import reference
 from seqfuse.testing import assert_accurate
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from seqfuse import native
 
 ROOT = Path(__file__).resolve().parent.parent

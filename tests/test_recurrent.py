@@ -1,10 +1,11 @@
-"""lstm, gru and rnn against torch.nn in float64: every cell at every instruction-set level, and the ops' whole surface."""
+"""lstm, gru and rnn against torch.nn in float64: every cell at every instruction set, and the ops' whole surface."""
 
 import pytest
-import seqfuse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import seqfuse
 from seqfuse import reference
 from seqfuse.testing import assert_accurate
 
@@ -116,8 +117,9 @@ def test_random_configurations(cell, T, B, width, H, layers, flags, dtype, threa
     module = torch_module(
         cell, width, H, num_layers=layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional
     )
-    # relu's derivative jumps at zero: where a pre-activation lies within bf16's rounding of it, either value is right and
-    # the gradients of two correct kernels may differ by any amount. The grid above has no such point; random inputs do.
+    # relu's derivative jumps at zero: where a pre-activation lies within bf16's rounding of it, either value is right
+    # and the gradients of two correct kernels may differ by any amount. The grid above has no such point; random
+    # inputs do.
     names = ("y", "h_n") if (cell, dtype) == ("rnn_relu", "bf16") else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -22,7 +22,8 @@ CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqf
 def rnn_layer(name, cell, x, h0, c0, weights, reverse):
     """Run one layer and direction on the backend `name`.
 
-    x: [T, B, I], time-major or a view of batch-major memory. h0, c0: [B, H] or None. weights: (w_ih, w_hh[, b_ih, b_hh]).
+    x: [T, B, I], time-major or a view of batch-major memory. h0, c0: [B, H] or None.
+    weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh).
     Returns (y [T, B, H] in x's layout, h_n [B, H], c_n [B, H] or None).
     """
     w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
