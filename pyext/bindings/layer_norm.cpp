@@ -1,0 +1,154 @@
+// seqfuse::layer_norm_fwd / layer_norm_bwd. Contract: csrc/include/seqfuse/layer_norm.h
+#include "seqfuse/layer_norm.h"
+
+#include "common.h"
+
+namespace seqfuse {
+namespace {
+
+struct Rows {
+  int64_t rows, cols;
+};
+
+Rows check_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must be 2-D [rows, cols], got ", x.dim(), "-D");
+  return {x.size(0), x.size(1)};
+}
+
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), name, " must have the shape of x");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  check_same_device(t, x, name);
+}
+
+DType check_param(const std::optional<Tensor>& p, const Tensor& x, DType fallback, const char* name) {
+  if (!p) return fallback;
+  STD_TORCH_CHECK(p->dim() == 1 && p->size(0) == x.size(1), name, " must be [", x.size(1), "]");
+  check_same_device(*p, x, name);
+  return dtype_of(*p, name);
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class Launch>
+Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, const std::optional<Tensor>& weight_in,
+                const std::optional<Tensor>& bias_in, double eps, Launch launch) {
+  const auto [rows, cols] = check_rows(x_in, "x");
+  if (residual_in) check_like(*residual_in, x_in, "residual");
+  const Tensor x = dense(x_in);
+  std::optional<Tensor> residual, weight, bias;
+  if (residual_in) residual = dense(*residual_in);
+  if (weight_in) weight = dense(*weight_in);
+  if (bias_in) bias = dense(*bias_in);
+  LayerNormForward a{};
+  a.dtype = dtype_of(x, "x");
+  a.param_dtype = check_param(weight, x, check_param(bias, x, DType::f32, "bias"), "weight");
+  if (weight && bias)
+    STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "weight and bias must have one dtype");
+  a.rows = rows, a.cols = cols, a.eps = float(eps);
+  a.x = x.const_data_ptr();
+  a.residual = pointer_or_null(residual), a.weight = pointer_or_null(weight), a.bias = pointer_or_null(bias);
+  Tensor y = empty(x, {rows, cols}), sum = residual ? empty(x, {rows, cols}) : empty(x, {0});
+  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  a.y = pointer(y), a.sum = residual ? pointer(sum) : nullptr;
+  a.mean = pointer<float>(mean), a.rstd = pointer<float>(rstd);
+  if (rows && cols) launch(a);
+  return {y, sum, mean, rstd};
+}
+
+template <class PartialRows, class Launch>
+Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& s_in,
+                  const std::optional<Tensor>& weight_in, const Tensor& mean, const Tensor& rstd, bool want_dweight,
+                  bool want_dbias, PartialRows partial_rows, Launch launch) {
+  const auto [rows, cols] = check_rows(s_in, "s");
+  check_like(dy_in, s_in, "dy");
+  if (dsum_in) check_like(*dsum_in, s_in, "dsum");
+  const Tensor dy = dense(dy_in), s = dense(s_in);
+  std::optional<Tensor> dsum, weight;
+  if (dsum_in) dsum = dense(*dsum_in);
+  if (weight_in) weight = dense(*weight_in);
+  LayerNormBackward a{};
+  a.dtype = dtype_of(s, "s");
+  a.param_dtype = check_param(weight, s, a.dtype, "weight");
+  a.rows = rows, a.cols = cols;
+  a.dy = dy.const_data_ptr(), a.dsum = pointer_or_null(dsum), a.s = s.const_data_ptr();
+  a.weight = pointer_or_null(weight);
+  a.mean = static_cast<const float*>(mean.const_data_ptr()), a.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  const ScalarType param = weight ? weight->scalar_type() : s.scalar_type();
+  Tensor dx = empty(s, {rows, cols});
+  Tensor dweight = empty(s, {want_dweight ? cols : 0}, param), dbias = empty(s, {want_dbias ? cols : 0}, param);
+  a.dx = pointer(dx);
+  a.dweight = want_dweight ? pointer(dweight) : nullptr;
+  a.dbias = want_dbias ? pointer(dbias) : nullptr;
+  a.partial_rows = partial_rows(rows, cols);
+  Tensor partial = empty(s, {2, a.partial_rows, cols}, ScalarType::Float);
+  a.partial = pointer<float>(partial);
+  if (rows && cols) {
+    launch(a);
+  } else {
+    if (want_dweight) torch::stable::zero_(dweight);
+    if (want_dbias) torch::stable::zero_(dbias);
+  }
+  return {dx, dweight, dbias};
+}
+
+Forward forward_cpu(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                    double eps) {
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Half, "x: the CPU kernel takes float32 and bfloat16");
+  return forward(x, residual, weight, bias, eps,
+                 [](const LayerNormForward& a) { layer_norm_forward_cpu(a, torch_threads()); });
+}
+
+Backward backward_cpu(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
+                      Tensor rstd, bool want_dweight, bool want_dbias) {
+  const Parallel threads = torch_threads();
+  return backward(
+      dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias,
+      [&](int64_t, int64_t) { return int64_t(threads.threads); },
+      [&](const LayerNormBackward& a) { layer_norm_backward_cpu(a, threads); });
+}
+
+#ifdef SEQFUSE_CUDA
+Forward forward_cuda(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                     double eps) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return forward(x, residual, weight, bias, eps, [&](const LayerNormForward& a) {
+    check_cuda(layer_norm_forward_cuda(a, current_stream(x)), "layer_norm_fwd");
+  });
+}
+
+Backward backward_cuda(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
+                       Tensor rstd, bool want_dweight, bool want_dbias) {
+  torch::stable::accelerator::DeviceGuard guard(s.get_device_index());
+  return backward(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, layer_norm_partial_rows_cuda,
+                  [&](const LayerNormBackward& a) {
+                    check_cuda(layer_norm_backward_cuda(a, current_stream(s)), "layer_norm_bwd");
+                  });
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
+  m.def(
+      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, "
+      "bool want_dweight, bool want_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&forward_cpu));
+  m.impl("layer_norm_bwd", TORCH_BOX(&backward_cpu));
+}
+
+#ifdef SEQFUSE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(seqfuse, CUDA, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&forward_cuda));
+  m.impl("layer_norm_bwd", TORCH_BOX(&backward_cuda));
+}
+#endif
+
+}  // namespace seqfuse

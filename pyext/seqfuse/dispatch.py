@@ -1,0 +1,153 @@
+"""Which implementation a call runs on, and why.
+
+An op describes each call by a small tuple, its *case* (device, dtype, sizes). Every backend of the op answers two
+questions about a case with None or with a sentence: `supports` (can it run?) and `prefers` (would `auto` want it: was
+it measured faster?). `select` asks in the op's order of preference and keeps every refusal, so that `explain()` can
+show not only the choice but the reason for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from seqfuse import tuned
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "torch")
+
+
+def _never_refuses(case) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    fwd, bwd: a pair with the signature of the op's reference. bwd is None where fwd is made of differentiable torch
+    calls, so that torch differentiates it (the reference, and PyTorch's own op).
+    supports(case): None, or one sentence that says why this backend can't run the case.
+    prefers(case): None, or one sentence that says why `auto` passes it over all the same. Not asked while torch.compile
+    traces, where sizes may be symbolic and a choice by size would force a recompilation.
+    note: what the user should know of it (a kernel that has not run on real hardware says so here).
+    """
+
+    name: str
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any] | None
+    supports: Callable[[Any], str | None] = _never_refuses
+    prefers: Callable[[Any], str | None] = _never_refuses
+    note: str = ""
+
+
+class Choice(NamedTuple):
+    """What `select` decided. refused: (backend, reason) for each backend that was passed over."""
+
+    op: str
+    backend: str
+    reason: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+_ops: dict[str, dict[str, Backend]] = {}
+_forced: str = os.environ.get("SEQFUSE_BACKEND", "auto")
+_cache: dict[Any, Choice] = {}
+_recorders: list[Callable[[Choice, Any], None]] = []
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Make an op known, with its backends in the order in which `auto` asks them."""
+    _ops[op] = {b.name: b for b in backends}
+
+
+def get(op: str, name: str) -> Backend:
+    return _ops[op][name]
+
+
+def ops() -> dict[str, dict[str, Backend]]:
+    return dict(_ops)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on one backend: "auto", "reference", "cpu", "triton", "cuda" or "torch".
+
+    A backend asked for by name that can't run a call raises RuntimeError with the reason; only "auto" may choose.
+    Like torch.backends.cudnn.flags this is a setting of the process, not of a thread. The environment variable
+    SEQFUSE_BACKEND sets the same for a whole run.
+    """
+    global _forced
+    _check_name(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str:
+    return _forced
+
+
+def select(op: str, case: Any) -> Choice:
+    """Choose a backend of `op` for `case`. Raises RuntimeError if a backend asked for by name can't run it."""
+    if torch.compiler.is_compiling():
+        return _decide(op, case, _forced, compiling=True)
+    # what else a decision depends on; a tuned table that was reloaded has a new generation
+    key = (op, case, _forced, torch.get_num_threads(), tuned.generation())
+    choice = _cache.get(key)
+    if choice is None:
+        if len(_cache) > 4096:  # ever-changing shapes must not fill the memory
+            _cache.clear()
+        choice = _cache[key] = _decide(op, case, _forced, compiling=False)
+    for record in _recorders:
+        record(choice, case)
+    return choice
+
+
+def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
+    backends = _ops[op]
+    if name != "auto":
+        _check_name(name)
+        if name not in backends:
+            raise RuntimeError(f"backend {name!r} has no {op}: it has {', '.join(backends)}")
+        why_not = backends[name].supports(case)
+        if why_not is not None:
+            raise RuntimeError(f"backend {name!r} can't run {op} here: {why_not}")
+        return Choice(op, name, "asked for by name")
+    wanted = None if compiling else tuned.lookup(op, case)
+    if wanted in backends and backends[wanted].supports(case) is None:
+        return Choice(op, wanted, "measured fastest on this machine (bench --tune)")
+    refused = []
+    for candidate in backends.values():
+        why_not = candidate.supports(case)
+        if why_not is None and not compiling:
+            why_not = candidate.prefers(case)
+        if why_not is None:
+            return Choice(op, candidate.name, candidate.note or "the first that fits", tuple(refused))
+        refused.append((candidate.name, why_not))
+    reasons = "; ".join(f"{n}: {why}" for n, why in refused)
+    raise RuntimeError(f"no backend can run {op} here ({reasons})")
+
+
+def forget() -> None:
+    """Drop cached decisions (after the instruction-set limit or a tuned table changed)."""
+    _cache.clear()
+
+
+@contextlib.contextmanager
+def recording(record: Callable[[Choice, Any], None]) -> Iterator[None]:
+    """Call `record(choice, case)` for every decision inside the block."""
+    _recorders.append(record)
+    try:
+        yield
+    finally:
+        _recorders.remove(record)

@@ -1,0 +1,52 @@
+"""The compiled extension, if there is one: loading it, and what it was built with. Nothing else imports seqfuse._C."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+try:
+    from seqfuse import _C
+except ImportError as error:
+    _C = None
+    _why_not = f"the compiled extension is missing ({error}); reinstall where there is a C++ compiler"
+else:
+    _why_not = None
+    _C.set_openmp(torch.backends.openmp.is_available())
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def missing() -> str | None:
+    """None if the compiled kernels are there, else a sentence that says why not."""
+    return _why_not
+
+
+def has_cuda() -> bool:
+    return _C is not None and _C.build_facts()["cuda"]
+
+
+def isa() -> str:
+    """The instruction-set level that the CPU kernels run at: one of LEVELS, or "none" without the extension."""
+    return "none" if _C is None else _C.isa_active()
+
+
+def build_facts() -> dict:
+    return {} if _C is None else dict(_C.build_facts(), isa_detected=_C.isa_detected())
+
+
+@contextlib.contextmanager
+def isa_limit(level: str) -> Iterator[None]:
+    """Never use an instruction-set level above `level` inside the block (for tests and benchmarks)."""
+    if _C is None:
+        raise RuntimeError(_why_not)
+    from seqfuse import dispatch
+
+    before = _C.isa_active()
+    _C.isa_limit(level)
+    dispatch.forget()
+    try:
+        yield
+    finally:
+        _C.isa_limit(before)
+        dispatch.forget()

@@ -1,0 +1,5 @@
+"""The functional API: one file per op, each with its checks, its autograd and its table of backends."""
+
+from seqfuse.ops.layer_norm import layer_norm
+
+__all__ = ["layer_norm"]

@@ -1,0 +1,207 @@
+"""Layer normalisation, alone or with the residual addition before it: y = LN(x + residual)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from seqfuse import dispatch, reference
+from seqfuse.ops import checks, library
+from seqfuse.ops.autograd import apply
+
+
+class LayerNormCase(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    device: str
+    dtype: torch.dtype
+    param_dtype: torch.dtype | None
+    rows: int
+    cols: int
+    residual: bool
+    grad: bool
+
+    def shape_class(self) -> str:
+        kind = "residual" if self.residual else "plain"
+        rows, cols = max(self.rows, 1).bit_length(), max(self.cols, 1).bit_length()
+        return f"{str(self.dtype)[6:]} {kind} 2^{rows} rows of 2^{cols}{' grad' if self.grad else ''}"
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
+    """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last dimension, with s = x + residual.
+
+    x: [..., N], floating point, any strides. residual: like x, or None.
+    weight, bias: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the variance, > 0.
+    Returns y [..., N] of x's dtype; with a residual (y, s), where s is what the next block's residual stream carries.
+
+    Statistics are float32 (float64 for float64 input) and the variance is taken around the mean, so it does not cancel.
+    Differentiable twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450); the residual as in pre-norm transformers.
+    """
+    _check(x, weight, bias, residual)
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1])
+    added = None if residual is None else residual.reshape(-1, shape[-1])
+    param = weight if weight is not None else bias
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    case = LayerNormCase(
+        x.device.type, x.dtype, None if param is None else param.dtype, rows.shape[0], shape[-1], added is not None, grad
+    )
+    name = dispatch.select("layer_norm", case).backend
+    backend = dispatch.get("layer_norm", name)
+    if backend.bwd is None:
+        y, s = backend.fwd(rows, added, weight, bias, eps)
+    else:
+        y, s, _, _ = apply(LayerNormFunction, rows, added, weight, bias, eps, name)
+    y = y.reshape(shape)
+    return y if residual is None else (y, s.reshape(shape))
+
+
+def _check(x, weight, bias, residual):
+    checks.tensor("layer_norm", "x", x)
+    if x.dim() == 0:
+        raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is None:
+            continue
+        checks.tensor("layer_norm", name, p)
+        checks.shape("layer_norm", name, p, (x.shape[-1],))
+        checks.same_device("layer_norm", name, p, "x", x)
+        if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+            raise ValueError(
+                f"layer_norm: {name} must have x's dtype or be float32 with a 16-bit x, got {checks.describe(p)} "
+                f"with {checks.describe(x)}"
+            )
+    if weight is not None and bias is not None:
+        checks.same_dtype("layer_norm", "bias", bias, "weight", weight)
+    if residual is not None:
+        checks.tensor("layer_norm", "residual", residual)
+        checks.shape("layer_norm", "residual", residual, x.shape)
+        checks.same_device("layer_norm", "residual", residual, "x", x)
+        checks.same_dtype("layer_norm", "residual", residual, "x", x)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Autograd of every backend that is a (fwd, bwd) pair. mean and rstd are outputs only so that they can be saved."""
+
+    @staticmethod
+    def forward(x, residual, weight, bias, eps, name):
+        return dispatch.get("layer_norm", name).fwd(x, residual, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, eps, name = inputs
+        _, s, mean, rstd = output
+        ctx.has_residual = residual is not None
+        ctx.mark_non_differentiable(mean, rstd)
+        if not ctx.has_residual:
+            ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(s if ctx.has_residual else x, weight, bias, mean, rstd)
+        ctx.eps, ctx.name = eps, name
+
+    @staticmethod
+    def backward(ctx, dy, ds, _mean, _rstd):
+        s, weight, bias, mean, rstd = ctx.saved_tensors
+        ds = ds if ctx.has_residual else None
+        want_weight, want_bias = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        dw = db = None
+        if dy is None:  # only the sum was used
+            dx = ds
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dw, db = _differentiable_backward(dy, ds, s, weight, bias, ctx.eps)
+        else:
+            dx, dw, db = dispatch.get("layer_norm", ctx.name).bwd(
+                dy, ds, s, weight, mean, rstd, want_weight, want_bias
+            )
+        return (
+            dx,
+            dx if ctx.has_residual else None,
+            dw if want_weight else None,
+            db if want_bias else None,
+            None,
+            None,
+        )
+
+
+def _differentiable_backward(dy, ds, s, weight, bias, eps):
+    """The backward pass through the reference, for create_graph=True."""
+    inputs = [t for t in (s, weight, bias) if t is not None and t.requires_grad]
+    y, _ = reference.layer_norm(s, None, weight, bias, eps)
+    grads = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True))
+    dx, dw, db = grads.get(id(s)), grads.get(id(weight)), grads.get(id(bias))
+    if dx is not None and ds is not None:
+        dx = dx + ds
+    return dx, dw, db
+
+
+def _torch_layer_norm(x, residual, weight, bias, eps):
+    s = x if residual is None else x + residual
+    return F.layer_norm(s, s.shape[-1:], weight, bias, eps), None if residual is None else s
+
+
+def _fwd(namespace):
+    return lambda *args: getattr(torch.ops, namespace).layer_norm_fwd(*args)
+
+
+def _bwd(namespace):
+    return lambda *args: getattr(torch.ops, namespace).layer_norm_bwd(*args)
+
+
+def _fake_fwd(x, residual, weight, bias, eps):
+    rows = x.new_empty(x.shape[:1], dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), rows, torch.empty_like(rows)
+
+
+def _fake_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias):
+    param = s if weight is None else weight
+    cols = s.shape[1]
+    dweight = param.new_empty(cols if want_dweight else 0)
+    return torch.empty_like(s), dweight, param.new_empty(cols if want_dbias else 0)
+
+
+library.register_op(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    "layer_norm",
+)
+library.register_op(
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool want_dweight, bool want_dbias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_bwd,
+    "layer_norm",
+)
+
+
+def _cpu_prefers(case: LayerNormCase) -> str | None:
+    if case.rows * case.cols < 8192 and not case.residual:
+        return "under 8,192 elements PyTorch's own call costs less than ours does to reach its kernel"
+    return None
+
+
+dispatch.register(
+    "layer_norm",
+    dispatch.Backend(
+        "cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
+    ),
+    dispatch.Backend(
+        "triton",
+        _fwd("seqfuse_triton"),
+        _bwd("seqfuse_triton"),
+        lambda c: library.triton_refusal(c.device, c.dtype),
+        lambda c: "the interpreter is for tests" if c.device == "cpu" else None,
+        note=library.NOT_RUN_ON_GPU,
+    ),
+    dispatch.Backend(
+        "cuda",
+        _fwd("seqfuse"),
+        _bwd("seqfuse"),
+        lambda c: library.cuda_refusal(c.device, c.dtype),
+        lambda c: library.NOT_RUN_ON_GPU,
+        note=library.NOT_RUN_ON_GPU,
+    ),
+    dispatch.Backend("torch", _torch_layer_norm, None, note="PyTorch's own layer_norm"),
+    dispatch.Backend("reference", reference.layer_norm, None),
+)

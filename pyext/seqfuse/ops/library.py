@@ -1,0 +1,85 @@
+"""torch.library registrations: fake implementations of the C++ ops, and the Triton launchers as ops of their own.
+
+A Triton launcher becomes `torch.ops.seqfuse_triton.NAME` with the schema of the C++ op, so that torch.compile sees one
+opaque call with known output shapes either way.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from seqfuse import native
+
+_triton = torch.library.Library("seqfuse_triton", "DEF")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None if Triton can be imported, else a sentence that says why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can take a tensor of this device and dtype, or None."""
+    if triton_missing():
+        return triton_missing()
+    if device != "cuda" and not (interpreting() and device == "cpu"):
+        where = "no CUDA device is available" if not torch.cuda.is_available() else f"the tensors are on {device}"
+        return f"{where}; Triton kernels need one (or TRITON_INTERPRET=1, which is slow and for tests)"
+    if dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def cpu_refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why no CPU kernel can take a tensor of this device and dtype, or None."""
+    if native.missing():
+        return native.missing()
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def cuda_refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why no CUDA C++ kernel can take a tensor of this device and dtype, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    if native.missing():
+        return native.missing()
+    if not native.has_cuda():
+        return "seqfuse was built without CUDA (a CUDA torch and nvcc must be there when it is built)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+NOT_RUN_ON_GPU = "compiled and interpreted, not yet run on a GPU"
+
+
+def register_op(name: str, schema: str, fake, module: str) -> None:
+    """Register the fake of torch.ops.seqfuse.NAME, and seqfuse.kernels.MODULE.NAME as torch.ops.seqfuse_triton.NAME."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"seqfuse.kernels.{module}"), name)(*args)
+
+    _triton.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _triton.impl(name, launch, "CUDA")
+    _triton.impl(name, launch, "CPU")  # the interpreter
+    torch.library.register_fake(f"seqfuse_triton::{name}", fake, lib=_triton)
+    if native.missing() is None:
+        torch.library.register_fake(f"seqfuse::{name}", fake)

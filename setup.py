@@ -1,0 +1,152 @@
+"""Builds seqfuse._C: the CPU kernels once per instruction-set level, the CUDA kernels where torch has CUDA, the bindings.
+
+Install torch >= 2.11 first (torch is left out of build-system.requires on purpose: pip would fetch the newest CUDA
+build into an isolated environment, gigabytes and the wrong ABI), then `pip install --no-build-isolation .`
+
+The build is one generated ninja file, so an edit recompiles only what it touches:
+
+    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once)
+    csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else
+    pyext/bindings/*.cpp -> the only files that see torch headers (LibTorch stable ABI: one build serves torch >= 2.11)
+
+Where there is no C++ compiler the package installs without seqfuse._C and says so; every op then runs on torch's own.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
+RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+CPU_LEVELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+INCLUDES = ["-Icsrc/include", "-Icsrc"]
+
+
+def cxx_flags():
+    return ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+
+
+def kernel_flags():
+    # no errno and no traps, so that loops vectorise; still IEEE: no reassociation, NaN and inf behave
+    return [*cxx_flags(), "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *INCLUDES]
+
+
+def nvcc_flags():
+    architectures = [("80", "sm_80"), ("90a", "sm_90a"), ("80", "compute_80")]
+    codes = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in architectures]
+    return ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, *INCLUDES]
+
+
+def cpu_levels():
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return CPU_LEVELS if x86 else {"baseline": []}
+
+
+def sources():
+    def find(pattern):
+        return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern))
+
+    return {"cpu": find("csrc/cpu/*.cpp"), "cuda": find("csrc/cuda/*.cu"), "bindings": find("pyext/bindings/*.cpp")}
+
+
+def compiler():
+    name = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    for candidate in (shlex.split(name)[0], "c++", "g++", "clang++"):
+        if shutil.which(candidate):
+            return candidate
+    return None
+
+
+def ninja_file(build: Path, target: Path, cxx: str) -> str:
+    """The whole build as text. Paths are relative to the repository root, where ninja runs."""
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
+
+    cuda = CUDA_HOME is not None and torch.version.cuda is not None
+    files = sources()
+    headers = [f"-isystem{p}" for p in [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    libraries = [f"-L{p}" for p in library_paths()] + ["-ltorch_cpu"]
+    if cuda:
+        defines += ["-DUSE_CUDA", "-DSEQFUSE_CUDA"]
+        headers.append(f"-isystem{CUDA_HOME}/include")
+        libraries += ["-ltorch_cuda", f"-L{CUDA_HOME}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    if sys.platform == "darwin":
+        libraries += ["-undefined", "dynamic_lookup"]
+
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {build.as_posix()}",
+        f"rule cxx\n  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        "  description = compile $in $level",
+        f"rule link\n  command = {cxx} -shared -s $in $flags -o $out\n  description = link $out",
+    ]
+    if cuda:
+        lines.append(f"rule nvcc\n  command = {CUDA_HOME}/bin/nvcc $flags -MMD -MF $out.d -c $in -o $out\n"
+                     "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")  # fmt: skip
+    objects = []
+
+    def compile_one(rule, source, flags, level=""):
+        out = (build / f"{source.replace('/', '_')}{'.' if level else ''}{level}.o").as_posix()
+        lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}\n  level = {level}")
+        objects.append(out)
+
+    for source in files["cpu"]:
+        once = Path(source).name in RUN_ONCE
+        for level, flags in [("", [])] if once else cpu_levels().items():
+            isa = [f"-DSEQFUSE_ISA={level}"] if level else []
+            compile_one("cxx", source, [*kernel_flags(), *flags, *isa], level)
+    for source in files["cuda"] if cuda else []:
+        compile_one("nvcc", source, nvcc_flags())
+    for source in files["bindings"]:
+        compile_one("cxx", source, [*cxx_flags(), "-O2", *INCLUDES, *headers, *defines])
+    lines.append(f"build {target.as_posix()}: link {' '.join(objects)}\n  flags = {' '.join(libraries)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        cxx = compiler()
+        if cxx is None:
+            print("seqfuse: no C++ compiler found, so the compiled kernels are left out; torch's own are used instead.")
+            return
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise SystemExit(
+                "seqfuse: install torch >= 2.11 first, then build with `pip install --no-build-isolation .`"
+            ) from None
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        script = build / "build.ninja"
+        text = ninja_file(build, target, cxx)
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        ninja = shutil.which("ninja")
+        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        if subprocess.run([*command, "-f", str(script)], cwd=ROOT).returncode:
+            raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if os.path.exists(path)]  # the compiler may be missing
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("seqfuse._C", sources=[])],
+        cmdclass={"build_ext": NinjaBuild},
+    )
