@@ -24,6 +24,8 @@ from . import common
 
 _CHUNK = 4096  # columns a program holds at a time where a whole row does not fit
 _COLUMN_TILE = (4, 512)  # rows, columns a program of the chunked backward pass holds
+_REDUCE_TILE = (64, 32)  # of the kernel that adds up the partial sums: 32 fp32 columns fill a 128-byte line,
+_WIDE_REDUCE_TILE = (16, 128)  # and wide rows have columns enough to keep every multiprocessor busy anyway
 _WARPS_PER_SM = 32  # of the persistent backward kernels; each program leaves a row of partial sums
 
 
@@ -39,8 +41,8 @@ def _parameters(w_ptr, b_ptr, cols, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl
 
 
 @triton.jit
-def _forward_rows(
-    x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, s_ptr, stats_ptr, M, N, eps,
+def forward_rows_kernel(
+    x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr, M, N, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,16 +63,16 @@ def _forward_rows(
     centred = tl.where(mask, x - mean[:, None], 0.0)
     var = tl.sum(centred * centred, axis=1) / N
     rstd = 1.0 / tl.sqrt(var + eps)
-    tl.store(stats_ptr + first + rows, mean, in_row)
-    tl.store(stats_ptr + M + first + rows, rstd, in_row)
+    tl.store(mean_ptr + first + rows, mean, in_row)
+    tl.store(rstd_ptr + first + rows, rstd, in_row)
     w, b = _parameters(w_ptr, b_ptr, cols, cols < N, HAS_WEIGHT, HAS_BIAS)
     y = centred * rstd[:, None] * w[None, :] + b[None, :]
     tl.store(y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _forward_chunked(
-    x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, s_ptr, stats_ptr, M, N, eps,
+def forward_chunked_kernel(
+    x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr, M, N, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +99,8 @@ def _forward_chunked(
         mean += delta * (n / total)
         count = total
     rstd = 1.0 / tl.sqrt(m2 / N + eps)
-    tl.store(stats_ptr + row, mean)
-    tl.store(stats_ptr + M + row, rstd)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
     in_ptr = x_ptr
     if HAS_RESIDUAL:
         in_ptr = s_ptr
@@ -113,7 +115,7 @@ def _forward_chunked(
 
 
 @triton.jit
-def _backward_rows(
+def backward_rows_kernel(
     dy_ptr, ds_ptr, s_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, M, N,
     HAS_DS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANT_DW: tl.constexpr, WANT_DB: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -127,8 +129,9 @@ def _backward_rows(
     offs = rows[:, None] * N + cols[None, :]
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
+    wide = tl.zeros([], tl.int64)  # M * N may need 64 bits
     for block in range(program, tl.cdiv(M, ROWS), programs):
-        first = block.to(tl.int64) * ROWS
+        first = (wide + block) * ROWS
         in_row = first + rows < M
         mask = in_row[:, None] & (cols < N)[None, :]
         base = first * N
@@ -155,7 +158,7 @@ def _backward_rows(
 
 
 @triton.jit
-def _backward_row_sums(
+def backward_row_sums_kernel(
     dy_ptr, s_ptr, w_ptr, mean_ptr, rstd_ptr, sums_ptr, M, N, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -177,12 +180,12 @@ def _backward_row_sums(
 
 
 @triton.jit
-def _backward_columns(
+def backward_columns_kernel(
     dy_ptr, ds_ptr, s_ptr, w_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, partial_ptr, M, N,
     HAS_DS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANT_DW: tl.constexpr, WANT_DB: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One chunk of columns, every P-th block of rows; partial[2, P, N] as in _backward_rows.
+    # One chunk of columns, every P-th block of rows; partial[2, P, N] as in backward_rows_kernel.
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     rows = tl.arange(0, ROWS)
@@ -190,8 +193,9 @@ def _backward_columns(
     w, _ = _parameters(w_ptr, w_ptr, cols, cols < N, HAS_WEIGHT, False)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
+    wide = tl.zeros([], tl.int64)  # M * N may need 64 bits
     for block in range(program, tl.cdiv(M, ROWS), programs):
-        row = block.to(tl.int64) * ROWS + rows
+        row = (wide + block) * ROWS + rows
         in_row = row < M
         mask = in_row[:, None] & (cols < N)[None, :]
         offs = row[:, None] * N + cols[None, :]
@@ -217,15 +221,24 @@ def _backward_columns(
 
 
 @triton.jit
-def _sum_partials(partial_ptr, out_ptr, P, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.arange(0, ROWS)
+def sum_partials_kernel(
+    partial_ptr, dw_ptr, db_ptr, P, N,
+    WANT_DW: tl.constexpr, WANT_DB: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    db = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, P, ROWS):
-        row = start + rows
+        row = start + tl.arange(0, ROWS)
         mask = (row < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(partial_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], mask, other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), cols < N)
+        if WANT_DW:
+            dw += tl.load(partial_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], mask, other=0.0)
+        if WANT_DB:
+            db += tl.load(partial_ptr + (P + row).to(tl.int64)[:, None] * N + cols[None, :], mask, other=0.0)
+    if WANT_DW:
+        tl.store(dw_ptr + cols, tl.sum(dw, axis=0).to(dw_ptr.dtype.element_ty), cols < N)
+    if WANT_DB:
+        tl.store(db_ptr + cols, tl.sum(db, axis=0).to(db_ptr.dtype.element_ty), cols < N)
 
 
 def layer_norm_fwd(
@@ -242,19 +255,20 @@ def layer_norm_fwd(
     m, n = x.shape
     y = torch.empty_like(x)
     s = x.new_empty(0) if residual is None else torch.empty_like(x)
-    stats = torch.empty(2, m, dtype=torch.float32, device=x.device)
+    mean = torch.empty(m, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    args = (x, residual, weight, bias, y, None if residual is None else s, stats, m, n, eps)
+    args = (x, residual, weight, bias, y, None if residual is None else s, mean, rstd, m, n, eps)
     block = common.blocks("layer_norm_fwd", n, common.capability(x.device))
     with common.on_device(x):
         if block is None:
-            common.launch(_forward_chunked, (m,), *args, **flags, BLOCK=_CHUNK, num_warps=8)
+            common.launch(forward_chunked_kernel, (m,), *args, **flags, BLOCK=_CHUNK, num_warps=8)
         else:
             rows, warps = block
             width = common.next_power_of_2(n)
             grid = (common.cdiv(m, rows),)
-            common.launch(_forward_rows, grid, *args, **flags, ROWS=rows, BLOCK=width, num_warps=warps)
-    return y, s, stats[0], stats[1]
+            common.launch(forward_rows_kernel, grid, *args, **flags, ROWS=rows, BLOCK=width, num_warps=warps)
+    return y, s, mean, rstd
 
 
 def layer_norm_bwd(
@@ -289,20 +303,21 @@ def layer_norm_bwd(
             sums = torch.empty(2, m, dtype=torch.float32, device=s.device)
             row_args = (dy, s, weight, mean, rstd, sums, m, n)
             has_weight = flags["HAS_WEIGHT"]
-            common.launch(_backward_row_sums, (m,), *row_args, HAS_WEIGHT=has_weight, BLOCK=_CHUNK, num_warps=8)
+            common.launch(backward_row_sums_kernel, (m,), *row_args, HAS_WEIGHT=has_weight, BLOCK=_CHUNK, num_warps=8)
             args = (dy, ds, s, weight, mean, rstd, sums, dx, partial, m, n)
             width = _COLUMN_TILE[1]
             grid = (common.cdiv(n, width), programs)
-            common.launch(_backward_columns, grid, *args, **flags, ROWS=rows, BLOCK=width)
+            common.launch(backward_columns_kernel, grid, *args, **flags, ROWS=rows, BLOCK=width)
         else:
             args = (dy, ds, s, weight, mean, rstd, dx, partial, m, n)
             width = common.next_power_of_2(n)
-            common.launch(_backward_rows, (programs,), *args, **flags, ROWS=rows, BLOCK=width, num_warps=warps)
+            common.launch(backward_rows_kernel, (programs,), *args, **flags, ROWS=rows, BLOCK=width, num_warps=warps)
         dtype = s.dtype if weight is None else weight.dtype
-        grads = []
-        for index, wanted in enumerate((want_dweight, want_dbias)):
-            grads.append(torch.empty(n if wanted else 0, dtype=dtype, device=s.device))
-            if wanted:
-                grid = (common.cdiv(n, 64),)
-                common.launch(_sum_partials, grid, partial[index], grads[-1], programs, n, ROWS=32, BLOCK=64)
-    return dx, grads[0], grads[1]
+        dw = torch.empty(n if want_dweight else 0, dtype=dtype, device=s.device)
+        db = torch.empty(n if want_dbias else 0, dtype=dtype, device=s.device)
+        if partial is not None:
+            args = (partial, dw if want_dweight else None, db if want_dbias else None, programs, n)
+            rows, width = _REDUCE_TILE if n <= 8192 else _WIDE_REDUCE_TILE
+            wants = {"WANT_DW": want_dweight, "WANT_DB": want_dbias}
+            common.launch(sum_partials_kernel, (common.cdiv(n, width),), *args, **wants, ROWS=rows, BLOCK=width)
+    return dx, dw, db
