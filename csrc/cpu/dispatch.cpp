@@ -12,7 +12,9 @@
 // one line an op: entry point, kernel, arguments
 #define SEQFUSE_CPU_OPS(X)                                              \
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)       \
-  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward)
+  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward)    \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                      \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)
 
 namespace seqfuse {
 

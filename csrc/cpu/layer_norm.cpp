@@ -40,60 +40,77 @@ SEQFUSE_INLINE void give(T* p, vf x, int n) {
   n == VL ? store(p, x) : store_n(p, x, n);
 }
 
-template <class T, class P, bool Residual>
-void forward_row(const LayerNormForward& a, int64_t r) {
-  const int64_t N = a.cols, unrolled = N / (4 * VL) * (4 * VL);
-  const float inv_n = 1.0f / float(N);
-  const T* __restrict x = static_cast<const T*>(a.x) + r * N;
-  const T* __restrict res = static_cast<const T*>(a.residual) + (Residual ? r * N : 0);
-  T* __restrict y = static_cast<T*>(a.y) + r * N;
-  T* added = static_cast<T*>(a.sum) + (Residual ? r * N : 0);
-  const T* s = Residual ? added : x;
-  const P* __restrict weight = static_cast<const P*>(a.weight);
-  const P* __restrict bias = static_cast<const P*>(a.bias);
-
-  // mean; with a residual the rounded sum is written here and read back from the cache
-  vf m0{}, m1{}, m2{}, m3{};
+// The mean of a row; with a residual the rounded sum is written here and read back from the cache afterwards.
+template <class T, bool Residual>
+SEQFUSE_INLINE float row_mean(const T* __restrict x, const T* __restrict res, T* added, int64_t N) {
+  const int64_t unrolled = N / (4 * VL) * (4 * VL);
   auto element = [=](int64_t i, int n) {
     if constexpr (!Residual) return take(x + i, n);
     give(added + i, take(x + i, n) + take(res + i, n), n);
     return take(added + i, n);
   };
+  vf m0{}, m1{}, m2{}, m3{};
   for (int64_t i = 0; i < unrolled; i += 4 * VL) {
     m0 += element(i, VL), m1 += element(i + VL, VL), m2 += element(i + 2 * VL, VL), m3 += element(i + 3 * VL, VL);
   }
   for_vectors(unrolled, N, [&](int64_t i, int n) { m0 += element(i, n); });
-  const float mean = sum((m0 + m1) + (m2 + m3)) * inv_n;
+  return sum((m0 + m1) + (m2 + m3)) / float(N);
+}
 
-  vf v0{}, v1{}, v2{}, v3{};
+template <class T>
+SEQFUSE_INLINE float row_rstd(const T* __restrict s, float mean, int64_t N, float eps) {
+  const int64_t unrolled = N / (4 * VL) * (4 * VL);
   auto square = [=](int64_t i, int n) {
     const vf d = take(s + i, n, mean) - mean;
     return d * d;
   };
+  vf v0{}, v1{}, v2{}, v3{};
   for (int64_t i = 0; i < unrolled; i += 4 * VL) {
     v0 += square(i, VL), v1 += square(i + VL, VL), v2 += square(i + 2 * VL, VL), v3 += square(i + 3 * VL, VL);
   }
   for_vectors(unrolled, N, [&](int64_t i, int n) { v0 += square(i, n); });
-  const float rstd = 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) * inv_n + a.eps);
-  a.mean[r] = mean, a.rstd[r] = rstd;
+  return 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) / float(N) + eps);
+}
 
-  if (weight && bias) {
-    for_vectors(0, N, [=](int64_t i, int n) {
-      give(y + i, (take(s + i, n) - mean) * rstd * take(weight + i, n) + take(bias + i, n), n);
-    });
-  } else {
-    for_vectors(0, N, [=](int64_t i, int n) {
-      const vf w = weight ? take(weight + i, n) : splat(1.0f), b = bias ? take(bias + i, n) : vf{};
-      give(y + i, (take(s + i, n) - mean) * rstd * w + b, n);
-    });
+// R rows at once, so that weight and bias are read once for R rows
+template <class T, class P, bool Residual, int R>
+void forward_rows(const LayerNormForward& a, int64_t r) {
+  const int64_t N = a.cols;
+  const T* x = static_cast<const T*>(a.x) + r * N;
+  T* __restrict y = static_cast<T*>(a.y) + r * N;
+  T* added = static_cast<T*>(a.sum) + (Residual ? r * N : 0);
+  const T* res = static_cast<const T*>(a.residual) + (Residual ? r * N : 0);
+  const T* s = Residual ? added : x;
+  const P* __restrict weight = static_cast<const P*>(a.weight);
+  const P* __restrict bias = static_cast<const P*>(a.bias);
+
+  float mean[R], rstd[R];
+  for (int k = 0; k < R; k++) {
+    const int64_t at = Residual ? k * N : 0;
+    mean[k] = row_mean<T, Residual>(x + k * N, res + at, added + at, N);
+    rstd[k] = row_rstd<T>(s + k * N, mean[k], N, a.eps);
+    a.mean[r + k] = mean[k], a.rstd[r + k] = rstd[k];
   }
+  auto affine = [&](int64_t i, int n, vf w, vf b) {
+    for (int k = 0; k < R; k++) give(y + k * N + i, (take(s + k * N + i, n) - mean[k]) * rstd[k] * w + b, n);
+  };
+  if (weight && bias)
+    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, take(weight + i, n), take(bias + i, n)); });
+  else if (weight)
+    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, take(weight + i, n), vf{}); });
+  else
+    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, splat(1.0f), bias ? take(bias + i, n) : vf{}); });
 }
 
 template <class T, class P, bool Residual>
 void forward(const LayerNormForward& a, const Parallel& parallel) {
+  constexpr int R = 4;
   const int n = workers(a.rows, a.cols, parallel.threads);
   auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t r = a.rows * begin / n; r < a.rows * end / n; r++) forward_row<T, P, Residual>(a, r);
+    int64_t r = a.rows * begin / n;
+    const int64_t last = a.rows * end / n;
+    for (; r + R <= last; r += R) forward_rows<T, P, Residual, R>(a, r);
+    for (; r < last; r++) forward_rows<T, P, Residual, 1>(a, r);
   };
   parallel(n, job);
 }
@@ -116,7 +133,7 @@ void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, 
     vf dw_i{}, db_i{};
     for (int k = 0; k < R; k++) {
       const vf d = take(dy + k * N + i, n), xhat = (take(s + k * N + i, n, mean[k]) - mean[k]) * rstd[k];
-      const vf g = d * w;
+      const vf g = unfused(d * w);
       g_sum[k] += g, gx_sum[k] += g * xhat;
       dw_i += d * xhat, db_i += d;
     }
@@ -129,12 +146,10 @@ void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, 
     const T* __restrict s_k = s + k * N;
     const T* __restrict dsum = a.dsum ? static_cast<const T*>(a.dsum) + (r + k) * N : nullptr;
     T* __restrict dx = static_cast<T*>(a.dx) + (r + k) * N;
-    // rstd * (g - mg - (s - mean) * rstd * mgx)  =  g * rstd + s * slope + offset
-    const float scale = rstd[k], slope = -rstd[k] * rstd[k] * mgx[k];
-    const float centre = mean[k], shift = rstd[k] * mg[k];
+    const float scale = rstd[k], centre = mean[k], shift = mg[k], slope = rstd[k] * mgx[k];
     auto value = [=](int64_t i, int n) {
       const vf w = Weight ? take(weight + i, n) : splat(1.0f);
-      return take(dy_k + i, n) * w * scale + ((take(s_k + i, n) - centre) * slope - shift);
+      return scale * (unfused(take(dy_k + i, n) * w) - shift - (take(s_k + i, n) - centre) * slope);
     };
     if (dsum)
       for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n) + take(dsum + i, n), n); });
@@ -186,13 +201,12 @@ void forward(const LayerNormForward& a, const Parallel& p) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a, const Parallel& p) {
-  if (a.dtype == DType::f32) return a.param_dtype == DType::f32 ? forward<float, float>(a, p) : forward<float, bf16>(a, p);
+  if (a.dtype == DType::f32) return forward<float, float>(a, p);
   a.param_dtype == DType::f32 ? forward<bf16, float>(a, p) : forward<bf16, bf16>(a, p);
 }
 
 void layer_norm_backward(const LayerNormBackward& a, const Parallel& p) {
-  if (a.dtype == DType::f32)
-    return a.param_dtype == DType::f32 ? backward<float, float>(a, p) : backward<float, bf16>(a, p);
+  if (a.dtype == DType::f32) return backward<float, float>(a, p);
   a.param_dtype == DType::f32 ? backward<bf16, float>(a, p) : backward<bf16, bf16>(a, p);
 }
 

@@ -46,6 +46,19 @@ SEQFUSE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 SEQFUSE_INLINE vf min(vf a, vf b) { return select(b < a, b, a); }  // keeps a NaN in a
 SEQFUSE_INLINE vf max(vf a, vf b) { return select(b > a, b, a); }
 
+// x as a value of its own: the compiler may not fuse the product that made it into a later addition, so that what is
+// subtracted from itself is zero
+SEQFUSE_INLINE vf unfused(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 SEQFUSE_INLINE float widen(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
   float f;
@@ -64,9 +77,14 @@ SEQFUSE_INLINE void put(float* p, float x) { *p = x; }
 SEQFUSE_INLINE void put(bf16* p, float x) { *p = narrow(x); }
 
 SEQFUSE_INLINE vf load(const float* p) { return *(const vf_any*)p; }
-SEQFUSE_INLINE vf load(const bf16* p) {
-  return as_float(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16);
+SEQFUSE_INLINE vf widen(vh x) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion
+  return as_float((vu)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)x) << 16);
+#else
+  return as_float(__builtin_convertvector(x, vu) << 16);
+#endif
 }
+SEQFUSE_INLINE vf load(const bf16* p) { return widen((vh) * (const vh_any*)p); }
 SEQFUSE_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
 SEQFUSE_INLINE void store(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
@@ -79,24 +97,62 @@ SEQFUSE_INLINE void store(bf16* p, vf x) {
 #endif
 }
 
-// the first n < VL lanes; the others read as `fill` and are not written
+// the first n < VL lanes; the others read as `fill` and are not touched in memory
+#if defined(__AVX512F__)
+SEQFUSE_INLINE vf load_n(const float* p, int n, float fill = 0.0f) {
+  return (vf)_mm512_mask_loadu_ps((__m512)splat(fill), __mmask16((1u << n) - 1u), p);
+}
+SEQFUSE_INLINE vf load_n(const bf16* p, int n, float fill = 0.0f) {
+  const __mmask16 m = __mmask16((1u << n) - 1u);
+  return (vf)_mm512_mask_mov_ps((__m512)splat(fill), m, (__m512)widen((vh)_mm256_maskz_loadu_epi16(m, p)));
+}
+SEQFUSE_INLINE void store_n(float* p, vf x, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)x);
+}
+SEQFUSE_INLINE void store_n(bf16* p, vf x, int n) {
+  uint16_t t[VL];
+  store((bf16*)t, x);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1u), _mm256_loadu_si256((const __m256i*)t));
+}
+#else
 template <class T>
 SEQFUSE_INLINE vf load_n(const T* p, int n, float fill = 0.0f) {
-  vf x = splat(fill);
-  for (int i = 0; i < n; i++) x[i] = widen(p[i]);
-  return x;
+  float t[VL];
+  for (int i = 0; i < VL; i++) t[i] = i < n ? widen(p[i]) : fill;
+  return load(t);
 }
 template <class T>
 SEQFUSE_INLINE void store_n(T* p, vf x, int n) {
-  for (int i = 0; i < n; i++) put(p + i, x[i]);
+  T t[VL];
+  store(t, x);
+  for (int i = 0; i < VL && i < n; i++) p[i] = t[i];
+}
+#endif
+
+// x as it reads back after a store as T
+template <class T>
+SEQFUSE_INLINE vf rounded(vf x) {
+  if constexpr (sizeof(T) == 4) return x;
+  T t[VL];
+  store(t, x);
+  return load(t);
 }
 
-SEQFUSE_INLINE float sum(vf x) {  // pairwise, so that the order of additions does not depend on the compiler
-  float t[VL];
-  memcpy(t, &x, sizeof(x));
-  for (int w = VL / 2; w; w /= 2)
-    for (int i = 0; i < w; i++) t[i] += t[i + w];
-  return t[0];
+SEQFUSE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
+#if SEQFUSE_VBYTES == 64
+  const auto y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto y = x;
+#endif
+#if SEQFUSE_VBYTES >= 32
+  const auto z = __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#else
+  const auto z = y;
+#endif
+  return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
 // exp by range reduction to |r| <= ln2 / 2 and a degree-6 polynomial: about 1 ulp. Saturates instead of overflowing

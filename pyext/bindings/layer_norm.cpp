@@ -25,6 +25,8 @@ DType check_param(const std::optional<Tensor>& p, const Tensor& x, DType fallbac
   if (!p) return fallback;
   STD_TORCH_CHECK(p->dim() == 1 && p->size(0) == x.size(1), name, " must be [", x.size(1), "]");
   check_same_device(*p, x, name);
+  STD_TORCH_CHECK(p->scalar_type() == x.scalar_type() || p->scalar_type() == ScalarType::Float, name,
+                  " must have the dtype of x, or be float32");
   return dtype_of(*p, name);
 }
 
@@ -43,7 +45,7 @@ Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, co
   if (bias_in) bias = dense(*bias_in);
   LayerNormForward a{};
   a.dtype = dtype_of(x, "x");
-  a.param_dtype = check_param(weight, x, check_param(bias, x, DType::f32, "bias"), "weight");
+  a.param_dtype = check_param(weight, x, check_param(bias, x, dtype_of(x, "x"), "bias"), "weight");
   if (weight && bias)
     STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "weight and bias must have one dtype");
   a.rows = rows, a.cols = cols, a.eps = float(eps);

@@ -55,7 +55,7 @@ class Choice(NamedTuple):
 _ops: dict[str, dict[str, Backend]] = {}
 _forced: str = os.environ.get("SEQFUSE_BACKEND", "auto")
 _cache: dict[Any, Choice] = {}
-_recorders: list[Callable[[Choice, Any], None]] = []
+_listeners: list[Callable[[Choice, Any], None]] = []
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -108,8 +108,8 @@ def select(op: str, case: Any) -> Choice:
         if len(_cache) > 4096:  # ever-changing shapes must not fill the memory
             _cache.clear()
         choice = _cache[key] = _decide(op, case, _forced, compiling=False)
-    for record in _recorders:
-        record(choice, case)
+    for tell in _listeners:
+        tell(choice, case)
     return choice
 
 
@@ -143,11 +143,6 @@ def forget() -> None:
     _cache.clear()
 
 
-@contextlib.contextmanager
-def recording(record: Callable[[Choice, Any], None]) -> Iterator[None]:
-    """Call `record(choice, case)` for every decision inside the block."""
-    _recorders.append(record)
-    try:
-        yield
-    finally:
-        _recorders.remove(record)
+def add_listener(record: Callable[[Choice, Any], None]) -> None:
+    """Call `record(choice, case)` for every decision from now on."""
+    _listeners.append(record)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 try:
-    from seqfuse import _C
+    import seqfuse._C as _C
 except ImportError as error:
     _C = None
     _why_not = f"the compiled extension is missing ({error}); reinstall where there is a C++ compiler"

@@ -1,0 +1,6 @@
+"""Drop-in modules: torch.nn's constructors, parameter names, call signatures and outputs."""
+
+from seqfuse.nn.layer_norm import LayerNorm
+from seqfuse.nn.recurrent import GRU, LSTM, RNN
+
+__all__ = ["GRU", "LSTM", "RNN", "LayerNorm"]

@@ -71,12 +71,13 @@ def cuda_refusal(device: str, dtype: torch.dtype) -> str | None:
 NOT_RUN_ON_GPU = "compiled and interpreted, not yet run on a GPU"
 
 
-def register_op(name: str, schema: str, fake, module: str) -> None:
-    """Register the fake of torch.ops.seqfuse.NAME, and seqfuse.kernels.MODULE.NAME as torch.ops.seqfuse_triton.NAME."""
+def launcher(module: str, name: str):
+    """seqfuse.kernels.MODULE.NAME, imported at the first call: Triton may be missing, and is slow to import."""
+    return lambda *args: getattr(importlib.import_module(f"seqfuse.kernels.{module}"), name)(*args)
 
-    def launch(*args):
-        return getattr(importlib.import_module(f"seqfuse.kernels.{module}"), name)(*args)
 
+def register_op(name: str, schema: str, fake, launch) -> None:
+    """Register the fake of torch.ops.seqfuse.NAME, and a Triton launcher as torch.ops.seqfuse_triton.NAME."""
     _triton.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _triton.impl(name, launch, "CUDA")
     _triton.impl(name, launch, "CPU")  # the interpreter

@@ -1,0 +1,199 @@
+// How the recurrent scan is spread over threads; shared by the forward and the backward pass.
+//
+// The whole time loop is one parallel region. `workers` logical workers split either the hidden units in blocks of VL
+// (each keeps its slice of w_hh in its own cache; one barrier a step) or the batch (no barrier, but every core reads
+// all of w_hh). Nothing depends on which thread runs which worker, so results repeat bit for bit.
+#pragma once
+#include <new>
+
+#include "cpu/rnn_gemm.h"
+#include "seqfuse/rnn.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+struct Range {
+  int64_t begin, end;
+  SEQFUSE_INLINE int64_t size() const { return end - begin; }
+};
+
+SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) { return {n * i / of, n * (i + 1) / of}; }
+SEQFUSE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  int64_t workers;
+  bool by_batch;
+};
+
+Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G);
+
+// The units and the batch rows of one worker.
+struct Slice {
+  Range rows, blocks;
+};
+
+SEQFUSE_INLINE Slice slice_of(const Plan& p, int64_t worker, int64_t B, int64_t blocks) {
+  if (p.by_batch) return {part(B, worker, p.workers), {0, blocks}};
+  return {{0, B}, part(blocks, worker, p.workers)};
+}
+
+// Unit blocks are multiplied in groups of at most `most`, as even as can be.
+SEQFUSE_INLINE int64_t groups_in(Range blocks, int64_t most) { return ceil_div(blocks.size(), most); }
+SEQFUSE_INLINE Range group(Range blocks, int64_t i, int64_t most) {
+  const Range r = part(blocks.size(), i, groups_in(blocks, most));
+  return {blocks.begin + r.begin, blocks.begin + r.end};
+}
+
+SEQFUSE_INLINE int lanes(int64_t block, int64_t H) { return int(H - block * VL < VL ? H - block * VL : VL); }
+
+template <class T>
+SEQFUSE_INLINE vf get(const T* p, int n) {
+  return n == VL ? load(p) : load_n(p, n);
+}
+template <class T>
+SEQFUSE_INLINE void set(T* p, vf x, int n) {
+  if (n == VL)
+    store(p, x);
+  else
+    store_n(p, x, n);
+}
+
+// Writes x to place k of an operand row of the product (rnn_gemm.h): as T where pairs of bf16 are multiplied, else as
+// the float of the rounded value.
+template <class T>
+SEQFUSE_INLINE void set_operand(word* row, int64_t k, vf x, int n) {
+  if constexpr (uses_dot<T>)
+    set((T*)row + k, x, n);
+  else
+    set((float*)row + k, rounded<T>(x), n);
+}
+
+// Words between operand rows: one line more than needed, so that rows of a power of two do not share cache sets.
+SEQFUSE_INLINE int64_t operand_ld(int64_t words) { return ceil_div(words, 16) * 16 + 16; }
+
+SEQFUSE_INLINE void spin_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A range of workers arrives at once, because a pool may give several of them to one thread.
+class Barrier {
+ public:
+  explicit Barrier(int64_t workers) : workers_(workers) {}
+  void wait(int64_t arriving) {
+    const int64_t phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, arriving, __ATOMIC_ACQ_REL) == workers_) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; spins++) {
+      if (spins < 2000)
+        spin_pause();
+      else
+        yield_thread();  // more threads than cores: let the one we wait for run
+    }
+  }
+
+ private:
+  static void yield_thread();
+  alignas(64) int64_t arrived_ = 0;
+  alignas(64) int64_t phase_ = 0;
+  int64_t workers_;
+};
+
+// 64-byte aligned scratch cut from one allocation; take() before allocate() only counts.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (base_) ::operator delete(base_, std::align_val_t(64));
+  }
+  void allocate() {
+    base_ = (char*)::operator new(used_, std::align_val_t(64));
+    used_ = 0;
+  }
+  template <class P>
+  void take(P*& p, int64_t count) {
+    if (base_) p = (P*)(base_ + used_);
+    used_ += size_t(ceil_div(count * int64_t(sizeof(P)), 64) * 64);
+  }
+
+ private:
+  char* base_ = nullptr;
+  size_t used_ = 0;
+};
+
+// Runs scan.pack(worker), scan.begin(worker), scan.step(worker, 0 .. steps - 1), scan.end(worker) for every worker.
+// Every step, and the end, sees all that other workers wrote in the call before.
+template <class Scan>
+struct RunTogether {
+  Scan& scan;
+  Barrier& barrier;
+  int64_t steps;
+  void operator()(int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; w++) scan.pack(w), scan.begin(w);
+    for (int64_t i = 0; i < steps; i++) {
+      barrier.wait(end - begin);
+      for (int64_t w = begin; w < end; w++) scan.step(w, i);
+    }
+    barrier.wait(end - begin);
+    for (int64_t w = begin; w < end; w++) scan.end(w);
+  }
+};
+
+template <class Scan>
+struct PackOnly {
+  Scan& scan;
+  void operator()(int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; w++) scan.pack(w);
+  }
+};
+
+template <class Scan>
+struct RunAlone {
+  Scan& scan;
+  int64_t steps;
+  void operator()(int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; w++) {
+      scan.begin(w);
+      for (int64_t i = 0; i < steps; i++) scan.step(w, i);
+      scan.end(w);
+    }
+  }
+};
+
+template <class Scan>
+void run_scan(Scan& scan, const Plan& plan, int64_t steps, const Parallel& parallel) {
+  if (plan.workers == 1) {
+    PackOnly<Scan>{scan}(0, 1);
+    RunAlone<Scan>{scan, steps}(0, 1);
+  } else if (plan.by_batch) {
+    PackOnly<Scan> pack{scan};
+    parallel(plan.workers, pack);
+    RunAlone<Scan> run{scan, steps};
+    parallel(plan.workers, run);
+  } else {
+    Barrier barrier(plan.workers);
+    RunTogether<Scan> run{scan, barrier, steps};
+    parallel(plan.workers, run);
+  }
+}
+
+// Tiles of the rows of a slice: as even as can be, none above the register budget.
+template <class F>
+SEQFUSE_INLINE void for_row_tiles(Range rows, int vectors, F&& f) {
+  const int64_t tiles = ceil_div(rows.size(), tile_rows(vectors));
+  for (int64_t i = 0; i < tiles; i++) {
+    const Range r = part(rows.size(), i, tiles);
+    f(rows.begin + r.begin, int(r.size()));
+  }
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,96 @@
+"""explain(): which backend each module of a model ran on, or would run on, and why."""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from seqfuse import dispatch
+
+_last: "weakref.WeakKeyDictionary[torch.nn.Module, dispatch.Choice]" = weakref.WeakKeyDictionary()
+_current: weakref.ref | None = None
+
+
+def entering(module: torch.nn.Module) -> None:
+    """A fused module tells that the op it calls next is its own."""
+    global _current
+    if not torch.compiler.is_compiling():
+        _current = weakref.ref(module)
+
+
+def handed_over(module: torch.nn.Module, reason: str) -> None:
+    """A fused module tells that it calls PyTorch's own op without asking the dispatcher."""
+    if not torch.compiler.is_compiling():
+        _last[module] = dispatch.Choice(type(module).__name__.lower(), "torch", reason)
+
+
+def note(choice: dispatch.Choice, case) -> None:
+    """The dispatcher's listener: remember the choice for the module that is running."""
+    global _current
+    module = _current() if _current is not None else None
+    if module is not None:
+        _last[module] = choice
+    _current = None
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    module: str
+    op: str
+    backend: str
+    reason: str
+    refused: tuple[tuple[str, str], ...]
+
+
+class Explanation(list):
+    """Rows of (module, op, backend, reason, refused). Printing it gives a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no fused module: seqfuse.fuse(model) replaces those that it has kernels for"
+        head = Row("module", "op", "backend", "reason", ())
+        widths = [max(len(row[i]) for row in [head, *self]) for i in range(3)]
+        lines = []
+        for row in [head, *self]:
+            lines.append("  ".join(row[i].ljust(widths[i]) for i in range(3)) + "  " + row.reason)
+            for name, why in row.refused:
+                lines.append(" " * (sum(widths) + 6) + f"not {name}: {why}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(model: torch.nn.Module, *inputs, **kwargs) -> Explanation:
+    """Which backend each fused module of `model` runs on, and why.
+
+    With inputs the model is called once with them (without gradients, in its present mode) and what happened is shown.
+    Without inputs: each module's last call, or, for a module that was never called, what would be chosen at a usual
+    size. Print the result for a table.
+    """
+    if inputs or kwargs:
+        with torch.no_grad():
+            for module in model.modules():
+                _last.pop(module, None)
+            model(*inputs, **kwargs)
+    rows = Explanation()
+    for path, module in model.named_modules():
+        if not type(module).__module__.startswith("seqfuse.nn") and module not in _last:
+            continue
+        choice = _last.get(module) or _would_choose(module)
+        if choice is not None:
+            rows.append(Row(path or "(model)", choice.op, choice.backend, choice.reason, choice.refused))
+    return rows
+
+
+def _would_choose(module: torch.nn.Module) -> dispatch.Choice | None:
+    """A choice for a call that has not happened: on the module's dtype and device, at a usual size."""
+    case = getattr(module, "typical_case", lambda: None)()
+    if case is None:
+        return None
+    op, case = case
+    choice = dispatch.select(op, case)
+    return choice._replace(reason=f"{choice.reason} (not called yet: at a usual size)")
+
+
+dispatch.add_listener(note)

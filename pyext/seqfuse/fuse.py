@@ -1,0 +1,119 @@
+"""fuse(model): replace what seqfuse has kernels for, in place; unfuse(model): back again.
+
+A module is not replaced by a copy but changes its class: the object, its Parameters, buffers, hooks, and whoever holds
+a reference to it (a second parent, an optimizer) stay the same, and so do the keys of its state_dict. RULES is the
+whole list; a later op adds a line.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils import parametrize
+
+from seqfuse import nn
+
+
+def _nothing(module) -> None:
+    return None
+
+
+class Rule(NamedTuple):
+    """original <-> fused: two classes with the same attributes. after_*: mends what is not shared."""
+
+    original: type
+    fused: type
+    after_fuse: Callable[[torch.nn.Module], None] = _nothing
+    after_unfuse: Callable[[torch.nn.Module], None] = _nothing
+
+
+def _drop_flat_weights(module):
+    # torch keeps a second list of the weights for cuDNN; it would go stale here
+    for name in ("_flat_weights", "_flat_weight_refs"):
+        module.__dict__.pop(name, None)
+
+
+def _restore_flat_weights(module):
+    module.__dict__.update(_flat_weights=[], _flat_weight_refs=[])
+    module._init_flat_weights()
+
+
+RULES = [
+    Rule(torch.nn.LSTM, nn.LSTM, _drop_flat_weights, _restore_flat_weights),
+    Rule(torch.nn.GRU, nn.GRU, _drop_flat_weights, _restore_flat_weights),
+    Rule(torch.nn.RNN, nn.RNN, _drop_flat_weights, _restore_flat_weights),
+    Rule(torch.nn.LayerNorm, nn.LayerNorm),
+]
+
+
+def fuse(
+    model: torch.nn.Module,
+    include: Iterable[str | type] | None = None,
+    exclude: Iterable[str | type] | None = None,
+) -> torch.nn.Module:
+    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN and LayerNorm of `model`, in place; returns `model`.
+
+    include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
+    Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
+    a forward of their own and scripted modules are left alone. A module already fused stays as it is.
+    """
+    wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
+    rules = {rule.original: rule for rule in RULES}
+    for path, module in _modules(model, "fuse"):
+        rule = rules.get(_plain_class(module))
+        if rule is None or "forward" in module.__dict__:
+            continue
+        if (include is not None and not wanted(path, rule)) or unwanted(path, rule):
+            continue
+        _change_class(module, rule.fused)
+        rule.after_fuse(module)
+    return model
+
+
+def unfuse(model: torch.nn.Module) -> torch.nn.Module:
+    """Turn every module that fuse replaced (or seqfuse.nn made) back into torch's, in place; returns `model`."""
+    rules = {rule.fused: rule for rule in RULES}
+    for _, module in _modules(model, "unfuse"):
+        rule = rules.get(_plain_class(module))
+        if rule is not None:
+            _change_class(module, rule.original)
+            rule.after_unfuse(module)
+    return model
+
+
+def _modules(model, what):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _matcher(name, patterns):
+    if isinstance(patterns, (str, type)):
+        patterns = [patterns]
+    patterns = list(patterns or [])
+    for p in patterns:
+        if not isinstance(p, (str, type)):
+            raise TypeError(f"fuse: {name} takes module paths and module classes, got {p!r}")
+
+    def matches(path, rule):
+        return any(
+            fnmatch.fnmatchcase(path, p) if isinstance(p, str) else issubclass(rule.original, p) for p in patterns
+        )
+
+    return matches
+
+
+def _plain_class(module) -> type:
+    """The class, without what torch.nn.utils.parametrize put over it."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _change_class(module, plain: type) -> None:
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        # the parametrized class is made for this one module and holds a property for each parametrized tensor
+        members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "__doc__", "__module__")}
+        plain = type(f"Parametrized{plain.__name__}", (plain,), members)
+    module.__class__ = plain

@@ -1,0 +1,255 @@
+"""layer_norm against the float64 reference: the CPU kernel at every instruction set, and the op's whole surface."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import seqfuse
+from seqfuse import reference
+from seqfuse.testing import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1), (1, 7), (3, 16), (5, 33), (2, 1024), (7, 100), (64, 768), (9, 513), (130, 257)]
+
+
+def sample(rows, cols, dtype, *, residual=False, weight=True, bias=True, param_dtype=None):
+    """Leaf tensors (x, residual, weight, bias) and incoming gradients (dy, ds)."""
+    param_dtype = param_dtype or dtype
+
+    def make(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+    x = (torch.randn(rows, cols, dtype=torch.float64) * 2 + 0.5).to(dtype).requires_grad_()
+    tensors = [x, make(rows, cols) if residual else None]
+    tensors += [make(cols, dtype=param_dtype) if wanted else None for wanted in (weight, bias)]
+    return tensors, [torch.randn(rows, cols).to(dtype) for _ in range(2)]
+
+
+def run(call, tensors, grads, dtype=None):
+    """Outputs and gradients of call(x, residual, weight, bias) -> (y, s or None), computed in `dtype`."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    y, s = call(*leaves)
+    outputs = [y] if s is None else [y, s]
+    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=False)])
+    return [*outputs, *(t.grad for t in leaves if t is not None)]
+
+
+def ours(x, residual, weight, bias, eps=1e-5):
+    out = seqfuse.ops.layer_norm(x, weight, bias, eps=eps, residual=residual)
+    return out if residual is not None else (out, None)
+
+
+def truth(x, residual, weight, bias, eps=1e-5):
+    return reference.layer_norm(x, residual, weight, bias, eps)
+
+
+def pytorch(x, residual, weight, bias, eps=1e-5):
+    s = x if residual is None else x + residual
+    if weight is not None and weight.dtype != s.dtype:
+        weight, bias = weight.to(s.dtype), None if bias is None else bias.to(s.dtype)
+    return F.layer_norm(s, s.shape[-1:], weight, bias, eps), None if residual is None else s
+
+
+def check(tensors, grads, backend, names=("y", "s", "dx", "dresidual", "dweight", "dbias")):
+    if tensors[1] is None:
+        names = [n for n in names if n not in ("s", "dresidual")]
+    names = [
+        n for n in names if (n != "dweight" or tensors[2] is not None) and (n != "dbias" or tensors[3] is not None)
+    ]
+    with seqfuse.backend(backend):
+        got = run(ours, tensors, grads)
+    exact = run(truth, tensors, grads, torch.float64)
+    theirs = run(pytorch, tensors, grads)
+    for name, a, b, c in zip(names, got, exact, theirs, strict=True):
+        assert_accurate(a, b, c, dims=(0,) if a.dim() == 2 else (), what=name)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_cpu_kernel_keeps_the_error_rule(isa, shape, dtype, residual):
+    check(*sample(*shape, dtype, residual=residual), "cpu")
+
+
+@pytest.mark.parametrize("weight,bias", [(True, False), (False, True), (False, False)])
+def test_optional_parameters(isa, weight, bias):
+    check(*sample(6, 40, torch.float32, weight=weight, bias=bias), "cpu")
+
+
+def test_float32_parameters_with_bf16_input(isa):
+    check(*sample(8, 96, torch.bfloat16, param_dtype=torch.float32), "cpu")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    residual=st.booleans(),
+    weight=st.booleans(),
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_random_configurations(rows, cols, dtype, residual, weight, bias, threads, seed):
+    torch.manual_seed(seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(*sample(rows, cols, dtype, residual=residual, weight=weight, bias=bias), "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_non_contiguous_input_and_more_dimensions():
+    x = torch.randn(5, 3, 4, 66)[..., ::2].transpose(0, 1)
+    w, b = torch.randn(33), torch.randn(33)
+    with seqfuse.backend("cpu"):
+        y = seqfuse.ops.layer_norm(x, w, b)
+    assert y.shape == x.shape
+    assert_accurate(y, truth(x.double(), None, w.double(), b.double())[0], F.layer_norm(x, (33,), w, b))
+
+
+def test_large_offset_does_not_cancel():
+    x = torch.randn(4, 256) + 1000.0
+    with seqfuse.backend("cpu"):
+        y = seqfuse.ops.layer_norm(x)
+    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (256,)))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
+def test_empty_input(shape, backend):
+    x = torch.randn(shape, requires_grad=True)
+    w, b = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    with seqfuse.backend(backend):
+        y = seqfuse.ops.layer_norm(x, w, b)
+    y.sum().backward()
+    assert y.shape == x.shape and x.grad.shape == x.shape
+    assert torch.equal(w.grad, torch.zeros(8)) and torch.equal(b.grad, torch.zeros(8))
+
+
+def test_nan_and_inf_propagate_as_in_torch():
+    x = torch.randn(4, 20)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    with seqfuse.backend("cpu"):
+        y = seqfuse.ops.layer_norm(x)
+    assert torch.equal(y.isnan(), F.layer_norm(x, (20,)).isnan())
+
+
+def test_repeats_are_bit_identical():
+    tensors, grads = sample(333, 200, torch.float32, residual=True)
+    with seqfuse.backend("cpu"):
+        first, second = run(ours, tensors, grads), run(ours, tensors, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, w = torch.randn(4, 8), torch.randn(8, requires_grad=True)
+    with seqfuse.backend("cpu"):
+        seqfuse.ops.layer_norm(x, w, torch.zeros(8)).sum().backward()
+    assert x.grad is None and w.grad is not None
+
+
+def test_only_the_sum_is_used():
+    x, r = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    with seqfuse.backend("cpu"):
+        _, s = seqfuse.ops.layer_norm(x, residual=r)
+    s.sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 8)) and torch.equal(r.grad, torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_reference_is_differentiable_twice(residual):
+    tensors, _ = sample(3, 5, torch.float64, residual=residual)
+    leaves = [t for t in tensors if t is not None]
+
+    def call(*args):
+        it = iter(args)
+        return [o for o in truth(*(None if t is None else next(it) for t in tensors)) if o is not None]
+
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_double_backward_through_the_kernel(residual):
+    """create_graph=True goes through the differentiable path: the second derivative equals the reference's."""
+
+    def second(call, dtype):
+        torch.manual_seed(1)
+        tensors, grads = sample(4, 12, torch.float32, residual=residual)
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+        y, s = call(*leaves)
+        loss = (y * grads[0].to(dtype)).sum() + (0 if s is None else (s**2 * grads[1].to(dtype)).sum())
+        used = [t for t in leaves if t is not None]
+        first = torch.autograd.grad(loss, used, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), used, materialize_grads=True)
+
+    with seqfuse.backend("cpu"):
+        got = second(ours, torch.float32)
+    every = zip(got, second(truth, torch.float64), second(pytorch, torch.float32), strict=True)
+    for a, b, c in every:
+        assert_accurate(a, b, c, what="second derivative")
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck(residual):
+    tensors, grads = sample(6, 24, torch.float32, residual=residual)
+    x, r, w, b = (None if t is None else t.detach() for t in tensors)
+    torch.library.opcheck(torch.ops.seqfuse.layer_norm_fwd.default, (x, r, w, b, 1e-5))
+    y, s, mean, rstd = torch.ops.seqfuse.layer_norm_fwd(x, r, w, b, 1e-5)
+    args = (grads[0], grads[1] if residual else None, s if residual else x, w, mean, rstd, True, True)
+    torch.library.opcheck(torch.ops.seqfuse.layer_norm_bwd.default, args)
+    torch.library.opcheck(torch.ops.seqfuse.layer_norm_bwd.default, (*args[:3], None, mean, rstd, False, False))
+
+
+def test_compile_fullgraph_forward_and_backward_without_recompilation():
+    module = seqfuse.nn.LayerNorm(64)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for rows in (8, 24, 5):
+        x, dy = torch.randn(rows, 64, requires_grad=True), torch.randn(rows, 64)
+        compiled(x).backward(dy)
+        theirs = torch.autograd.grad(F.layer_norm(x, (64,), module.weight, module.bias), x, dy)[0]
+        wide = x.detach().double().requires_grad_()
+        exact = torch.autograd.grad(F.layer_norm(wide, (64,)), wide, dy.double())[0]
+        assert_accurate(x.grad, exact, theirs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "call,error,text",
+    [
+        (lambda: seqfuse.ops.layer_norm([1.0]), TypeError, "x must be a tensor"),
+        (lambda: seqfuse.ops.layer_norm(torch.arange(4)), TypeError, "floating-point"),
+        (lambda: seqfuse.ops.layer_norm(torch.tensor(1.0)), ValueError, "at least one dimension"),
+        (lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), torch.ones(5)), ValueError, "weight must have shape [4]"),
+        (lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), bias=torch.ones(2, 4)), ValueError, "bias must have shape"),
+        (
+            lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), torch.ones(4).bfloat16()),
+            ValueError,
+            "weight must have x's dtype",
+        ),
+        (
+            lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), residual=torch.randn(2, 3)),
+            ValueError,
+            "residual must have shape [2, 4]",
+        ),
+        (
+            lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), residual=torch.randn(2, 4).double()),
+            ValueError,
+            "residual is float64, but x is float32",
+        ),
+        (
+            lambda: seqfuse.ops.layer_norm(torch.randn(2, 4), torch.ones(4, device="meta")),
+            ValueError,
+            "weight is on meta, but x is on cpu",
+        ),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value) and "\n" not in str(caught.value)
