@@ -118,5 +118,10 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constants) -> None:
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
+def max_registers(warps: int) -> int:
+    """Registers a thread may have when one program fills a multiprocessor."""
+    return min(255, 65536 // (32 * warps))
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, maxnreg: int | None = None, **constants) -> None:
+    kernel[grid](*args, num_warps=num_warps, num_stages=2, maxnreg=maxnreg, enable_fp_fusion=True, **constants)

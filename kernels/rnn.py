@@ -6,6 +6,8 @@ and with which tiles, is decided in rnn_plan.py. Interpreted and compiled; never
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import common
@@ -25,6 +27,12 @@ def _sequence(like: torch.Tensor, width: int) -> torch.Tensor:
 
 def _strides(sequence: torch.Tensor) -> tuple[int, int]:
     return sequence.stride(0), sequence.stride(1)
+
+
+def _align(h: int, *sequences: torch.Tensor | None) -> int:
+    """The largest power of two, up to 16, that divides H and the strides of the sequences: how wide loads may be."""
+    strides = [n for s in sequences if s is not None for n in _strides(s)]
+    return math.gcd(16, h, *strides)
 
 
 def _launch_plan(cell: str, h: int, *sequences: torch.Tensor | None) -> LaunchPlan:
@@ -65,14 +73,14 @@ def rnn_scan_fwd(
     first = c0 if cell == "lstm" else h0
     state = torch.empty(batch, h, dtype=torch.float32, device=xg.device).copy_(first)
     sizes = (batch, h, *_strides(xg), *_strides(y))
-    flags = {"CELL": cell, "G": g, "SAVE": save, "HAS_BIAS": b_hh is not None}
+    flags = {"CELL": cell, "G": g, "SAVE": save, "HAS_BIAS": b_hh is not None, "ALIGN": _align(h, xg, y)}
     tiles = p.forward
     blocks = {"BLOCK_B": tiles.block_b, "BLOCK_H": tiles.block_h}
     batch_tiles = common.cdiv(batch, tiles.block_b)
     saved = (gates if gates.numel() else None, cells if cells.numel() else None)
     with common.on_device(xg):
         if p.tier == "tile":
-            flags |= {"REVERSE": reverse, "num_warps": tiles.warps}
+            flags |= {"REVERSE": reverse, "num_warps": tiles.warps, "maxnreg": tiles.registers or None}
             args = (xg, w_hh, b_hh, h_io[0], h_io[1], state, y, *saved, steps, *sizes)
             common.launch(forward_tile_kernel, (batch_tiles,), *args, **flags, **blocks)
             h_n = h_io[1]
@@ -126,13 +134,13 @@ def rnn_scan_bwd(
     carried, first = (cells, c0.float()) if cell == "lstm" else (y, h0.contiguous())
     ptrs = (dy, carried, gates if g > 1 else None, first, w_hh, dxg, dan if cell == "gru" else None, dh, dc)
     sizes = (batch, h, *((0, 0) if dy is None else _strides(dy)), *_strides(carried), *_strides(dxg))
-    flags = {"CELL": cell, "G": g, "HAS_DY": dy is not None}
+    flags = {"CELL": cell, "G": g, "HAS_DY": dy is not None, "ALIGN": _align(h, carried, dxg, dy)}
     tiles = p.backward
     blocks = {"BLOCK_B": tiles.block_b, "BLOCK_H": tiles.block_h}
     batch_tiles = common.cdiv(batch, tiles.block_b)
     with common.on_device(y):
         if p.tier == "tile":
-            flags |= {"REVERSE": reverse, "num_warps": tiles.warps}
+            flags |= {"REVERSE": reverse, "num_warps": tiles.warps, "maxnreg": tiles.registers or None}
             common.launch(backward_tile_kernel, (batch_tiles,), *ptrs, steps, *sizes, **flags, **blocks)
         else:
             grid = (common.cdiv(h, tiles.block_h), batch_tiles)

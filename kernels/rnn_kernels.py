@@ -25,6 +25,14 @@ from .rnn_cells import backward_cell, forward_cell, load4, load_bias, load_w, on
 
 
 @triton.jit
+def _aligned(n, ALIGN: tl.constexpr):
+    """n, a multiple of ALIGN, said so that the compiler knows: it sees multiples of 16 by itself, and no others."""
+    if ALIGN > 1 and ALIGN < 16:
+        n = n // ALIGN * ALIGN
+    return n
+
+
+@triton.jit
 def _forward_finish(
     CELL: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr,
     x0, x1, x2, x3, a0, a1, a2, a3, state, y_ptr, y_offs, gates_ptr, cells_ptr, first_row, row, units, H, mask,
@@ -50,9 +58,11 @@ def _forward_step(
     xg_ptr, w_ptr, b_ptr, h_in_ptr, h_out_ptr, state_ptr, y_ptr, gates_ptr, cells_ptr,
     t, B, H, xg_t, xg_b, y_t, y_b,
     CELL: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The step body: one [BLOCK_B, BLOCK_H] tile of one step, on program (unit tile, batch tile)."""
+    H, xg_t, xg_b = _aligned(H, ALIGN), _aligned(xg_t, ALIGN), _aligned(xg_b, ALIGN)
+    y_t, y_b = _aligned(y_t, ALIGN), _aligned(y_b, ALIGN)
     GP: tl.constexpr = 1 if G == 1 else 4  # gates padded: column u * GP + g of the product is gate g of unit u
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -100,11 +110,11 @@ def forward_step_kernel(
     xg_ptr, w_ptr, b_ptr, h_in_ptr, h_out_ptr, state_ptr, y_ptr, gates_ptr, cells_ptr,
     t, B, H, xg_t, xg_b, y_t, y_b,
     CELL: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     _forward_step(
         xg_ptr, w_ptr, b_ptr, h_in_ptr, h_out_ptr, state_ptr, y_ptr, gates_ptr, cells_ptr,
-        t, B, H, xg_t, xg_b, y_t, y_b, CELL, G, SAVE, HAS_BIAS, BLOCK_B, BLOCK_H, BLOCK_K, STAGES,
+        t, B, H, xg_t, xg_b, y_t, y_b, CELL, G, SAVE, HAS_BIAS, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, ALIGN,
     )  # fmt: skip
 
 
@@ -113,8 +123,10 @@ def forward_tile_kernel(
     xg_ptr, w_ptr, b_ptr, h_in_ptr, h_out_ptr, state_ptr, y_ptr, gates_ptr, cells_ptr,
     T, B, H, xg_t, xg_b, y_t, y_b,
     CELL: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    H, xg_t, xg_b = _aligned(H, ALIGN), _aligned(xg_t, ALIGN), _aligned(xg_b, ALIGN)
+    y_t, y_b = _aligned(y_t, ALIGN), _aligned(y_b, ALIGN)
     # Pointers move by 64-bit scalars; offsets inside a tile fit in 32 bits (the launcher sees to it).
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row = tl.arange(0, BLOCK_B)
@@ -221,13 +233,15 @@ def _backward_step(
     dy_ptr, y_ptr, gates_ptr, first_ptr, w_ptr, dxg_ptr, dan_ptr, dh_ptr, dc_ptr,
     t, t_after, t_before, B, H, dy_t, dy_b, y_t, y_b, dxg_t, dxg_b,
     CELL: tl.constexpr, G: tl.constexpr, HAS_DY: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The backward step body, one [BLOCK_B, BLOCK_H] tile of one step, on program (unit tile, batch tile).
 
     t_after: the step walked before this one, negative at the start. t_before: the step whose state entered t,
     negative where that is the initial state `first`. LAST: there is no step t, only the gradient of h0.
     y: what the scan carried: h, or an LSTM's cells. dh, dc [B, H] fp32: what is carried past w_hh."""
+    H, dxg_t, dxg_b = _aligned(H, ALIGN), _aligned(dxg_t, ALIGN), _aligned(dxg_b, ALIGN)
+    dy_t, dy_b, y_t, y_b = _aligned(dy_t, ALIGN), _aligned(dy_b, ALIGN), _aligned(y_t, ALIGN), _aligned(y_b, ALIGN)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = (rows < B)[:, None] & (units < H)[None, :]
@@ -282,12 +296,12 @@ def backward_step_kernel(
     dy_ptr, y_ptr, gates_ptr, first_ptr, w_ptr, dxg_ptr, dan_ptr, dh_ptr, dc_ptr,
     t, t_after, t_before, B, H, dy_t, dy_b, y_t, y_b, dxg_t, dxg_b,
     CELL: tl.constexpr, G: tl.constexpr, HAS_DY: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     _backward_step(
         dy_ptr, y_ptr, gates_ptr, first_ptr, w_ptr, dxg_ptr, dan_ptr, dh_ptr, dc_ptr,
         t, t_after, t_before, B, H, dy_t, dy_b, y_t, y_b, dxg_t, dxg_b,
-        CELL, G, HAS_DY, LAST, BLOCK_B, BLOCK_H, BLOCK_K, STAGES,
+        CELL, G, HAS_DY, LAST, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, ALIGN,
     )  # fmt: skip
 
 
@@ -296,8 +310,10 @@ def backward_tile_kernel(
     dy_ptr, y_ptr, gates_ptr, first_ptr, w_ptr, dxg_ptr, dan_ptr, dh_ptr, dc_ptr,
     T, B, H, dy_t, dy_b, y_t, y_b, dxg_t, dxg_b,
     CELL: tl.constexpr, G: tl.constexpr, HAS_DY: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    H, dxg_t, dxg_b = _aligned(H, ALIGN), _aligned(dxg_t, ALIGN), _aligned(dxg_b, ALIGN)
+    dy_t, dy_b, y_t, y_b = _aligned(dy_t, ALIGN), _aligned(dy_b, ALIGN), _aligned(y_t, ALIGN), _aligned(y_b, ALIGN)
     first = tl.program_id(0).to(tl.int64) * BLOCK_B  # as in forward_tile_kernel
     row = tl.arange(0, BLOCK_B)
     units = tl.arange(0, BLOCK_H)

@@ -59,7 +59,7 @@ def table():
     yield "ln-bf16-65536", layer_norm_call(4096, 65536, BF16), ARCHS
     # tile tier
     yield "lstm-bf16-128", rnn_call("lstm", 32, 128, BF16), (80, 90)
-    yield "gru-bf16-128", rnn_call("gru", 32, 128, BF16), (90,)
+    yield "gru-bf16-104", rnn_call("gru", 32, 104, BF16), (90,)
     yield "rnn-bf16-256", rnn_call("rnn_tanh", 32, 256, BF16), (80,)
     yield "lstm-fp16-64", rnn_call("lstm", 32, 64, FP16), (89, 120)
     yield "lstm-fp32-64", rnn_call("lstm", 32, 64, FP32), (80, 90)
@@ -69,8 +69,8 @@ def table():
     # step tier
     yield "lstm-bf16-1024-b16", rnn_call("lstm", 16, 1024, BF16), (80, 90, 120)
     yield "gru-bf16-1024-b64", rnn_call("gru", 64, 1024, BF16), (89, 90)
-    yield "lstm-bf16-300-b64", rnn_call("lstm", 64, 300, BF16), (90,)
-    yield "rnn-bf16-300-b1", rnn_call("rnn_relu", 1, 300, BF16), (80,)
+    yield "lstm-bf16-302-b16", rnn_call("lstm", 16, 302, BF16), (90,)
+    yield "rnn-bf16-301-b64", rnn_call("rnn_relu", 64, 301, BF16), (80,)
     yield "lstm-fp32-512-b1", rnn_call("lstm", 1, 512, FP32), (90,)
     yield "gru-fp32-512-b32", rnn_call("gru", 32, 512, FP32), (80,)
 
@@ -132,7 +132,7 @@ def test_tensor_cores(compiled):
 
 def test_step_kernels_copy_asynchronously(compiled):
     def wrong(job, got):
-        aligned = "300" not in job.label
+        aligned = "301" not in job.label  # 16-bit rows of odd length: a copy would be of two bytes
         if job.kernel == "forward_step_kernel" and aligned and "cp.async" not in got.ptx:
             return "no cp.async"
 

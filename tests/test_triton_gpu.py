@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: the interpreter's checks with bf16 as well, planned tiles, and bit-identical repeats."""
+"""The Triton kernels on a real GPU: the checks of the interpreter, bf16 too, planned tiles, bit-identical repeats."""
 
 import pytest
 import torch
@@ -20,7 +20,18 @@ CELLS = tuple(rnn_plan.GATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "m,n",
-    [(1, 1), (7000, 3), (4099, 64), (513, 100), (2048, 768), (333, 1000), (700, 4096), (99, 8192), (65, 9001), (9, 33000)],
+    [
+        (1, 1),
+        (7000, 3),
+        (4099, 64),
+        (513, 100),
+        (2048, 768),
+        (333, 1000),
+        (700, 4096),
+        (99, 8192),
+        (65, 9001),
+        (9, 33000),
+    ],
     ids=lambda v: str(v),
 )
 def test_layer_norm(m, n, dtype):

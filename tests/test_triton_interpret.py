@@ -34,7 +34,7 @@ def test_interpreting():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "m,n",
-    [(1, 1), (70, 3), (5, 64), (33, 100), (9, 257), (3, 3000), (5, 9001)],
+    [(1, 1), (70, 3), (5, 64), (33, 100), (9, 257), (3, 3000), (5, 8300)],
     ids=lambda v: str(v),
 )
 def test_layer_norm(m, n, dtype):
@@ -44,7 +44,7 @@ def test_layer_norm(m, n, dtype):
 def test_layer_norm_very_wide():
     """Beyond the block tables in both directions."""
     assert common.blocks("layer_norm_fwd", 33000, (9, 0)) is None
-    checks.layer_norm(2, 33000, torch.float16, "cpu")
+    checks.layer_norm(1, 33000, torch.float16, "cpu")
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -38,7 +38,7 @@ class Job:
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]
     num_warps: int
-    num_stages: int
+    maxnreg: int | None
 
     def __str__(self) -> str:
         return f"{self.label} {self.kernel} sm_{self.arch}"
@@ -78,12 +78,12 @@ def record(label: str, arch: int, call: Callable[[], object], sm_count: int = 13
     """The distinct launches of `call`, which runs a launcher on meta tensors, on a GPU of this architecture."""
     jobs: dict[Job, None] = {}
 
-    def note(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
+    def note(kernel, grid, *args, num_warps=4, maxnreg=None, **constants):
         assert all(isinstance(n, int) and n > 0 for n in grid), grid
         signature, consts, divisible = _specialise(kernel, args, constants)
         job = Job(
             label, arch, kernel.__module__, kernel.__name__, tuple(signature.items()), tuple(consts.items()),
-            tuple(divisible), num_warps, num_stages,
+            tuple(divisible), num_warps, maxnreg,
         )  # fmt: skip
         jobs[job] = None
 
@@ -116,7 +116,7 @@ def compile_job(job: Job) -> Resources:
     names = list(kernel.arg_names)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attrs)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": job.num_warps, "num_stages": 2, "maxnreg": job.maxnreg, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
     registers, stack = _read_cubin(binary.asm["cubin"])
     return Resources(registers, stack, binary.metadata.shared, binary.asm["ptx"])
