@@ -7,8 +7,8 @@ Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
     y = xhat * w + b                                       dw = sum_m(dy * xhat),  db = sum_m(dy)
 
 Memory traffic allowed, in bytes of one element of the input's dtype e, N columns, M rows:
-    forward  N <= 32768 (fp32: 16384): read x (and residual), write y (and s): 2 e M N (4 e M N); the row stays in registers and its
-             statistics take two passes over them. Beyond: chunks, and one more read (an L2 hit as a rule).
+    forward  N <= 32768 (fp32: 16384): read x (and residual), write y (and s): 2 e M N (4 e M N). The row stays in
+             registers, its statistics take two passes over them. Beyond: chunks, and one more read (from L2 as a rule).
     backward N <= 8192: read dy, s (and ds), write dx: 3 e M N (4 e M N), and 2 * 4 P N for the partial sums of P
              programs. Beyond: a first kernel reads dy and s for the row sums c1 and c2, a second reads them again.
 Statistics, sums and parameters' gradients are fp32. No atomics: sums have one order, so results are bit-identical.
