@@ -77,6 +77,7 @@ struct ForwardScan {
     const Slice s = slice_of(plan, worker, a.B, blocks);
     const int64_t t = a.reverse ? a.T - 1 - i : i;
     const int64_t groups = groups_in(s.blocks, group_blocks);
+    prefetch_operand(plan, h[i & 1], a.B * ld);
     for (int64_t j = 0; j < groups; j++) {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, group_blocks);
       const int vectors = int(g.size()) * G;
