@@ -32,40 +32,41 @@ _INTERPRETED_SM_COUNT = 3
 # Bytes of shared memory one CTA may use, by compute capability.
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 
-# Block-size tables, (op, architecture) -> rows of (largest N, rows per program, warps), first fit wins.
-# None stands for every architecture without a row of its own. N beyond the last row takes the chunked kernels.
+# Block-size tables, (op, architecture) -> rows of (largest N, rows per program, warps, who may), first fit wins.
+# None stands for every architecture without a row of its own. N beyond the last row takes the chunked kernels. The
+# widest rows leave few registers, so odd addresses (narrow loads) or 32-bit elements would spill there.
 # Chosen from the compiled registers and spills (docs/triton.md); no figure in here was tuned on a GPU yet.
-_BLOCKS: dict[tuple[str, int | None], tuple[tuple[int, int, int], ...]] = {
+_ANY, _ALIGNED, _ALIGNED_16_BIT = range(3)
+_BLOCKS: dict[tuple[str, int | None], tuple[tuple[int, int, int, int], ...]] = {
     ("layer_norm_fwd", None): (
-        (64, 32, 4),
-        (128, 16, 4),
-        (256, 8, 4),
-        (512, 4, 4),
-        (1024, 2, 4),
-        (2048, 1, 4),
-        (4096, 1, 4),
-        (8192, 1, 8),
-        (16384, 1, 16),
-        (32768, 1, 16),
+        (64, 32, 4, _ANY),
+        (128, 16, 4, _ANY),
+        (256, 8, 4, _ANY),
+        (512, 4, 4, _ANY),
+        (1024, 2, 4, _ANY),
+        (4096, 1, 4, _ANY),
+        (8192, 1, 8, _ANY),
+        (16384, 1, 16, _ANY),
+        (32768, 1, 16, _ALIGNED_16_BIT),
     ),
     ("layer_norm_bwd", None): (
-        (64, 32, 4),
-        (128, 16, 4),
-        (256, 8, 4),
-        (512, 4, 4),
-        (1024, 2, 4),
-        (2048, 1, 8),
-        (4096, 1, 8),
-        (8192, 1, 16),
+        (64, 32, 4, _ANY),
+        (128, 16, 4, _ANY),
+        (256, 8, 4, _ANY),
+        (512, 4, 4, _ANY),
+        (1024, 2, 4, _ANY),
+        (4096, 1, 8, _ANY),
+        (8192, 1, 16, _ALIGNED),
     ),
 }
 
 
-def blocks(op: str, n: int, capability: tuple[int, int]) -> tuple[int, int] | None:
+def blocks(op: str, n: int, itemsize: int, capability: tuple[int, int]) -> tuple[int, int] | None:
     """(rows per program, warps) for a row of `n` elements, or None where the row does not fit in registers."""
     table = _BLOCKS.get((op, arch(capability)), _BLOCKS[op, None])
-    for largest, rows, warps in table:
-        if n <= largest:
+    kind = _ANY if n % 16 else _ALIGNED if itemsize > 2 else _ALIGNED_16_BIT
+    for largest, rows, warps, who in table:
+        if n <= largest and who <= kind:
             return rows, warps
     return None
 

@@ -7,8 +7,8 @@ Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
     y = xhat * w + b                                       dw = sum_m(dy * xhat),  db = sum_m(dy)
 
 Memory traffic allowed, in bytes of one element of the input's dtype e, N columns, M rows:
-    forward  N <= 32768: read x (and residual), write y (and s): 2 e M N (4 e M N); the row stays in registers and its
-             statistics take two passes over them. Beyond: chunks, and one more read (an L2 hit as a rule).
+    forward  N <= 32768 (fp32: 16384): read x (and residual), write y (and s): 2 e M N (4 e M N). The row stays in
+             registers, its statistics take two passes over them. Beyond: chunks, and one more read (from L2 as a rule).
     backward N <= 8192: read dy, s (and ds), write dx: 3 e M N (4 e M N), and 2 * 4 P N for the partial sums of P
              programs. Beyond: a first kernel reads dy and s for the row sums c1 and c2, a second reads them again.
 Statistics, sums and parameters' gradients are fp32. No atomics: sums have one order, so results are bit-identical.
@@ -259,7 +259,7 @@ def layer_norm_fwd(
     rstd = torch.empty_like(mean)
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     args = (x, residual, weight, bias, y, None if residual is None else s, mean, rstd, m, n, eps)
-    block = common.blocks("layer_norm_fwd", n, common.capability(x.device))
+    block = common.blocks("layer_norm_fwd", n, x.element_size(), common.capability(x.device))
     with common.on_device(x):
         if block is None:
             common.launch(forward_chunked_kernel, (m,), *args, **flags, BLOCK=_CHUNK, num_warps=8)
@@ -289,7 +289,7 @@ def layer_norm_bwd(
     m, n = s.shape
     dx = torch.empty_like(s)
     flags = {"HAS_DS": ds is not None, "HAS_WEIGHT": weight is not None, "WANT_DW": want_dweight, "WANT_DB": want_dbias}
-    block = common.blocks("layer_norm_bwd", n, common.capability(s.device))
+    block = common.blocks("layer_norm_bwd", n, s.element_size(), common.capability(s.device))
     rows, warps = (_COLUMN_TILE[0], 4) if block is None else block
     programs = common.sm_count(s.device) * _WARPS_PER_SM // warps
     if block is None:

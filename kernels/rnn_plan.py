@@ -60,9 +60,9 @@ def _tile_tiles(gates: int, wide: bool, hidden: int, shared: int) -> Tiles | Non
     # Eight columns are a tensor core's narrowest, so more warps than that would repeat each other's work. Fewer than
     # four spill: every thread then holds too much of the gates.
     warps = min(8, max(4, block_h // 8))
-    # Left alone, ptxas spills a few bytes of the small tiles to make room for a second program on a multiprocessor;
-    # told that it may use every register, it spills a few of the large ones.
-    registers = common.max_registers(warps) if block_h < 128 else 0
+    # Left alone, ptxas spills a few bytes to make room for a second program on a multiprocessor. Only the largest tile,
+    # an LSTM's, comes out worse when told that it may use every register.
+    registers = 0 if gates == 4 and block_h == 128 else common.max_registers(warps)
     return Tiles(_TILE_ROWS, block_h, 0, warps, 0, registers)
 
 

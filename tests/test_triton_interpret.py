@@ -43,7 +43,7 @@ def test_layer_norm(m, n, dtype):
 
 def test_layer_norm_very_wide():
     """Beyond the block tables in both directions."""
-    assert common.blocks("layer_norm_fwd", 33000, (9, 0)) is None
+    assert common.blocks("layer_norm_fwd", 33000, 2, (9, 0)) is None
     checks.layer_norm(1, 33000, torch.float16, "cpu")
 
 

@@ -88,11 +88,16 @@ def test_sequences_far_apart_take_the_step_tier():
 
 
 def test_block_tables():
-    assert common.blocks("layer_norm_fwd", 1, (9, 0)) == (32, 4)
-    assert common.blocks("layer_norm_fwd", 768, (8, 0)) == (2, 4)
-    assert common.blocks("layer_norm_fwd", 32768, (9, 0)) == (1, 16)
-    assert common.blocks("layer_norm_fwd", 32769, (9, 0)) is None
-    assert common.blocks("layer_norm_bwd", 8193, (12, 0)) is None
+    assert common.blocks("layer_norm_fwd", 1, 2, (9, 0)) == (32, 4)
+    assert common.blocks("layer_norm_fwd", 768, 2, (8, 0)) == (2, 4)
+    assert common.blocks("layer_norm_fwd", 32768, 2, (9, 0)) == (1, 16)
+    assert common.blocks("layer_norm_fwd", 32769, 2, (9, 0)) is None
+    assert common.blocks("layer_norm_bwd", 8192, 2, (12, 0)) == (1, 16)
+    assert common.blocks("layer_norm_bwd", 8193, 2, (12, 0)) is None
+    assert common.blocks("layer_norm_fwd", 32768, 4, (9, 0)) is None
+    # odd rows need more registers, so the widest class is not theirs
+    assert common.blocks("layer_norm_bwd", 8191, 2, (9, 0)) is None
+    assert common.blocks("layer_norm_bwd", 4095, 2, (9, 0)) == (1, 8)
 
 
 def test_small_helpers():
