@@ -152,6 +152,7 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     setup(
+        license="Apache-2.0",
         ext_modules=[Extension("seqfuse._C", sources=[])],
         cmdclass={"build_ext": NinjaBuild},
     )

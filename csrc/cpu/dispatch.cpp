@@ -1,6 +1,7 @@
 // The public CPU entry points: each call goes to the copy of the kernel compiled for the active instruction set.
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
+#include "seqfuse/rnn_cell.h"
 
 #define SEQFUSE_CASE(level, fn) \
   case Isa::level: return level::fn(args, parallel);
@@ -14,7 +15,9 @@
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)       \
   X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward)    \
   X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                      \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)                   \
+  X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)             \
+  X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)
 
 namespace seqfuse {
 

@@ -23,23 +23,6 @@ int workers(int64_t rows, int64_t cols, int threads) {
   return n < 1 ? 1 : int(n);
 }
 
-// Element-wise pieces take the vector loop and the tail through one lambda: f(i, n) handles n elements from i on, and n
-// is VL but for the last call. Everything is passed by value, so that the compiler keeps it in registers.
-template <class F>
-SEQFUSE_INLINE void for_vectors(int64_t begin, int64_t N, F f) {
-  int64_t i = begin;
-  for (; i + VL <= N; i += VL) f(i, VL);
-  if (i < N) f(i, int(N - i));
-}
-template <class T>
-SEQFUSE_INLINE vf take(const T* p, int n, float fill = 0.0f) {
-  return n == VL ? load(p) : load_n(p, n, fill);
-}
-template <class T>
-SEQFUSE_INLINE void give(T* p, vf x, int n) {
-  n == VL ? store(p, x) : store_n(p, x, n);
-}
-
 // The mean of a row; with a residual the rounded sum is written here and read back from the cache afterwards.
 template <class T, bool Residual>
 SEQFUSE_INLINE float row_mean(const T* __restrict x, const T* __restrict res, T* added, int64_t N) {

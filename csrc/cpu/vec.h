@@ -129,6 +129,25 @@ SEQFUSE_INLINE void store_n(T* p, vf x, int n) {
 }
 #endif
 
+// n elements, where n is VL in the loop over whole vectors and less in its tail
+template <class T>
+SEQFUSE_INLINE vf take(const T* p, int n, float fill = 0.0f) {
+  return n == VL ? load(p) : load_n(p, n, fill);
+}
+template <class T>
+SEQFUSE_INLINE void give(T* p, vf x, int n) {
+  n == VL ? store(p, x) : store_n(p, x, n);
+}
+
+// f(i, n) for the n elements from i on, over [begin, N). Lambdas capture by value, so that the compiler keeps what they
+// hold in registers: a store through a vector pointer might otherwise change it.
+template <class F>
+SEQFUSE_INLINE void for_vectors(int64_t begin, int64_t N, F f) {
+  int64_t i = begin;
+  for (; i + VL <= N; i += VL) f(i, VL);
+  if (i < N) f(i, int(N - i));
+}
+
 // x as it reads back after a store as T
 template <class T>
 SEQFUSE_INLINE vf rounded(vf x) {

@@ -43,6 +43,9 @@ RULES = [
     Rule(torch.nn.LSTM, nn.LSTM, _drop_flat_weights, _restore_flat_weights),
     Rule(torch.nn.GRU, nn.GRU, _drop_flat_weights, _restore_flat_weights),
     Rule(torch.nn.RNN, nn.RNN, _drop_flat_weights, _restore_flat_weights),
+    Rule(torch.nn.LSTMCell, nn.LSTMCell),
+    Rule(torch.nn.GRUCell, nn.GRUCell),
+    Rule(torch.nn.RNNCell, nn.RNNCell),
     Rule(torch.nn.LayerNorm, nn.LayerNorm),
 ]
 
@@ -52,7 +55,8 @@ def fuse(
     include: Iterable[str | type] | None = None,
     exclude: Iterable[str | type] | None = None,
 ) -> torch.nn.Module:
-    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN and LayerNorm of `model`, in place; returns `model`.
+    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells and LayerNorm of `model`, in place;
+    returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with

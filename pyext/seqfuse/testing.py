@@ -34,7 +34,7 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor, dim: int | None = Non
     if dim is None:
         error, size, count = diff.norm(), truth.norm(), truth.numel()
     else:
-        moved = diff.movedim(dim, 0).flatten(1), truth.movedim(dim, 0).flatten(1)
+        moved = [t.movedim(dim, 0).reshape(t.shape[dim], -1) for t in (diff, truth)]
         error, size, count = moved[0].norm(dim=1), moved[1].norm(dim=1), moved[1].shape[1]
     size = size.clamp_min(float(rms) * count**0.5 * (1.0 if dim is None else 0.1))
     return torch.where(error == 0, 0.0, error / size)

@@ -1,6 +1,7 @@
 """Drop-in modules: torch.nn's constructors, parameter names, call signatures and outputs."""
 
+from seqfuse.nn.cells import GRUCell, LSTMCell, RNNCell
 from seqfuse.nn.layer_norm import LayerNorm
 from seqfuse.nn.recurrent import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "LayerNorm"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerNorm", "RNNCell"]

@@ -76,11 +76,16 @@ def launcher(module: str, name: str):
     return lambda *args: getattr(importlib.import_module(f"seqfuse.kernels.{module}"), name)(*args)
 
 
+def register_fake(name: str, fake) -> None:
+    """Register the fake of torch.ops.seqfuse.NAME, if the extension that defines it is there."""
+    if native.missing() is None:
+        torch.library.register_fake(f"seqfuse::{name}", fake)
+
+
 def register_op(name: str, schema: str, fake, launch) -> None:
     """Register the fake of torch.ops.seqfuse.NAME, and a Triton launcher as torch.ops.seqfuse_triton.NAME."""
     _triton.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _triton.impl(name, launch, "CUDA")
     _triton.impl(name, launch, "CPU")  # the interpreter
     torch.library.register_fake(f"seqfuse_triton::{name}", fake, lib=_triton)
-    if native.missing() is None:
-        torch.library.register_fake(f"seqfuse::{name}", fake)
+    register_fake(name, fake)

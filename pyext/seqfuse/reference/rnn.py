@@ -8,6 +8,20 @@ import torch.nn.functional as F
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
+def rnn_cell(cell, x, a, h, c):
+    """One step. x, a: [B, G*H], the input's and the hidden state's part of the gates. Returns (h, c or None)."""
+    if cell == "lstm":
+        i, f, g, o = (x + a).chunk(4, -1)  # (B, H) each
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if cell == "gru":
+        (xr, xz, xn), (ar, az, an) = x.chunk(3, -1), a.chunk(3, -1)
+        r, z = (xr + ar).sigmoid(), (xz + az).sigmoid()
+        n = (xn + r * an).tanh()
+        return n + z * (h - n), None
+    return ((x + a).tanh() if cell == "rnn_tanh" else (x + a).relu()), None
+
+
 def rnn_scan(cell, xg, h0, c0, w_hh, b_hh, reverse):
     """Run the cell over time.
 
@@ -19,19 +33,8 @@ def rnn_scan(cell, xg, h0, c0, w_hh, b_hh, reverse):
     steps = range(xg.shape[0] - 1, -1, -1) if reverse else range(xg.shape[0])
     h, c, outputs = h0, c0, []
     for t in steps:
-        x, a = xg[t], F.linear(h, w_hh, b_hh)  # (B, G*H)
-        if cell == "lstm":
-            i, f, g, o = (x + a).chunk(4, -1)  # (B, H) each
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        elif cell == "gru":
-            (xr, xz, xn), (ar, az, an) = x.chunk(3, -1), a.chunk(3, -1)
-            r, z = (xr + ar).sigmoid(), (xz + az).sigmoid()
-            n = (xn + r * an).tanh()
-            h = n + z * (h - n)
-        else:
-            h = (x + a).tanh() if cell == "rnn_tanh" else (x + a).relu()
+        h, c = rnn_cell(cell, xg[t], F.linear(h, w_hh, b_hh), h, c)
         outputs.append(h)
     if reverse:
         outputs.reverse()
-    return torch.stack(outputs), h, c
+    return torch.stack(outputs), h, c if cell == "lstm" else None

@@ -1,0 +1,46 @@
+// Contract of one step of a recurrent cell, after its two products: what torch.nn.LSTMCell, GRUCell and RNNCell need.
+//
+//   xg = x @ w_ih^T + b_ih,  a = h @ w_hh^T + b_hh      two GEMMs of the caller
+//   the rest as in seqfuse/rnn.h, element by element    this kernel: one read of its inputs, one write of its outputs
+//
+// Every array is [B, X], row-major and contiguous, of `dtype`. Gate order, G and S as in seqfuse/rnn.h.
+// No argument may alias another one. Nothing is kept after the call returns.
+#pragma once
+#include "seqfuse/rnn.h"
+
+namespace seqfuse {
+
+struct RnnCellForward {
+  Cell cell;
+  DType dtype;
+  int64_t B, H;
+  const void* xg;     // [B, G*H]
+  const void* a;      // [B, G*H]
+  const void* h;      // [B, H], the previous output; GRU only
+  const void* c;      // [B, H], the previous cell; LSTM only
+  void* h_out;        // [B, H]
+  void* c_out;        // [B, H], LSTM only
+  void* gates;        // [B, S*H] for the backward pass; null: inference
+};
+
+struct RnnCellBackward {
+  Cell cell;
+  DType dtype;
+  int64_t B, H;
+  const void* dh_out;  // [B, H] or null
+  const void* dc_out;  // [B, H] or null; LSTM only
+  const void* gates;   // what the forward pass saved
+  const void* h;       // [B, H], the previous output; GRU only
+  const void* c;       // [B, H], the previous cell; LSTM only
+  const void* h_out;   // [B, H], this step's output; RNN only
+  const void* c_out;   // [B, H], this step's cell; LSTM only
+  void* dxg;           // [B, G*H]
+  void* da;            // [B, G*H], GRU only: elsewhere it equals dxg
+  void* dh;            // [B, H], GRU only: the part of the previous output's gradient that does not pass through w_hh
+  void* dc;            // [B, H], LSTM only
+};
+
+void rnn_cell_forward_cpu(const RnnCellForward&, const Parallel&);
+void rnn_cell_backward_cpu(const RnnCellBackward&, const Parallel&);
+
+}  // namespace seqfuse

@@ -1,0 +1,202 @@
+"""lstm_cell, gru_cell and rnn_cell: one step, for loops that a sequence op can't express.
+
+Two GEMMs (ATen's), then one fused kernel where PyTorch runs a chain of ten small ops on the CPU. On a GPU PyTorch has a
+fused cell of its own and gets the call.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import _VF
+
+from seqfuse import dispatch, reference
+from seqfuse.ops import checks, library
+from seqfuse.ops.autograd import apply
+from seqfuse.ops.rnn_layer import CELLS
+
+
+class CellCase(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    cell: str
+    device: str
+    dtype: torch.dtype
+    B: int
+    hidden_size: int
+    grad: bool
+
+    def shape_class(self) -> str:
+        batch = max(self.B, 1).bit_length()
+        return f"{self.cell} {str(self.dtype)[6:]} B2^{batch} H{self.hidden_size}{' grad' if self.grad else ''}"
+
+
+def lstm_cell(x, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One LSTM step, as torch.nn.LSTMCell computes it.
+
+    x: [B, I]. hx: (h, c), each [B, H], or None for zeros. w_ih: [4H, I], w_hh: [4H, H], b_ih, b_hh: [4H] or both None;
+    gates i f g o. Returns (h, c), each [B, H]. Raises TypeError or ValueError on bad arguments.
+    """
+    h, c = hx if hx is not None else (None, None)
+    return _run("lstm_cell", "lstm", x, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
+def gru_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+    """One GRU step, as torch.nn.GRUCell computes it: arguments as `lstm_cell` with 3H rows (r z n). Returns h [B, H]."""
+    return _run("gru_cell", "gru", x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh"):
+    """One Elman step, as torch.nn.RNNCell computes it: arguments as `lstm_cell` with H rows. Returns h [B, H]."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"rnn_cell: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return _run("rnn_cell", f"rnn_{nonlinearity}", x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def _run(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
+    _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    tensors = [x, h, c, w_ih, w_hh, b_ih, b_hh]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+    x, h, c, w_ih, w_hh, b_ih, b_hh = tensors
+    H = w_hh.shape[1]
+    if h is None:
+        h = x.new_zeros(x.shape[0], H)
+        c = h if cell == "lstm" else None
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    case = CellCase(cell, x.device.type, x.dtype, x.shape[0], H, grad)
+    name = dispatch.select("rnn_cell", case).backend
+    if name == "torch":
+        state = (h, c) if cell == "lstm" else h
+        out = _TORCH[cell](x, state, w_ih, w_hh, b_ih, b_hh)
+        return out if cell == "lstm" else (out, None)
+    if name == "reference":
+        return reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
+    h, c, _ = apply(RnnCellFunction, x, h, c, w_ih, w_hh, b_ih, b_hh, cell, grad)
+    return h, c
+
+
+_TORCH = {"lstm": _VF.lstm_cell, "gru": _VF.gru_cell, "rnn_tanh": _VF.rnn_tanh_cell, "rnn_relu": _VF.rnn_relu_cell}
+
+
+def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
+    gates = reference.GATES[cell]
+    checks.tensor(op, "x", x, dims=(2,))
+    checks.tensor(op, "w_hh", w_hh, dims=(2,))
+    H = w_hh.shape[1]
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError(f"{op}: b_ih and b_hh must be given both or not at all")
+    if cell == "lstm" and (h is None) != (c is None):
+        raise ValueError(f"{op}: hx must hold both h and c, or be None")
+    wanted = {
+        "w_ih": (w_ih, (gates * H, x.shape[1])),
+        "w_hh": (w_hh, (gates * H, H)),
+        "b_ih": (b_ih, (gates * H,)),
+        "b_hh": (b_hh, (gates * H,)),
+        "h": (h, (x.shape[0], H)),
+        "c": (c, (x.shape[0], H)),
+    }
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, (t, shape) in wanted.items():
+        if t is None and name not in ("w_ih", "w_hh"):
+            continue
+        checks.tensor(op, name, t)
+        checks.shape(op, name, t, shape)
+        checks.same_device(op, name, t, "x", x)
+        if not autocast:
+            checks.same_dtype(op, name, t, "x", x)
+
+
+class RnnCellFunction(torch.autograd.Function):
+    """Autograd of the CPU kernel. gates is an output only so that it can be saved."""
+
+    @staticmethod
+    def forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save):
+        xg, a = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)  # (B, G*H) each
+        return torch.ops.seqfuse.rnn_cell_fwd(CELLS[cell], xg, a, h if cell == "gru" else None, c, save)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save = inputs
+        h_out, c_out, gates = output
+        ctx.mark_non_differentiable(gates)
+        if cell != "lstm":
+            ctx.mark_non_differentiable(c_out)
+        ctx.set_materialize_grads(False)
+        if save:
+            ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, h_out, c_out, gates)
+        ctx.cell = cell
+
+    @staticmethod
+    def backward(ctx, dh_out, dc_out, _gates):
+        x, h, c, w_ih, w_hh, b_ih, b_hh, h_out, c_out, gates = ctx.saved_tensors
+        cell, needs = ctx.cell, ctx.needs_input_grad
+        dc_out = dc_out if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
+        if dh_out is None and dc_out is None:
+            return (None,) * 9
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out)), None, None
+        gru, lstm = cell == "gru", cell == "lstm"
+        dxg, da, dh, dc = torch.ops.seqfuse.rnn_cell_bwd(
+            CELLS[cell], dh_out, dc_out, gates, h if gru else None, c, h_out, c_out if lstm else None
+        )
+        da = da if gru else dxg
+        if needs[1]:
+            dh = torch.addmm(dh, da, w_hh) if gru else da @ w_hh
+        db_ih = dxg.sum(0) if needs[5] else None
+        db_hh = da.sum(0) if needs[6] else None
+        return (
+            dxg @ w_ih if needs[0] else None,
+            dh if needs[1] else None,
+            dc if needs[2] else None,
+            dxg.t() @ x if needs[3] else None,
+            da.t() @ h if needs[4] else None,
+            db_ih,
+            db_hh,
+            None,
+            None,
+        )
+
+
+def _differentiable_backward(cell, inputs, grads):
+    """The backward pass through the reference, for create_graph=True."""
+    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
+    outputs = reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
+    found = dict(zip(map(id, wanted), got, strict=True))
+    return tuple(None if t is None else found.get(id(t)) for t in inputs)
+
+
+def _fake_fwd(cell, xg, a, h, c, save):
+    gated = cell >= CELLS["gru"]
+    B, H = xg.shape[0], xg.shape[1] // (4 if cell == CELLS["lstm"] else 3 if gated else 1)
+    lstm = cell == CELLS["lstm"]
+    return xg.new_empty(B, H), xg.new_empty((B, H) if lstm else (0,)), xg.new_empty((B, 4 * H) if save and gated else 0)
+
+
+def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out):
+    gru, lstm = cell == CELLS["gru"], cell == CELLS["lstm"]
+    B, H = h_out.shape
+    width = (4 if lstm else 3 if gru else 1) * H
+    empty = h_out.new_empty
+    dxg = empty(B, width)
+    return dxg, empty((B, width) if gru else 0), empty((B, H) if gru else 0), empty((B, H) if lstm else 0)
+
+
+library.register_fake("rnn_cell_fwd", _fake_fwd)
+library.register_fake("rnn_cell_bwd", _fake_bwd)
+
+
+def _never(*_):
+    raise AssertionError("one step is run by rnn_cell.py itself")
+
+
+dispatch.register(
+    "rnn_cell",
+    dispatch.Backend("cpu", _never, _never, lambda c: library.cpu_refusal(c.device, c.dtype)),
+    dispatch.Backend("torch", _never, None, note="PyTorch's own cell"),
+    dispatch.Backend("reference", _never, None),
+)
