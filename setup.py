@@ -1,4 +1,4 @@
-"""Builds seqfuse._C: the CPU kernels once per instruction-set level, the CUDA kernels where torch has CUDA, the bindings.
+"""Builds seqfuse._C: the CPU kernels once per instruction set, the CUDA kernels where torch has CUDA, the bindings.
 
 Install torch >= 2.11 first (torch is left out of build-system.requires on purpose: pip would fetch the newest CUDA
 build into an isolated environment, gigabytes and the wrong ABI), then `pip install --no-build-isolation .`
@@ -61,11 +61,12 @@ def sources():
 
 
 def compiler():
-    name = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    for candidate in (shlex.split(name)[0], "c++", "g++", "clang++"):
-        if shutil.which(candidate):
-            return candidate
-    return None
+    """$CXX if it is set, else the first C++ compiler on the PATH; None if there is none."""
+    named = os.environ.get("CXX")
+    candidates = (
+        [named] if named else [shlex.split(sysconfig.get_config_var("CXX") or "c++")[0], "c++", "g++", "clang++"]
+    )
+    return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
 
 
 def ninja_file(build: Path, target: Path, cxx: str) -> str:
@@ -140,6 +141,10 @@ class NinjaBuild(build_ext):
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         if subprocess.run([*command, "-f", str(script)], cwd=ROOT).returncode:
             raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
+
+    def copy_extensions_to_source(self):  # --inplace and editable installs
+        if compiler() is not None:
+            super().copy_extensions_to_source()
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]  # the compiler may be missing

@@ -16,17 +16,18 @@ struct LstmState {
   V i, f, g, o, c, h;
 };
 
+// The second half of a step, from activated gates: a kernel may activate many gates before (they are independent).
+template <class M, class V>
+SEQFUSE_HD LstmState<V> lstm_state(V i, V f, V g, V o, V c) {
+  LstmState<V> s{i, f, g, o, f * c + i * g, o};
+  s.h = o * M::tanh(s.c);
+  return s;
+}
+
 // ai..ao: the gates before their activation. c: the previous cell.
 template <class M, class V>
 SEQFUSE_HD LstmState<V> lstm_forward(V ai, V af, V ag, V ao, V c) {
-  LstmState<V> s;
-  s.i = M::sigmoid(ai);
-  s.f = M::sigmoid(af);
-  s.g = M::tanh(ag);
-  s.o = M::sigmoid(ao);
-  s.c = s.f * c + s.i * s.g;
-  s.h = s.o * M::tanh(s.c);
-  return s;
+  return lstm_state<M>(M::sigmoid(ai), M::sigmoid(af), M::tanh(ag), M::sigmoid(ao), c);
 }
 
 template <class V>
@@ -53,15 +54,18 @@ struct GruState {
   V r, z, n, h;
 };
 
-// xr, xz: both parts of the gates, summed. xn: the input's part of n, an: the hidden state's (with its bias).
+// The second half of a step, from activated r and z.
+template <class M, class V>
+SEQFUSE_HD GruState<V> gru_state(V r, V z, V xn, V an, V h) {
+  GruState<V> s{r, z, M::tanh(xn + r * an), h};
+  s.h = s.n + z * (h - s.n);
+  return s;
+}
+
+// ar, az: both parts of the gates, summed. xn: the input's part of n, an: the hidden state's (with its bias).
 template <class M, class V>
 SEQFUSE_HD GruState<V> gru_forward(V ar, V az, V xn, V an, V h) {
-  GruState<V> s;
-  s.r = M::sigmoid(ar);
-  s.z = M::sigmoid(az);
-  s.n = M::tanh(xn + s.r * an);
-  s.h = s.n + s.z * (h - s.n);
-  return s;
+  return gru_state<M>(M::sigmoid(ar), M::sigmoid(az), xn, an, h);
 }
 
 template <class V>

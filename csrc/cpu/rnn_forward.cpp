@@ -85,6 +85,9 @@ struct ForwardScan {
         alignas(64) float product[24 * VL];
         prefetch_inputs(t, g, row, rows);
         tile_function(uses_dot<T>, vectors, rows)(w, h[i & 1] + row * ld, ld, words, product, vectors * VL, VL, false);
+        // two passes: the activations of one row alone are a chain too long for the processor's window
+        if constexpr (G > 1)
+          for (int r = 0; r < rows; r++) activate(t, row + r, g.begin, product + r * vectors * VL);
         for (int r = 0; r < rows; r++)
           for (int64_t block = g.begin; block < g.end; block++)
             unit(i, t, row + r, block, product + (r * vectors + (block - g.begin) * G) * VL);
@@ -103,35 +106,47 @@ struct ForwardScan {
     }
   }
 
-  // The gates of one block of units of one batch row. p: its product with w_hh, [G][VL].
+  // LSTM: all gates of a block of units; GRU: r and z, and a_n with its bias. In place; p: the product with w_hh, [G][VL].
+  SEQFUSE_INLINE void activate(int64_t t, int64_t b, int64_t block, float* p) {
+    const int n = lanes(block, a.H);
+    const T* xg = (const T*)a.xg + t * a.xg_strides.t + b * a.xg_strides.b + block * VL;
+    const float* bb = bias + block * G * VL;
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      vf x = load(p + g * VL) + load(bb + g * VL);
+      if (C == Cell::lstm || g < 2) x += get(xg + g * a.H, n);
+      if (C == Cell::lstm && g == 2)
+        x = tanh(x);
+      else if (C == Cell::lstm || g < 2)
+        x = sigmoid(x);
+      store(p + g * VL, x);
+    }
+  }
+
+  // The new state of one block of units of one batch row; p: what activate() left, for an RNN the product with w_hh.
   SEQFUSE_INLINE void unit(int64_t i, int64_t t, int64_t b, int64_t block, const float* p) {
     const int n = lanes(block, a.H);
     const int64_t u = block * VL, H = a.H;
     const T* xg = (const T*)a.xg + t * a.xg_strides.t + b * a.xg_strides.b + u;
-    const float* bb = bias + block * G * VL;
     float* own = state + b * state_ld + u;
     T* saved = a.gates ? (T*)a.gates + t * a.gates_strides.t + b * a.gates_strides.b + u : nullptr;
     vf out;
     if constexpr (C == Cell::lstm) {
-      const LstmState<vf> s = lstm_forward<VecMath>(
-          get(xg, n) + (load(p) + load(bb)), get(xg + H, n) + (load(p + VL) + load(bb + VL)),
-          get(xg + 2 * H, n) + (load(p + 2 * VL) + load(bb + 2 * VL)),
-          get(xg + 3 * H, n) + (load(p + 3 * VL) + load(bb + 3 * VL)), load(own));
+      const LstmState<vf> s =
+          lstm_state<VecMath>(load(p), load(p + VL), load(p + 2 * VL), load(p + 3 * VL), load(own));
       store(own, s.c);
       if (saved) set(saved, s.i, n), set(saved + H, s.f, n), set(saved + 2 * H, s.g, n), set(saved + 3 * H, s.o, n);
       if (a.cells) set(a.cells + t * a.cells_strides.t + b * a.cells_strides.b + u, s.c, n);
       if (i == a.T - 1) set((T*)a.c_n + b * H + u, s.c, n);
       out = s.h;
     } else if constexpr (C == Cell::gru) {
-      const vf an = load(p + 2 * VL) + load(bb + 2 * VL);
-      const GruState<vf> s =
-          gru_forward<VecMath>(get(xg, n) + (load(p) + load(bb)), get(xg + H, n) + (load(p + VL) + load(bb + VL)),
-                               get(xg + 2 * H, n), an, load(own));
+      const vf an = load(p + 2 * VL);
+      const GruState<vf> s = gru_state<VecMath>(load(p), load(p + VL), get(xg + 2 * H, n), an, load(own));
       store(own, s.h);
       if (saved) set(saved, s.r, n), set(saved + H, s.z, n), set(saved + 2 * H, s.n, n), set(saved + 3 * H, an, n);
       out = s.h;
     } else {
-      out = rnn_forward<VecMath, C == Cell::rnn_relu>(get(xg, n) + (load(p) + load(bb)));
+      out = rnn_forward<VecMath, C == Cell::rnn_relu>(get(xg, n) + (load(p) + load(bias + block * VL)));
     }
     set((T*)a.y + t * a.y_strides.t + b * a.y_strides.b + u, out, n);
     if (i == a.T - 1)

@@ -77,9 +77,14 @@ SEQFUSE_INLINE void put(float* p, float x) { *p = x; }
 SEQFUSE_INLINE void put(bf16* p, float x) { *p = narrow(x); }
 
 SEQFUSE_INLINE vf load(const float* p) { return *(const vf_any*)p; }
-SEQFUSE_INLINE vf load(const bf16* p) {
-  return as_float(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16);
+SEQFUSE_INLINE vf widen(vh x) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion
+  return as_float((vu)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)x) << 16);
+#else
+  return as_float(__builtin_convertvector(x, vu) << 16);
+#endif
 }
+SEQFUSE_INLINE vf load(const bf16* p) { return widen((vh) * (const vh_any*)p); }
 SEQFUSE_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
 SEQFUSE_INLINE void store(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
@@ -99,8 +104,7 @@ SEQFUSE_INLINE vf load_n(const float* p, int n, float fill = 0.0f) {
 }
 SEQFUSE_INLINE vf load_n(const bf16* p, int n, float fill = 0.0f) {
   const __mmask16 m = __mmask16((1u << n) - 1u);
-  const vu wide = __builtin_convertvector((vh)_mm256_maskz_loadu_epi16(m, p), vu) << 16;
-  return (vf)_mm512_mask_mov_ps((__m512)splat(fill), m, (__m512)wide);
+  return (vf)_mm512_mask_mov_ps((__m512)splat(fill), m, (__m512)widen((vh)_mm256_maskz_loadu_epi16(m, p)));
 }
 SEQFUSE_INLINE void store_n(float* p, vf x, int n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)x);

@@ -1,7 +1,7 @@
 """seqfuse: fused kernels for sequence models in PyTorch.
 
-    model = seqfuse.fuse(model)      # torch.nn.LSTM, GRU, RNN and LayerNorm run on our kernels, in place
-    print(seqfuse.explain(model, x)) # which backend each of them took, and why
+model = seqfuse.fuse(model)      # torch.nn.LSTM, GRU, RNN and LayerNorm run on our kernels, in place
+print(seqfuse.explain(model, x)) # which backend each of them took, and why
 """
 
 from seqfuse import nn, ops

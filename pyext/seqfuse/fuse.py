@@ -1,8 +1,8 @@
 """fuse(model): replace what seqfuse has kernels for, in place; unfuse(model): back again.
 
-A module is not replaced by a copy but changes its class: the object, its Parameters, buffers, hooks, and whoever holds a
-reference to it (a second parent, an optimizer) stay the same, and so do the keys of its state_dict. RULES is the whole
-list; a later op adds a line.
+A module is not replaced by a copy but changes its class: the object, its Parameters, buffers, hooks, and whoever holds
+a reference to it (a second parent, an optimizer) stay the same, and so do the keys of its state_dict. RULES is the
+whole list; a later op adds a line.
 """
 
 import fnmatch
@@ -72,7 +72,7 @@ def fuse(
 
 
 def unfuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Turn every module that seqfuse.fuse replaced (or seqfuse.nn made) back into torch's, in place; returns `model`."""
+    """Turn every module that fuse replaced (or seqfuse.nn made) back into torch's, in place; returns `model`."""
     rules = {rule.fused: rule for rule in RULES}
     for _, module in _modules(model, "unfuse"):
         rule = rules.get(_plain_class(module))

@@ -65,5 +65,6 @@ def assert_accurate(
         if not error <= limit:
             where = "over the whole tensor" if dim is None else f"in its worst slice along dimension {dim}"
             raise AssertionError(
-                f"{what}: error {error:.3g} {where} is above {limit:.3g} (twice PyTorch's {theirs:.3g} plus {floor:.0e})"
+                f"{what}: error {error:.3g} {where} is above {limit:.3g} "
+                f"(twice PyTorch's {theirs:.3g} plus {floor:.0e})"
             )

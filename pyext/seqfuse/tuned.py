@@ -1,4 +1,4 @@
-"""This machine's own measurements: which backend won for an op and a class of shapes. Written by `seqfuse bench --tune`.
+"""This machine's own measurements: which backend won for an op and a class of shapes (`seqfuse bench --tune`).
 
 One JSON file per user, {machine: {op: {shape class: backend}}}. A machine is its GPU, or its CPU's instruction set and
 torch's number of threads, so that one file serves a home directory that several machines share.

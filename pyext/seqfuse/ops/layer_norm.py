@@ -45,7 +45,13 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     param = weight if weight is not None else bias
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     case = LayerNormCase(
-        x.device.type, x.dtype, None if param is None else param.dtype, rows.shape[0], shape[-1], added is not None, grad
+        x.device.type,
+        x.dtype,
+        None if param is None else param.dtype,
+        rows.shape[0],
+        shape[-1],
+        added is not None,
+        grad,
     )
     name = dispatch.select("layer_norm", case).backend
     backend = dispatch.get("layer_norm", name)
@@ -111,9 +117,7 @@ class LayerNormFunction(torch.autograd.Function):
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dw, db = _differentiable_backward(dy, ds, s, weight, bias, ctx.eps)
         else:
-            dx, dw, db = dispatch.get("layer_norm", ctx.name).bwd(
-                dy, ds, s, weight, mean, rstd, want_weight, want_bias
-            )
+            dx, dw, db = dispatch.get("layer_norm", ctx.name).bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias)
         return (
             dx,
             dx if ctx.has_residual else None,
@@ -150,7 +154,12 @@ def _bwd(namespace):
 
 def _fake_fwd(x, residual, weight, bias, eps):
     rows = x.new_empty(x.shape[:1], dtype=torch.float32)
-    return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), rows, torch.empty_like(rows)
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if residual is None else torch.empty_like(x),
+        rows,
+        torch.empty_like(rows),
+    )
 
 
 def _fake_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias):

@@ -77,7 +77,7 @@ def launcher(module: str, name: str):
 
 
 def register_op(name: str, schema: str, fake, launch) -> None:
-    """Register the fake of torch.ops.seqfuse.NAME, and `launch` (the Triton launcher) as torch.ops.seqfuse_triton.NAME."""
+    """Register the fake of torch.ops.seqfuse.NAME, and a Triton launcher as torch.ops.seqfuse_triton.NAME."""
     _triton.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _triton.impl(name, launch, "CUDA")
     _triton.impl(name, launch, "CPU")  # the interpreter

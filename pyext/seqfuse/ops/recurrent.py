@@ -116,7 +116,9 @@ def _check(op, cell, x, h0, c0, weights, bidirectional, batch_first):
     width, H = x.shape[2], None
     for i, w in enumerate(weights):
         if len(w) not in (2, 4):
-            raise ValueError(f"{op}: weights[{i}] must be (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh), got {len(w)} tensors")
+            raise ValueError(
+                f"{op}: weights[{i}] must be (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh), got {len(w)} tensors"
+            )
         for name, t in zip(("w_ih", "w_hh", "b_ih", "b_hh"), w, strict=False):
             checks.tensor(op, f"weights[{i}].{name}", t)
             checks.same_device(op, f"weights[{i}].{name}", t, "x", x)
@@ -187,9 +189,7 @@ def _torch(cell, x, h0, c0, weights, bidirectional, batch_first, dropout, traini
     flat = [t for w in weights for t in w]
     layers = len(weights) // (2 if bidirectional else 1)
     state = (h0, c0) if cell == "lstm" else h0
-    out = _TORCH[cell](
-        x, state, flat, len(weights[0]) == 4, layers, dropout, training, bidirectional, batch_first
-    )
+    out = _TORCH[cell](x, state, flat, len(weights[0]) == 4, layers, dropout, training, bidirectional, batch_first)
     return out if cell == "lstm" else (*out, None)
 
 

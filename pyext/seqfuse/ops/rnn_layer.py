@@ -22,7 +22,8 @@ CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqf
 def rnn_layer(name, cell, x, h0, c0, weights, reverse):
     """Run one layer and direction on the backend `name`.
 
-    x: [T, B, I], time-major or a view of batch-major memory. h0, c0: [B, H] or None. weights: (w_ih, w_hh[, b_ih, b_hh]).
+    x: [T, B, I], time-major or a view of batch-major memory. h0, c0: [B, H] or None.
+    weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh).
     Returns (y [T, B, H] in x's layout, h_n [B, H], c_n [B, H] or None).
     """
     w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
@@ -88,6 +89,7 @@ class RnnLayerFunction(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells = ctx.saved_tensors
         cell, reverse, needs = ctx.cell, ctx.reverse, ctx.needs_input_grad
+        dc_n = dc_n if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 11
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -1,0 +1,91 @@
+"""The command line. Each command parses its options, calls one function and turns expected errors into one sentence.
+
+A new command is one function below with @app.command(); what it does lives elsewhere and is imported inside it, so that
+`seqfuse --help` stays quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Fused kernels for sequence models in PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, the weights and the checkpoint.")] = Path("demo"),
+    data: Annotated[
+        Path | None, typer.Option(help="Your own lexicon, word<TAB>phonemes on each line, instead of CMUdict.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; fewer are quicker and worse.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and the order of words.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+) -> None:
+    """Train a model that pronounces English words, before and after seqfuse.fuse(), and write a report.
+
+    About five minutes on two CPU cores. Ctrl-C keeps everything; --resume goes on.
+    """
+    from seqfuse.data import DataError
+    from seqfuse.demo import Demo, DemoError, Options
+    from seqfuse.recipes.g2p import Config
+
+    given = {"steps": steps, "seed": seed, "bf16": bf16 or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume and given:
+        options = ", ".join(f"--{name}" for name in given)
+        _fail(f"--resume goes on with the settings of the interrupted run: leave out {options}")
+    try:
+        code = Demo(Options(out, Config(**given), data, device, resume)).run()
+    except (DataError, DemoError) as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, compiled features, the CPU's instruction set and the GPU."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import seqfuse
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in seqfuse.build_info().items():
+        table.add_row(f"[dim]{name}[/dim]", _plain(value))
+    Console(highlight=False).print(table)
+
+
+# `seqfuse bench` goes here: @app.command() def bench(...), calling seqfuse.benchmarks.
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"seqfuse: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
