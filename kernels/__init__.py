@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. They import torch and triton only, and are installed as ``seqfuse.kernels``."""

@@ -311,6 +311,7 @@ def test_demo_writes_weights_that_plain_torch_loads(finished, corpus):
     out, _ = finished
     weights = load_file(out / "model.safetensors")
     g2p.build(corpus, g2p.Config(**TINY)).load_state_dict(weights, strict=True)
+    assert (out / "model.safetensors").stat().st_mode == (out / "report.html").stat().st_mode, "not private"
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "model.safetensors", "report.html"]
 
 

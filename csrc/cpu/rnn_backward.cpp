@@ -106,6 +106,7 @@ struct BackwardScan {
   // dh (+)= gradient of a @ w_hh, for the units of this slice; the GRU adds to the part that bypassed the product.
   void product(Slice s, int64_t i) {
     const int64_t groups = groups_in(s.blocks, max_vectors);
+    prefetch_operand(plan, gradient[i & 1], a.B * ld);
     for (int64_t j = 0; j < groups; j++) {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, max_vectors);
       const word* w = packed + g.begin * VL * words;

@@ -77,12 +77,13 @@ struct ForwardScan {
     const Slice s = slice_of(plan, worker, a.B, blocks);
     const int64_t t = a.reverse ? a.T - 1 - i : i;
     const int64_t groups = groups_in(s.blocks, group_blocks);
+    prefetch_operand(plan, h[i & 1], a.B * ld);
     for (int64_t j = 0; j < groups; j++) {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, group_blocks);
       const int vectors = int(g.size()) * G;
       const word* w = packed + g.begin * G * VL * words;
       for_row_tiles(s.rows, vectors, [&](int64_t row, int rows) {
-        alignas(64) float product[24 * VL];
+        alignas(64) float product[max_tile * VL];
         prefetch_inputs(t, g, row, rows);
         tile_function(uses_dot<T>, vectors, rows)(w, h[i & 1] + row * ld, ld, words, product, vectors * VL, VL, false);
         // two passes: the activations of one row alone are a chain too long for the processor's window

@@ -61,37 +61,12 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
     }
 }
 
-template <bool Dot, int NV>
+template <bool Dot, int NV, int NR = tile_rows(NV)>
 TileFn by_rows(int rows) {
-  switch (rows) {
-    case 1: return tile<Dot, NV, 1>;
-    case 2: return tile<Dot, NV, 2>;
-    case 3: return tile<Dot, NV, 3>;
-#if !defined(__AVX512F__)
-    default: break;
-  }
-  if constexpr (NV <= 3)
-    if (rows == 4) return tile<Dot, NV, 4>;
-  if constexpr (NV <= 2) {
-    if (rows == 5) return tile<Dot, NV, 5>;
-    if (rows == 6) return tile<Dot, NV, 6>;
-  }
-  if constexpr (NV == 1) {
-    if (rows == 7) return tile<Dot, NV, 7>;
-    if (rows == 8) return tile<Dot, NV, 8>;
-  }
-#else
-    case 4: return tile<Dot, NV, 4>;
-    case 5: return tile<Dot, NV, 5>;
-    case 6: return tile<Dot, NV, 6>;
-    default: break;
-  }
-  if constexpr (NV <= 3) {
-    if (rows == 7) return tile<Dot, NV, 7>;
-    if (rows == 8) return tile<Dot, NV, 8>;
-  }
-#endif
-  return nullptr;
+  if constexpr (NR == 0)
+    return nullptr;
+  else
+    return rows == NR ? tile<Dot, NV, NR> : by_rows<Dot, NV, NR - 1>(rows);
 }
 
 template <bool Dot>

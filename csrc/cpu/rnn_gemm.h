@@ -26,10 +26,10 @@ using TileFn = void (*)(const word* w, const word* x, int64_t ldx, int64_t words
                         int64_t out_vec, bool add);
 
 constexpr int max_vectors = 4;
-constexpr int max_rows = 8;
+constexpr int max_tile = 24;  // vectors in the result of one tile
 
 // Rows that a tile of so many vectors may have: accumulators, weights and one broadcast fit the registers.
-SEQFUSE_INLINE int tile_rows(int vectors) {
+constexpr int tile_rows(int vectors) {
 #if defined(__AVX512F__)
   return vectors == 4 ? 6 : 8;
 #else

@@ -15,16 +15,23 @@ void Barrier::yield_thread() {
 }
 
 // Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/rnn_cpu.md).
+// Splitting the batch needs no barrier and moves no state between cores, so it comes first wherever the rows left to
+// each worker still hide the reading of all of w_hh.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
-  (void)T, (void)dtype;
+  const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
+  const bool pairs = has_dot && dtype != DType::f32;
+  const int64_t bytes = G * H * H * (pairs ? 2 : 4);
+  const double reading = double(bytes) / 80.0, multiplying = double(B) * double(G) * double(H) * double(H) / 50.0;
+  const double step_ns = reading > multiplying ? reading : multiplying;  // of one core, roughly
+  const bool fits_l2 = bytes <= 768 * 1024;
+  const int64_t rows = fits_l2 ? 2 : 4;
+  if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
+    if (step_ns * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
+    return {threads < B ? threads : B, true};
+  }
+  if (!parallel.concurrent || step_ns < 2.5e3) return {1, false};  // less than what a barrier saves
   const int64_t blocks = ceil_div(H, VL);
-  int64_t workers = parallel.threads < 1 ? 1 : parallel.threads;
-  const double work = double(B) * double(G) * double(H) * double(H);  // multiply-adds a step
-  if (work < 4096.0) workers = 1;
-  const bool by_batch = B >= 2 * workers && (G * H * H * 4 <= 256 * 1024 || !parallel.concurrent);
-  if (by_batch) return {workers < B ? workers : B, true};
-  if (!parallel.concurrent) return {1, false};
-  return {workers < blocks ? workers : blocks, false};
+  return {threads < blocks ? threads : blocks, false};
 }
 
 }  // namespace SEQFUSE_ISA

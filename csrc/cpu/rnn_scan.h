@@ -68,6 +68,13 @@ SEQFUSE_INLINE void set_operand(word* row, int64_t k, vf x, int n) {
     set((float*)row + k, rounded<T>(x), n);
 }
 
+// Half of an operand was just written by other cores. A tile would meet those lines one by one, each at the full latency
+// between two cores; asked for all at once they overlap.
+SEQFUSE_INLINE void prefetch_operand(const Plan& p, const word* operand, int64_t words) {
+  if (p.by_batch || p.workers == 1) return;
+  for (int64_t i = 0; i < words; i += 16) prefetch(operand + i);
+}
+
 // Words between operand rows: one line more than needed, so that rows of a power of two do not share cache sets.
 SEQFUSE_INLINE int64_t operand_ld(int64_t words) { return ceil_div(words, 16) * 16 + 16; }
 

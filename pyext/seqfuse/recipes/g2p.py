@@ -16,6 +16,7 @@ attention needs no mask. Only the target side is padded, at its end, where a cau
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -385,6 +386,9 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         write(part)
+        umask = os.umask(0)  # there is no way to read it without setting it
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # safetensors makes its files private
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

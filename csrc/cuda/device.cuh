@@ -1,0 +1,198 @@
+// The thin device layer: everything that a kernel in this folder may use of CUDA, under names of our own.
+//
+// nvcc maps the names to intrinsics and PTX (device_nvcc.cuh). With SEQFUSE_HOST_DEVICE defined the same names come from
+// tests/host_device/device_host.h, an ordinary C++ implementation that runs a block's threads as fibres, so that the
+// very same kernel bodies and launchers are executed on a CPU under address and undefined-behaviour sanitizers.
+//
+// What both sides supply, in namespace seqfuse::dev:
+//   thread() threads() lane() warp()            position in the block
+//   block_x() block_y() blocks_x()              position in the grid
+//   barrier()                                   all threads of the block; none may have left the kernel
+//   cluster_rank() cluster_size() cluster_barrier() cluster_peer(pointer, rank)
+//                                               blocks of one cluster and their shared memory (sm_90; persistent kernels)
+//   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
+//   shuffle_xor(word, mask)                     another lane's 32 bits; all 32 lanes take part
+//   mma_m16n8k16<T>(c, a, b)                    c += a b on one warp: fp32 [16, 8], T [16, 16], T [16, 8]
+//   load_16(p) store_16(p, bits)                16 aligned bytes; load_16 only from memory that this launch never writes
+//   widen(T) narrow<T>(float)                   T is float, bf16 or f16; rounds to nearest even
+//   exp tanh rsqrt multiply                     fp32; multiply(a, b) is never fused into a later addition
+//   launch(kernel, grid, threads, stream, args) returns a cudaError_t as int
+//   multiprocessors()                           of the current device
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "common/gates.h"
+#include "seqfuse/types.h"
+
+namespace seqfuse::dev {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+struct alignas(16) Bits16 {
+  uint32_t word[4];
+};
+
+// x * y blocks, in clusters of `cluster` neighbours along x
+struct Grid {
+  int64_t x;
+  int64_t y = 1;
+  int cluster = 1;
+};
+
+constexpr int kWarp = 32;
+
+}  // namespace seqfuse::dev
+
+#if defined(SEQFUSE_HOST_DEVICE)
+#include "device_host.h"
+#else
+#include "cuda/device_nvcc.cuh"
+#endif
+
+namespace seqfuse::dev {
+
+// elements of T in 16 bytes
+template <class T>
+inline constexpr int kVector = 16 / int(sizeof(T));
+
+// the M of common/gates.h
+struct Math {
+  static SEQFUSE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + dev::exp(-x)); }
+  static SEQFUSE_DEVICE float tanh(float x) { return dev::tanh(x); }
+  static SEQFUSE_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
+  static SEQFUSE_DEVICE float step(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+
+// 16 bytes of T as floats and back
+template <class T>
+SEQFUSE_DEVICE void unpack(const Bits16& bits, float (&out)[kVector<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i++) {
+    if constexpr (sizeof(T) == 4)
+      out[i] = as_float(bits.word[i]);
+    else
+      out[i] = widen(T{uint16_t(bits.word[i / 2] >> (i % 2 * 16))});
+  }
+}
+template <class T>
+SEQFUSE_DEVICE Bits16 pack(const float (&x)[kVector<T>]) {
+  Bits16 bits;
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    if constexpr (sizeof(T) == 4)
+      bits.word[w] = as_bits(x[w]);
+    else
+      bits.word[w] = narrow_pair<T>(x[2 * w], x[2 * w + 1]);
+  }
+  return bits;
+}
+
+template <class T>
+SEQFUSE_DEVICE uint32_t raw(T x) {
+  if constexpr (sizeof(T) == 4)
+    return as_bits(x);
+  else
+    return x.bits;
+}
+
+// Vectors at p of which the first n elements exist (the others read as 0 and are not written). `vector` promises that p
+// is 16-byte aligned and that n is at least kVector or at most 0; it must be the same for the whole warp to be cheap.
+template <class T>
+SEQFUSE_DEVICE Bits16 load_some(const T* p, int n, bool vector) {
+  if (vector) return n > 0 ? load_16(p) : Bits16{};
+  Bits16 bits{};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i++) {
+    if (i >= n) continue;
+    if constexpr (sizeof(T) == 4)
+      bits.word[i] = raw(p[i]);
+    else
+      bits.word[i / 2] |= raw(p[i]) << (i % 2 * 16);
+  }
+  return bits;
+}
+template <class T>
+SEQFUSE_DEVICE void store_some(T* p, const Bits16& bits, int n, bool vector) {
+  if (vector) {
+    if (n > 0) store_16(p, bits);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i++) {
+    if (i >= n) continue;
+    if constexpr (sizeof(T) == 4)
+      p[i] = as_float(bits.word[i]);
+    else
+      p[i] = T{uint16_t(bits.word[i / 2] >> (i % 2 * 16))};
+  }
+}
+
+// N elements of P (float beside a 16-bit T takes several vectors) as floats
+template <int N, class P>
+SEQFUSE_DEVICE void load_floats(const P* p, int n, bool vector, float (&out)[N]) {
+  constexpr int V = kVector<P>;
+#pragma unroll
+  for (int j = 0; j < N / V; j++) {
+    float part[V];
+    unpack<P>(load_some(p + j * V, n - j * V, vector), part);
+#pragma unroll
+    for (int i = 0; i < V; i++) out[j * V + i] = part[i];
+  }
+}
+
+template <class S>
+SEQFUSE_DEVICE S shuffle_xor_struct(const S& value, int mask) {
+  static_assert(sizeof(S) % 4 == 0 && std::is_trivially_copyable_v<S>);
+  union Words {
+    S value;
+    uint32_t word[sizeof(S) / 4];
+    SEQFUSE_DEVICE Words() {}
+  } words;
+  words.value = value;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(S) / 4); i++) words.word[i] = shuffle_xor(words.word[i], mask);
+  return words.value;
+}
+
+// combine(lower lanes, upper lanes) over aligned groups of `width` lanes (a power of two). Every lane gets the same
+// bits, because both partners combine in lane order.
+template <class S, class F>
+SEQFUSE_DEVICE S warp_reduce(S value, int width, F combine) {
+  for (int mask = 1; mask < width; mask *= 2) {
+    const S other = shuffle_xor_struct(value, mask);
+    value = lane() & mask ? combine(other, value) : combine(value, other);
+  }
+  return value;
+}
+
+// The same over aligned groups of `group` threads, a power of two from 32 up. `scratch` is S[2][32] in shared memory;
+// `parity` alternates between calls, so that one barrier a call is enough. All threads of the block must call it.
+template <class S, class F>
+SEQFUSE_DEVICE S group_reduce(S value, int group, S (*scratch)[kWarp], int parity, F combine) {
+  value = warp_reduce(value, kWarp, combine);
+  if (group == kWarp) return value;
+  if (lane() == 0) scratch[parity][warp()] = value;
+  barrier();
+  const int warps = group / kWarp, first = warp() / warps * warps;
+  return warp_reduce(scratch[parity][first + lane() % warps], warps, combine);
+}
+
+inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// f(T{}) for the element type that `dtype` names
+template <class F>
+int with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
+}  // namespace seqfuse::dev

@@ -1,0 +1,135 @@
+// The device layer on a GPU: intrinsics and PTX. See device.cuh, which is the only file to include this one.
+#pragma once
+#include <cuda_runtime.h>
+
+#define SEQFUSE_DEVICE __device__ __forceinline__
+#define SEQFUSE_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+
+namespace seqfuse::dev {
+
+SEQFUSE_DEVICE int thread() { return int(threadIdx.x); }
+SEQFUSE_DEVICE int threads() { return int(blockDim.x); }
+SEQFUSE_DEVICE int lane() { return int(threadIdx.x % kWarp); }
+SEQFUSE_DEVICE int warp() { return int(threadIdx.x / kWarp); }
+SEQFUSE_DEVICE int block_x() { return int(blockIdx.x); }
+SEQFUSE_DEVICE int block_y() { return int(blockIdx.y); }
+SEQFUSE_DEVICE int blocks_x() { return int(gridDim.x); }
+
+SEQFUSE_DEVICE void barrier() { __syncthreads(); }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+SEQFUSE_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+SEQFUSE_DEVICE int cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+SEQFUSE_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// p points into this block's shared memory; the result into the same place of block `rank` of the cluster
+template <class S>
+SEQFUSE_DEVICE S* cluster_peer(S* p, int rank) {
+  uint64_t peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
+  return reinterpret_cast<S*>(peer);
+}
+#endif
+
+template <class S>
+SEQFUSE_DEVICE S& shared() {
+  __shared__ __align__(16) unsigned char bytes[sizeof(S)];
+  return reinterpret_cast<S&>(bytes);
+}
+
+SEQFUSE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+SEQFUSE_DEVICE Bits16 load_16(const void* p) {
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+SEQFUSE_DEVICE void store_16(void* p, const Bits16& b) {
+  *static_cast<uint4*>(p) = make_uint4(b.word[0], b.word[1], b.word[2], b.word[3]);
+}
+
+SEQFUSE_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+SEQFUSE_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+
+SEQFUSE_DEVICE float widen(float x) { return x; }
+SEQFUSE_DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+SEQFUSE_DEVICE float widen(f16 x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+}
+
+template <class T>
+SEQFUSE_DEVICE T narrow(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    T r;
+    if constexpr (std::is_same_v<T, bf16>)
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+    else
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+    return r;
+  }
+}
+// two elements in one word, `low` at the lower address
+template <class T>
+SEQFUSE_DEVICE uint32_t narrow_pair(float low, float high) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+SEQFUSE_DEVICE float exp(float x) { return expf(x); }
+SEQFUSE_DEVICE float tanh(float x) { return tanhf(x); }
+SEQFUSE_DEVICE float rsqrt(float x) { return 1.0f / sqrtf(x); }
+SEQFUSE_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+
+// Fragments as PTX lays them out: with r = lane / 4 and q = lane % 4, a holds rows r, r+8, r, r+8 at columns 2q (first
+// two words) and 2q + 8, two elements a word; b holds column r at rows 2q and 2q + 8; c rows r, r, r+8, r+8 at 2q, 2q+1.
+template <class T>
+SEQFUSE_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), Grid grid, int threads, void* stream, const A&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(uint32_t(grid.x), uint32_t(grid.y));
+  config.blockDim = dim3(uint32_t(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = uint32_t(grid.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  if (grid.cluster > 1) config.attrs = &cluster, config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
+  const cudaError_t last = cudaGetLastError();  // also clears it, so that the caller's next call does not see it
+  return int(error != cudaSuccess ? error : last);
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count > 0 ? count : 1;
+}
+
+}  // namespace seqfuse::dev

@@ -1,0 +1,296 @@
+// Fibres, barriers and shared memory of device_host.h.
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/device.cuh"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace seqfuse::dev::host {
+
+uint64_t seed = 1;
+int multiprocessors = 3;
+long launches = 0;
+Position here{};
+
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+
+struct Fibre {
+  ucontext_t context;
+  Position position;
+  char* stack;
+  void* fake_stack = nullptr;  // AddressSanitizer's, while the fibre does not run
+  int collectives = 0;         // warp operations so far
+  const char* waiting = nullptr;
+  bool done = false;
+};
+
+struct Warp {
+  Slot slots[2][kWarp];  // two, so that a fast lane's next operation does not overwrite what a slow one still reads
+  const char* operation = nullptr;
+  std::vector<Fibre*> waiting;
+};
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct Allocation {
+  std::unique_ptr<void, Free> memory;
+  size_t bytes;
+};
+
+struct Block {
+  std::vector<Warp> warps;
+  std::vector<Fibre*> waiting;
+  std::map<const void*, Allocation> memory;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fibre> fibres;
+  std::vector<Fibre*> ready, waiting;
+};
+
+Cluster* cluster = nullptr;
+Fibre* running = nullptr;
+const std::function<void()>* kernel = nullptr;
+ucontext_t scheduler;
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+uint64_t random_state = 0;
+
+uint64_t random_below(uint64_t n) {  // splitmix64
+  uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return (z ^ (z >> 31)) % n;
+}
+
+// AddressSanitizer must know which stack is in use
+void before_switch(void** save, const void* bottom, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(save, bottom, bytes);
+#else
+  (void)save, (void)bottom, (void)bytes;
+#endif
+}
+void after_switch(void* saved, const void** bottom, size_t* bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, bottom, bytes);
+#else
+  (void)saved, (void)bottom, (void)bytes;
+#endif
+}
+
+// AddressSanitizer's own swapcontext wipes the shadow of the whole stack at every switch; told by the two functions above,
+// it need not, and the C library's does.
+using Swap = int (*)(ucontext_t*, const ucontext_t*);
+Swap plain_swap() {
+  void* library = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = library ? dlsym(library, "swapcontext") : nullptr;
+  return symbol ? reinterpret_cast<Swap>(symbol) : &swapcontext;
+}
+const Swap swap_context = plain_swap();
+
+void entry() {
+  after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  (*kernel)();
+  running->done = true;
+  before_switch(nullptr, scheduler_stack, scheduler_stack_bytes);  // null: this stack is finished
+  swap_context(&running->context, &scheduler);
+}
+
+void resume(Fibre* f) {
+  running = f, here = f->position, f->waiting = nullptr;
+  before_switch(&scheduler_fake_stack, f->stack, kStack);
+  swap_context(&scheduler, &f->context);
+  after_switch(scheduler_fake_stack, nullptr, nullptr);
+}
+
+void wait(const char* what) {
+  Fibre* self = running;
+  self->waiting = what;
+  before_switch(&self->fake_stack, scheduler_stack, scheduler_stack_bytes);
+  swap_context(&self->context, &scheduler);
+  after_switch(self->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+// the last of `total` to arrive wakes the others and goes on
+void arrive(std::vector<Fibre*>& waiting, size_t total, const char* what) {
+  if (waiting.size() + 1 < total) {
+    waiting.push_back(running);
+    wait(what);
+    return;
+  }
+  cluster->ready.insert(cluster->ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+Block& block() { return cluster->blocks[size_t(here.rank)]; }
+
+char* stack(size_t index) {
+  static std::vector<char*> stacks;
+  while (stacks.size() <= index) {
+    void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) fail("no memory for a fibre's stack");
+    stacks.push_back(static_cast<char*>(p));
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks[index] + kStack - 4096, 4096);  // the last user's outermost frame never returned
+#endif
+  return stacks[index];
+}
+
+void prepare(Fibre* f) {
+  getcontext(&f->context);
+  f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
+  makecontext(&f->context, entry, 0);
+}
+
+void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
+  Cluster c;
+  c.blocks.resize(size_t(grid.cluster));
+  c.fibres.resize(size_t(grid.cluster) * size_t(threads));
+  cluster = &c;
+  for (size_t i = 0; i < c.fibres.size(); i++) {
+    Fibre& f = c.fibres[i];
+    const int rank = int(i) / threads;
+    f.position = {int(i) % threads, threads, int(first_x) + rank, int(y), int(grid.x), rank, grid.cluster};
+    f.stack = stack(i);
+    prepare(&f);
+    c.ready.push_back(&f);
+  }
+  for (Block& b : c.blocks) b.warps.resize(size_t(threads / kWarp));
+  while (!c.ready.empty()) {
+    std::swap(c.ready[random_below(c.ready.size())], c.ready.back());
+    Fibre* next = c.ready.back();
+    c.ready.pop_back();
+    resume(next);
+  }
+  std::map<std::string, int> places;
+  for (const Fibre& f : c.fibres) places[f.done ? "have left the kernel" : std::string("wait for ever at ") + f.waiting]++;
+  std::string report;
+  for (const auto& [place, count] : places) report += "; " + std::to_string(count) + " threads " + place;
+  if (!places.count("have left the kernel") || places.size() > 1) fail("block %d%s", int(first_x), report.c_str());
+  cluster = nullptr;
+}
+
+}  // namespace
+
+void fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::fputs("host device: ", stderr);
+  std::vfprintf(stderr, format, args);
+  std::fputs("\n", stderr);
+  va_end(args);
+  std::_Exit(3);
+}
+
+void run(Grid grid, int threads, const std::function<void()>& body) {
+  if (threads < kWarp || threads > 1024 || threads % kWarp) fail("%d threads in a block", threads);
+  if (grid.x < 1 || grid.y < 1 || grid.y > 65535 || grid.x > 0x7fffffff) fail("a grid that no GPU accepts");
+  if (grid.cluster < 1 || grid.x % grid.cluster) fail("the grid is no multiple of its cluster size");
+  launches++;
+  random_state = seed * 0x100000001b3u + uint64_t(launches);
+  kernel = &body;
+  std::vector<int64_t> order(size_t(grid.x / grid.cluster * grid.y));
+  for (size_t i = 0; i < order.size(); i++) order[i] = int64_t(i);
+  for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random_below(i)]);
+  const int64_t along_x = grid.x / grid.cluster;
+  for (int64_t i : order) run_cluster(grid, threads, i % along_x * grid.cluster, i / along_x);
+}
+
+void block_barrier() { arrive(block().waiting, size_t(here.threads), "a block barrier"); }
+
+void cluster_barrier() { arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier"); }
+
+const Slot* exchange(const char* operation, const void* data, size_t bytes) {
+  Warp& w = block().warps[size_t(warp())];
+  if (bytes > kSlotBytes) fail("%s exchanges %zu bytes a lane", operation, bytes);
+  if (w.waiting.empty()) w.operation = operation;
+  if (std::strcmp(w.operation, operation)) fail("lanes of one warp meet in %s and %s", w.operation, operation);
+  Slot* slots = w.slots[running->collectives++ % 2];
+  std::memcpy(slots[lane()], data, bytes);
+  arrive(w.waiting, kWarp, operation);
+  return slots;
+}
+
+namespace {
+Allocation& allocation(Block& b, const void* key, size_t bytes) {
+  Allocation& a = b.memory[key];
+  if (!a.memory) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 128, bytes)) fail("no memory for %zu bytes of shared memory", bytes);
+    std::memset(p, 0xff, bytes);  // NaN in every dtype
+    a = {std::unique_ptr<void, Free>(p), bytes};
+  }
+  return a;
+}
+}  // namespace
+
+void* shared_memory(const void* key, size_t bytes) { return allocation(block(), key, bytes).memory.get(); }
+
+void* peer_memory(void* own, int rank) {
+  if (rank < 0 || rank >= here.cluster) fail("no block %d in a cluster of %d", rank, here.cluster);
+  for (auto& [key, a] : block().memory) {
+    const ptrdiff_t offset = static_cast<char*>(own) - static_cast<char*>(a.memory.get());
+    if (offset < 0 || size_t(offset) >= a.bytes) continue;
+    return static_cast<char*>(allocation(cluster->blocks[size_t(rank)], key, a.bytes).memory.get()) + offset;
+  }
+  fail("cluster_peer of an address outside shared memory");
+}
+
+void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t words[6];
+  std::memcpy(words, a, 16), std::memcpy(words + 4, b, 8);
+  const Slot* slots = exchange("mma", words, sizeof(words));
+  auto element = [&](int from, int word, int half) {
+    uint16_t x;
+    std::memcpy(&x, &slots[from][4 * word + 2 * half], 2);
+    return is_bf16 ? as_float(uint32_t(x) << 16) : half_to_float(x);
+  };
+  for (int e = 0; e < 4; e++) {
+    const int row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
+    for (int k = 0; k < 16; k++) {
+      const int q = k % 8 / 2;
+      c[e] += element(row % 8 * 4 + q, row / 8 + k / 8 * 2, k % 2) * element(column * 4 + q, 4 + k / 8, k % 2);
+    }
+  }
+}
+
+uint16_t float_to_half(float x) {
+  const uint32_t u = as_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;  // what cvt.rn.f16.f32 gives for a NaN
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    return uint16_t(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) return as_float(sign | as_bits(float(magnitude) * 0x1p-24f));
+  return as_float(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+}  // namespace seqfuse::dev::host

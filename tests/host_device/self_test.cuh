@@ -1,0 +1,98 @@
+// Kernels that test the device layer itself, and kernels with one deliberate mistake each, which the host side of the
+// layer must catch. tests/test_cuda_on_host.py runs them; nvcc compiles them too (sm_90a: clusters).
+#pragma once
+#include "cuda/device.cuh"
+
+namespace seqfuse::self_test {
+
+constexpr int kThreads = 128, kCluster = 4;
+
+struct Shared {
+  float x[kThreads];
+};
+
+// out[i] = in[i rotated by 33 within the block]: right only if all have written before anyone reads, in every round
+SEQFUSE_KERNEL(kThreads, 1) rotate(const float* in, float* out, int rounds, bool first_barrier, bool second_barrier) {
+  Shared& s = dev::shared<Shared>();
+  const int i = dev::thread();
+  float x = in[dev::block_x() * kThreads + i];
+  for (int r = 0; r < rounds; r++) {
+    s.x[i] = x;
+    if (first_barrier) dev::barrier();
+    x = s.x[(i + 33) % kThreads];
+    if (second_barrier) dev::barrier();
+  }
+  out[dev::block_x() * kThreads + i] = x;
+}
+
+// out[i] = value of the same thread in the next block of the cluster
+SEQFUSE_KERNEL(kThreads, 1) ring(const float* in, float* out, bool with_barrier) {
+  Shared& s = dev::shared<Shared>();
+  const int i = dev::block_x() * kThreads + dev::thread();
+  s.x[dev::thread()] = in[i];
+  if (with_barrier) dev::cluster_barrier();
+  const Shared* next = dev::cluster_peer(&s, (dev::cluster_rank() + 1) % dev::cluster_size());
+  out[i] = next->x[dev::thread()];
+  dev::cluster_barrier();  // nobody leaves while others read its shared memory
+}
+
+// c[16, 8] = a[16, 16] @ b[8, 16]^T, one warp
+template <class T>
+SEQFUSE_DEVICE void one_mma(const T* a, const T* b, float* c) {
+  const int r = dev::lane() / 4, q = dev::lane() % 4;
+  auto pair = [](const T* p) { return dev::raw(p[0]) | dev::raw(p[1]) << 16; };
+  const uint32_t left[4] = {pair(a + r * 16 + 2 * q), pair(a + (r + 8) * 16 + 2 * q), pair(a + r * 16 + 2 * q + 8),
+                            pair(a + (r + 8) * 16 + 2 * q + 8)};
+  const uint32_t right[2] = {pair(b + r * 16 + 2 * q), pair(b + r * 16 + 2 * q + 8)};
+  float acc[4] = {};
+  dev::mma_m16n8k16<T>(acc, left, right);
+  for (int e = 0; e < 4; e++) c[(r + e / 2 * 8) * 8 + 2 * q + e % 2] = acc[e];
+}
+SEQFUSE_KERNEL(32, 1) mma_bf16(const dev::bf16* a, const dev::bf16* b, float* c) { one_mma(a, b, c); }
+SEQFUSE_KERNEL(32, 1) mma_f16(const dev::f16* a, const dev::f16* b, float* c) { one_mma(a, b, c); }
+
+// out[i] = the sum over i's group of threads, by shuffles and shared memory
+struct Add {
+  SEQFUSE_DEVICE float operator()(float a, float b) const { return a + b; }
+};
+SEQFUSE_KERNEL(kThreads, 1) group_sum(const float* in, float* out, int group, int rounds) {
+  struct Scratch {
+    float x[2][dev::kWarp];
+  };
+  Scratch& s = dev::shared<Scratch>();
+  const int i = dev::block_x() * kThreads + dev::thread();
+  float x = in[i], total = 0.0f;
+  for (int r = 0; r < rounds; r++) total += dev::group_reduce(x, group, s.x, r % 2, Add{});
+  out[i] = total;
+}
+
+// rounding: out[i] = T(in[i]) widened again, by the single and by the paired conversion
+template <class T>
+SEQFUSE_DEVICE void round_trip(const float* in, float* out, int n) {
+  for (int i = dev::thread(); i + 1 < n; i += dev::threads()) {
+    const uint32_t pair = dev::narrow_pair<T>(in[i], in[i + 1]);
+    out[i] = dev::widen(dev::narrow<T>(in[i]));
+    out[n + i] = dev::widen(T{uint16_t(pair)});
+    out[2 * n + i] = dev::widen(T{uint16_t(pair >> 16)});
+  }
+}
+SEQFUSE_KERNEL(kThreads, 1) round_bf16(const float* in, float* out, int n) { round_trip<dev::bf16>(in, out, n); }
+SEQFUSE_KERNEL(kThreads, 1) round_f16(const float* in, float* out, int n) { round_trip<dev::f16>(in, out, n); }
+
+enum class Mistake : int { none, past_the_end, past_shared, unaligned, split_warp, early_exit, left_the_barrier };
+
+SEQFUSE_KERNEL(kThreads, 1) mistaken(const float* in, float* out, int n, Mistake mistake) {
+  Shared& s = dev::shared<Shared>();
+  const int i = dev::thread();
+  if (mistake == Mistake::early_exit && i == 5) return;
+  s.x[i] = i < n ? in[i] : 0.0f;
+  if (mistake == Mistake::past_shared) (&s.x[0])[i + 1] = 0.0f;
+  if (mistake == Mistake::unaligned) s.x[i] = dev::as_float(dev::load_16(in + 1).word[0]);
+  if (mistake == Mistake::split_warp) {
+    if (i % 2) dev::shuffle_xor(1, 1);
+  }
+  if (mistake != Mistake::left_the_barrier || i != 7) dev::barrier();
+  if (i < n || mistake == Mistake::past_the_end) out[i] = s.x[i];
+}
+
+}  // namespace seqfuse::self_test
