@@ -1,4 +1,4 @@
-"""Who competes in a case: PyTorch's module (the baseline), its named ops, torch.compile, and seqfuse on each backend."""
+"""Who competes in a case: PyTorch's module (the baseline), its named ops, torch.compile, seqfuse on each backend."""
 
 import contextlib
 import functools

@@ -21,7 +21,7 @@ class Row:
 
     status: "ok", "wrong" (a red gate), "failed" (it raised) or "refused" (the backend can't run the case).
     asked, backend, reason: of seqfuse's contenders: what was asked for, what ran, why. message: why there is no speed.
-    ratio: how many times faster than the eager baseline. error, error_torch: largest relative L2 errors against float64.
+    ratio: how many times faster than the eager baseline. error, error_torch: largest relative L2 error against float64.
     """
 
     op: str
@@ -131,7 +131,7 @@ def file_name(device: str) -> str:
 
 
 def target(path: Path, device: str) -> Path:
-    """The file to write: a folder stands for a file of the usual name in it. Raises ValueError if it can't be written."""
+    """The file to write: a folder stands for a file of the usual name in it. ValueError if it can't be written."""
     path = Path(path)
     if path.is_dir():
         path = path / file_name(device)

@@ -73,7 +73,7 @@ class Case:
         return f"{self.op}/{self.name}"
 
     def build(self, device: str, dtype: str, sets: int = 1) -> "Problem":
-        """Everything that the contenders run on: the same parameters, `sets` sets of random inputs. Seeded by the id."""
+        """All that the contenders run on: the same parameters, `sets` sets of random inputs. Seeded by the id."""
         kind = DTYPES[dtype]
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(self.id.encode()))

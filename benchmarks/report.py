@@ -30,7 +30,7 @@ def heading(head: dict) -> None:
     commit = head["commit"][:10] + (" with changes" if head["dirty"] else "") if head["commit"] else "not a checkout"
     say(f"{where} · torch {m['torch']} · seqfuse {m['seqfuse']} ({commit})")
     if m["device"] == "cpu" and m["load"] is not None and m["load"] > 0.6:
-        say(f"note: the machine is busy (load {m['load']} on {m['cores']} cores); the times are not those of a quiet one")
+        say(f"note: the machine is busy (load {m['load']} on {m['cores']} cores), so don't quote these times")
 
 
 def table(rows: Sequence[Row]) -> None:
@@ -39,7 +39,9 @@ def table(rows: Sequence[Row]) -> None:
     if not rows:
         return
     memory_bound = _memory_bound(rows)
-    out = Table(title=f"{rows[0].op} {rows[0].dtype}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    out = Table(
+        title=f"{rows[0].op} {rows[0].dtype}", title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     gpu = any(r.host_us is not None for r in rows)
     right = ["ms", "p10 to p90", "vs eager", "GB/s" if memory_bound else "TFLOP/s", "of ceiling", "MiB", "error"]
     for name in ("case", "mode", "contender", *right, *(["host us"] if gpu else [])):
@@ -51,14 +53,18 @@ def table(rows: Sequence[Row]) -> None:
         if first and before is not None:
             out.add_row("")
         before = group
-        out.add_row(*(group if first else ("", "")), *_cells(row, memory_bound), *([_number(row.host_us)] if gpu else []))
+        out.add_row(
+            *(group if first else ("", "")), *_cells(row, memory_bound), *([_number(row.host_us)] if gpu else [])
+        )
     console = _console()
     console.print(out)
     for line in _choices(rows):
         console.print(f"[dim]{line}[/dim]")
     for row in rows:
         if row.status in ("wrong", "failed"):
-            console.print(f"[red]{row.op} {row.case} {row.mode} {row.dtype}, {row.contender}: {row.status}[/red]: ", end="")
+            console.print(
+                f"[red]{row.op} {row.case} {row.mode} {row.dtype}, {row.contender}: {row.status}[/red]: ", end=""
+            )
             console.print(row.message, markup=False)
     console.print()
 
@@ -144,4 +150,8 @@ def winners(table: dict[str, dict[str, str]], path) -> None:
         for sizes, backend in classes.items():
             out.add_row(op, sizes, backend)
     _console().print(out)
-    say(f"`auto` follows this from now on; the table is {path}" if path else "no backend could be timed: nothing is kept")
+    say(
+        f"`auto` follows this from now on; the table is {path}"
+        if path
+        else "no backend could be timed: nothing is kept"
+    )

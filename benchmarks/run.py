@@ -18,7 +18,7 @@ _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half"
 
 @dataclass(frozen=True)
 class Options:
-    """A checked set of options. backends: what each case is asked to run on. seconds: time for one group of contenders."""
+    """Checked options. backends: what each case is asked to run on. seconds: time for one group of contenders."""
 
     device: str
     backends: tuple[str, ...]
