@@ -14,7 +14,8 @@ def candidates(op: str, device: str) -> list[str]:
 
 
 def winners(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
-    """{op: {shape class: backend}}: the fastest in geometric mean over the cases of the class.
+    """{op: {shape class: backend}}: the fastest in geometric mean over the cases of the class, by the
+    ratio to eager, which disturbances of the machine leave alone.
 
     Only a backend that ran every case of the class, correctly, can win: a wrong result anywhere in it disqualifies.
     """
@@ -28,7 +29,7 @@ def winners(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for key, backends in classes.items():
         speed = {
-            name: statistics.geometric_mean(1 / r.median_ms for r in mine)
+            name: statistics.geometric_mean(r.ratio or 1 / r.median_ms for r in mine)
             for name, mine in backends.items()
             if all(r.status == "ok" for r in mine) and {r.case for r in mine} == cases[key]
         }
