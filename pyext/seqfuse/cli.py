@@ -1,6 +1,6 @@
 """The command line. Each command parses its options, calls one function and turns expected errors into one sentence.
 
-A new command is one function below with @app.command(); what it does lives elsewhere and is imported inside it, so that
+A new command is one function below with @app.command() (bench brings its own); what it does is imported inside, so that
 `seqfuse --help` stays quick.
 """
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from seqfuse.benchmarks.cli import bench
 
 app = typer.Typer(
     help="Fused kernels for sequence models in PyTorch.",
@@ -65,7 +67,7 @@ def info() -> None:
     Console(highlight=False).print(table)
 
 
-# `seqfuse bench` goes here: @app.command() def bench(...), calling seqfuse.benchmarks.
+app.command()(bench)
 
 
 def _plain(value: object) -> str:

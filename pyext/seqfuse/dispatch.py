@@ -146,3 +146,13 @@ def forget() -> None:
 def add_listener(record: Callable[[Choice, Any], None]) -> None:
     """Call `record(choice, case)` for every decision from now on."""
     _listeners.append(record)
+
+
+@contextlib.contextmanager
+def listening(record: Callable[[Choice, Any], None]) -> Iterator[None]:
+    """Call `record(choice, case)` for every decision inside the `with` block."""
+    _listeners.append(record)
+    try:
+        yield
+    finally:
+        _listeners.remove(record)
