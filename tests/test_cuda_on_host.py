@@ -96,7 +96,14 @@ def test_rounding_is_torchs(host, dtype):
         (5, "wait for ever at a block barrier"),
         (6, "wait for ever at a block barrier"),
     ],
-    ids=["write-past-the-end", "shared-past-the-end", "unaligned-vector", "split-warp", "early-exit", "skipped-barrier"],
+    ids=[
+        "write-past-the-end",
+        "shared-past-the-end",
+        "unaligned-vector",
+        "split-warp",
+        "early-exit",
+        "skipped-barrier",
+    ],
 )
 def test_mistakes_are_caught(host, mistake, words):
     def run(mistake):
@@ -382,7 +389,5 @@ def test_recurrent_long_sequence_keeps_its_state_in_fp32(host, cell):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_recurrent_scan_is_the_same_for_every_schedule(host, cell):
     tensors, grads = recurrent_sample(cell, 3, 35, 40, torch.bfloat16)
-    first, second = (
-        recurrent_on_host(host, cell, tensors, grads, False, torch.bfloat16, seed=seed) for seed in (1, 2)
-    )
+    first, second = (recurrent_on_host(host, cell, tensors, grads, False, torch.bfloat16, seed=seed) for seed in (1, 2))
     assert all(torch.equal(first[n], second[n]) for n in first)

@@ -29,7 +29,17 @@ class HostDevice:
         objects = [folder / f"{source.name}.o" for source in sources]
         commands = [
             # the scheduler is where the time goes, the kernels are where the compile time goes
-            [compiler, *FLAGS, "-O2" if source.name == "scheduler.cpp" else "-O0", "-x", "c++", "-c", str(source), "-o", str(target)]
+            [
+                compiler,
+                *FLAGS,
+                "-O2" if source.name == "scheduler.cpp" else "-O0",
+                "-x",
+                "c++",
+                "-c",
+                str(source),
+                "-o",
+                str(target),
+            ]
             for source, target in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(2) as pool:
