@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton_aot as aot
+
 from seqfuse.kernels import common, layer_norm, rnn, rnn_kernels
 
 pytestmark = pytest.mark.skipif(

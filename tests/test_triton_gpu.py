@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton_checks as checks
+
 from seqfuse.kernels import common, layer_norm, rnn, rnn_plan
 
 pytestmark = [

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton_checks as checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from seqfuse.kernels import common, layer_norm, rnn_plan
 
 pytestmark = pytest.mark.interpret

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from unittest import mock
 
 import torch
+
 from seqfuse.kernels import common
 
 WORKERS = 2

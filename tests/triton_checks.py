@@ -4,10 +4,10 @@ Memory that nobody wrote holds NaN (tests/conftest.py).
 """
 
 import torch
-from seqfuse.kernels import layer_norm as ln
-from seqfuse.kernels import rnn, rnn_plan
 
 from seqfuse import reference
+from seqfuse.kernels import layer_norm as ln
+from seqfuse.kernels import rnn, rnn_plan
 from seqfuse.testing import FLOOR, assert_accurate
 
 __all__ = ["FLOOR", "layer_norm", "rnn_inference", "rnn_nan", "rnn_scan"]

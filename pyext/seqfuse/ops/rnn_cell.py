@@ -42,7 +42,7 @@ def lstm_cell(x, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 
 def gru_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
-    """One GRU step, as torch.nn.GRUCell computes it: arguments as `lstm_cell` with 3H rows (r z n). Returns h [B, H]."""
+    """One GRU step, as torch.nn.GRUCell computes it: arguments as `lstm_cell` with 3H rows (r z n). Returns h."""
     return _run("gru_cell", "gru", x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
