@@ -30,7 +30,8 @@ SEQFUSE_DEVICE float sum_over_warps(float sum) {
 
 // grid.y: which of the two sums
 template <class P>
-SEQFUSE_KERNEL(kSumThreads, 1) column_sum(ColumnSum first, ColumnSum second) {
+SEQFUSE_KERNEL(kSumThreads, 1)
+column_sum(ColumnSum first, ColumnSum second) {
   const ColumnSum p = dev::block_y() ? second : first;
   const int64_t c = int64_t(dev::block_x()) * kSumColumns + dev::lane();
   float sum = 0.0f;

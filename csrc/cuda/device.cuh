@@ -1,19 +1,19 @@
 // The thin device layer: everything that a kernel in this folder may use of CUDA, under names of our own.
 //
-// nvcc maps the names to intrinsics and PTX (device_nvcc.cuh). With SEQFUSE_HOST_DEVICE defined the same names come from
-// tests/host_device/device_host.h, an ordinary C++ implementation that runs a block's threads as fibres, so that the
-// very same kernel bodies and launchers are executed on a CPU under address and undefined-behaviour sanitizers.
+// nvcc maps the names to intrinsics and PTX (device_nvcc.cuh). With SEQFUSE_HOST_DEVICE defined the same names come
+// from tests/host_device/device_host.h, an ordinary C++ implementation that runs a block's threads as fibres, so that
+// the very same kernel bodies and launchers are executed on a CPU under address and undefined-behaviour sanitizers.
 //
 // What both sides supply, in namespace seqfuse::dev:
 //   thread() threads() lane() warp()            position in the block
 //   block_x() block_y() blocks_x()              position in the grid
 //   barrier()                                   all threads of the block; none may have left the kernel
 //   cluster_rank() cluster_size() cluster_barrier() cluster_peer(pointer, rank)
-//                                               blocks of one cluster and their shared memory (sm_90; persistent kernels)
+//                                               blocks of a cluster, their shared memory (sm_90, persistent kernels)
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
 //   shuffle_xor(word, mask)                     another lane's 32 bits; all 32 lanes take part
 //   mma_m16n8k16<T>(c, a, b)                    c += a b on one warp: fp32 [16, 8], T [16, 16], T [16, 8]
-//   load_16(p) store_16(p, bits)                16 aligned bytes; load_16 only from memory that this launch never writes
+//   load_16(p) store_16(p, bits)                16 aligned bytes; load_16 only of what this launch never writes
 //   widen(T) narrow<T>(float)                   T is float, bf16 or f16; rounds to nearest even
 //   exp tanh rsqrt multiply                     fp32; multiply(a, b) is never fused into a later addition
 //   launch(kernel, grid, threads, stream, args) returns a cudaError_t as int
@@ -183,15 +183,20 @@ SEQFUSE_DEVICE S group_reduce(S value, int group, S (*scratch)[kWarp], int parit
   return warp_reduce(scratch[parity][first + lane() % warps], warps, combine);
 }
 
-inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline bool aligned_16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
 
 // f(T{}) for the element type that `dtype` names
 template <class F>
 int with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
   }
 }
 

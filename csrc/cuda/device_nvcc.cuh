@@ -7,15 +7,31 @@
 
 namespace seqfuse::dev {
 
-SEQFUSE_DEVICE int thread() { return int(threadIdx.x); }
-SEQFUSE_DEVICE int threads() { return int(blockDim.x); }
-SEQFUSE_DEVICE int lane() { return int(threadIdx.x % kWarp); }
-SEQFUSE_DEVICE int warp() { return int(threadIdx.x / kWarp); }
-SEQFUSE_DEVICE int block_x() { return int(blockIdx.x); }
-SEQFUSE_DEVICE int block_y() { return int(blockIdx.y); }
-SEQFUSE_DEVICE int blocks_x() { return int(gridDim.x); }
+SEQFUSE_DEVICE int thread() {
+  return int(threadIdx.x);
+}
+SEQFUSE_DEVICE int threads() {
+  return int(blockDim.x);
+}
+SEQFUSE_DEVICE int lane() {
+  return int(threadIdx.x % kWarp);
+}
+SEQFUSE_DEVICE int warp() {
+  return int(threadIdx.x / kWarp);
+}
+SEQFUSE_DEVICE int block_x() {
+  return int(blockIdx.x);
+}
+SEQFUSE_DEVICE int block_y() {
+  return int(blockIdx.y);
+}
+SEQFUSE_DEVICE int blocks_x() {
+  return int(gridDim.x);
+}
 
-SEQFUSE_DEVICE void barrier() { __syncthreads(); }
+SEQFUSE_DEVICE void barrier() {
+  __syncthreads();
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 SEQFUSE_DEVICE int cluster_rank() {
@@ -46,7 +62,9 @@ SEQFUSE_DEVICE S& shared() {
   return reinterpret_cast<S&>(bytes);
 }
 
-SEQFUSE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+SEQFUSE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 
 SEQFUSE_DEVICE Bits16 load_16(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
@@ -56,11 +74,19 @@ SEQFUSE_DEVICE void store_16(void* p, const Bits16& b) {
   *static_cast<uint4*>(p) = make_uint4(b.word[0], b.word[1], b.word[2], b.word[3]);
 }
 
-SEQFUSE_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
-SEQFUSE_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+SEQFUSE_DEVICE float as_float(uint32_t x) {
+  return __uint_as_float(x);
+}
+SEQFUSE_DEVICE uint32_t as_bits(float x) {
+  return __float_as_uint(x);
+}
 
-SEQFUSE_DEVICE float widen(float x) { return x; }
-SEQFUSE_DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+SEQFUSE_DEVICE float widen(float x) {
+  return x;
+}
+SEQFUSE_DEVICE float widen(bf16 x) {
+  return __uint_as_float(uint32_t(x.bits) << 16);
+}
 SEQFUSE_DEVICE float widen(f16 x) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
@@ -91,13 +117,22 @@ SEQFUSE_DEVICE uint32_t narrow_pair(float low, float high) {
   return r;
 }
 
-SEQFUSE_DEVICE float exp(float x) { return expf(x); }
-SEQFUSE_DEVICE float tanh(float x) { return tanhf(x); }
-SEQFUSE_DEVICE float rsqrt(float x) { return 1.0f / sqrtf(x); }
-SEQFUSE_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+SEQFUSE_DEVICE float exp(float x) {
+  return expf(x);
+}
+SEQFUSE_DEVICE float tanh(float x) {
+  return tanhf(x);
+}
+SEQFUSE_DEVICE float rsqrt(float x) {
+  return 1.0f / sqrtf(x);
+}
+SEQFUSE_DEVICE float multiply(float a, float b) {
+  return __fmul_rn(a, b);
+}
 
 // Fragments as PTX lays them out: with r = lane / 4 and q = lane % 4, a holds rows r, r+8, r, r+8 at columns 2q (first
-// two words) and 2q + 8, two elements a word; b holds column r at rows 2q and 2q + 8; c rows r, r, r+8, r+8 at 2q, 2q+1.
+// two words) and 2q + 8, two elements a word; b holds column r at rows 2q and 2q + 8; c rows r, r, r+8, r+8 at 2q,
+// 2q+1.
 template <class T>
 SEQFUSE_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, bf16>)

@@ -25,13 +25,15 @@ template <class T>
 inline constexpr int kForwardVectors = kForwardColumns / kVector<T>;
 template <class T>
 inline constexpr int kBackwardVectors = kBackwardColumns / kVector<T>;
-constexpr int kMostThreads = 512;   // rows of up to 16384 columns forward and 8192 backward stay in registers
+constexpr int kMostThreads = 512;    // rows of up to 16384 columns forward and 8192 backward stay in registers
 constexpr int kSharedThreads = 256;  // of a block whose rows take fewer
 
 struct Pair {
   float a, b;
 };
-SEQFUSE_DEVICE Pair add(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+SEQFUSE_DEVICE Pair add(Pair x, Pair y) {
+  return {x.a + y.a, x.b + y.b};
+}
 
 struct ForwardArgs {
   int64_t rows, cols;
@@ -148,7 +150,8 @@ struct AddPairs {
 };
 
 template <class T, class P>
-SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_forward(ForwardArgs p) {
+SEQFUSE_KERNEL(kMostThreads, 1)
+layer_norm_forward(ForwardArgs p) {
   ForwardShared& shared = dev::shared<ForwardShared>();
   const int groups = dev::threads() / p.group, mine = dev::thread() / p.group, in_group = dev::thread() % p.group;
   int parity = 0;
@@ -160,8 +163,8 @@ SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_forward(ForwardArgs p) {
       const Span at = span<T>(cols, p.group, in_group, i);
       s[i] = at.n ? load_sum<T>(p, row, at) : Bits16{};
     }
-    const Moments m = dev::group_reduce(moments_of<T>(s, cols, p.group, in_group), p.group, shared.moments, parity,
-                                        MergeMoments{});
+    const Moments m =
+        dev::group_reduce(moments_of<T>(s, cols, p.group, in_group), p.group, shared.moments, parity, MergeMoments{});
     parity ^= 1;
     const float rstd = write_statistics(p, row, cols && in_group == 0, m);
 #pragma unroll
@@ -174,7 +177,8 @@ SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_forward(ForwardArgs p) {
 
 // One block a row, which is read twice (from the stored sum the second time, if there is a residual).
 template <class T, class P>
-SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_forward_long(ForwardArgs p) {
+SEQFUSE_KERNEL(kMostThreads, 1)
+layer_norm_forward_long(ForwardArgs p) {
   ForwardShared& shared = dev::shared<ForwardShared>();
   const int64_t step = int64_t(dev::threads()) * kVector<T>;
   const int vectors = int((p.cols + step - 1) / step);
@@ -249,7 +253,8 @@ struct BackwardShared {
 };
 
 template <class T, class P>
-SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_backward(BackwardArgs p) {
+SEQFUSE_KERNEL(kMostThreads, 1)
+layer_norm_backward(BackwardArgs p) {
   constexpr int V = kVector<T>, N = kBackwardVectors<T>;
   BackwardShared& shared = dev::shared<BackwardShared>();
   const int groups = dev::threads() / p.group, mine = dev::thread() / p.group, in_group = dev::thread() % p.group;
@@ -313,7 +318,8 @@ SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_backward(BackwardArgs p) {
 // One block a row, which is read twice; the block adds to its partial rows in global memory, each thread to its own
 // columns.
 template <class T, class P>
-SEQFUSE_KERNEL(kMostThreads, 1) layer_norm_backward_long(BackwardArgs p) {
+SEQFUSE_KERNEL(kMostThreads, 1)
+layer_norm_backward_long(BackwardArgs p) {
   constexpr int V = kVector<T>;
   BackwardShared& shared = dev::shared<BackwardShared>();
   const int64_t step = int64_t(dev::threads()) * V;

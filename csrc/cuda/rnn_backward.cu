@@ -1,6 +1,5 @@
 // Launches of rnn_backward.cuh: one a time step, one for the initial state, two for db_hh. Contract: seqfuse/rnn.h
 #include "cuda/rnn_backward.cuh"
-
 #include "cuda/rnn_launch.cuh"
 
 namespace seqfuse {
@@ -12,12 +11,11 @@ template <class T>
 int launch_db(const RnnBackward& a, int gates, float* partial, void* stream) {
   const bool gru = a.cell == Cell::gru;
   const int width = int(gates * a.H), split = gru ? int(2 * a.H) : width;
-  const SequencePair<T> da{static_cast<const T*>(a.dxg), static_cast<const T*>(a.dan), a.dxg_strides, a.dan_strides,
-                           split, width};
+  const SequencePair<T> da{
+      static_cast<const T*>(a.dxg), static_cast<const T*>(a.dan), a.dxg_strides, a.dan_strides, split, width};
   const int64_t rows = a.T * a.B, turns = (rows + 63) / 64, blocks = turns < kPartialRows ? turns : kPartialRows;
   const dev::Grid grid{(width + kSumColumns - 1) / kSumColumns, blocks};
-  const int error =
-      dev::launch(&sequence_sum<T>, grid, kSumThreads, stream, da, partial, rows, a.B, int(blocks));
+  const int error = dev::launch(&sequence_sum<T>, grid, kSumThreads, stream, da, partial, rows, a.B, int(blocks));
   const ColumnSum sum{partial, a.db_hh, blocks, width};
   return error ? error : launch_column_sums<float>(sum, sum, 1, stream);
 }

@@ -5,7 +5,7 @@
 //
 // da_{t+1} is read back from dxg (and dan) as the later step wrote it, rounded to the dtype; the product runs over a
 // transposed copy of w_hh, made once a call. What bypasses w_hh (the LSTM's dc, the GRU's dh * z) is carried in fp32.
-// One more launch after the first time step gives dh0 and dc0. db_hh is a sum over all rows of dxg (and dan) at the end.
+// One more launch after the first time step gives dh0 and dc0; last, db_hh sums all rows of dxg (and dan).
 // Memory traffic allowed: w_hh once per 32 batch rows, da_{t+1} once per 8 units, everything else once.
 #pragma once
 #include "cuda/column_sum.cuh"
@@ -17,14 +17,14 @@ template <class T>
 struct BackwardStep {
   int B, H;
   bool relu;
-  Left<T> da;           // gradients of a of the later step [B, G*H]; width 0 in the last time step
-  const T* w_t;         // [H, G*H]
-  const T* dh_n;        // last time step only, or null
-  const T* dc_n;        // likewise
-  float* carry;         // [B, H]: LSTM dc, GRU dh * z; read and written by the same thread
-  Rows<const T> dy;     // or null
-  Rows<const T> y;      // RNN only
-  Rows<const T> gates;  // LSTM, GRU
+  Left<T> da;                             // gradients of a of the later step [B, G*H]; width 0 in the last time step
+  const T* w_t;                           // [H, G*H]
+  const T* dh_n;                          // last time step only, or null
+  const T* dc_n;                          // likewise
+  float* carry;                           // [B, H]: LSTM dc, GRU dh * z; read and written by the same thread
+  Rows<const T> dy;                       // or null
+  Rows<const T> y;                        // RNN only
+  Rows<const T> gates;                    // LSTM, GRU
   Rows<const float> cells, cells_before;  // LSTM; cells_before is null in the first time step
   const T* c0;
   Rows<const T> h_before;  // GRU
@@ -35,7 +35,8 @@ struct BackwardStep {
 };
 
 template <Cell C, class T, bool Aligned>
-SEQFUSE_KERNEL(kStepThreads, kStepBlocks<T>) rnn_backward_step(BackwardStep<T> p) {
+SEQFUSE_KERNEL(kStepThreads, kStepBlocks<T>)
+rnn_backward_step(BackwardStep<T> p) {
   using dev::Math;
   constexpr bool kCarries = C != Cell::rnn_tanh;
   const int row0 = dev::block_x() * kRows, unit0 = dev::block_y() * kUnits, H = p.H;
@@ -102,7 +103,8 @@ constexpr int kTransposeTile = 32;
 
 // out[c, r] = in[r, c]; blocks (columns, rows) of kTransposeTile squared, kSumThreads threads
 template <class T>
-SEQFUSE_KERNEL(kSumThreads, 1) transpose(const T* in, T* out, int rows, int cols) {
+SEQFUSE_KERNEL(kSumThreads, 1)
+transpose(const T* in, T* out, int rows, int cols) {
   struct Shared {
     T tile[kTransposeTile][kTransposeTile + 1];  // one wider, so that columns fall into different banks
   };
@@ -127,9 +129,10 @@ struct SequencePair {
   int split, width;
 };
 
-// First half of db_hh: partial[block_y, c] = sum over the (t, b) of this block, which takes every blocks_y-th group of 8.
+// First half of db_hh: partial[block_y, c] = sum over this block's (t, b), every blocks_y-th group of 8 of them.
 template <class T>
-SEQFUSE_KERNEL(kSumThreads, 1) sequence_sum(SequencePair<T> p, float* partial, int64_t rows, int64_t B, int blocks_y) {
+SEQFUSE_KERNEL(kSumThreads, 1)
+sequence_sum(SequencePair<T> p, float* partial, int64_t rows, int64_t B, int blocks_y) {
   const int c = dev::block_x() * kSumColumns + dev::lane();
   const bool second = c >= p.split;
   const T* data = second ? p.second : p.first;

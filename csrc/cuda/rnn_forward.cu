@@ -1,6 +1,5 @@
 // Launches of rnn_forward.cuh: one a time step. Contract: seqfuse/rnn.h
 #include "cuda/rnn_forward.cuh"
-
 #include "cuda/rnn_launch.cuh"
 
 namespace seqfuse {

@@ -2,9 +2,9 @@
 //
 //   a = h_{t-1} @ w_hh^T + b_hh;   then the cell's gates (common/gates.h)
 //
-// Memory traffic allowed: w_hh once per 32 batch rows (from the L2 cache after the first step), h_{t-1} once per 8 units,
-// xg, the previous state and everything that is written once. h is exchanged in the dtype through y; the LSTM's cell and
-// the GRU's h of the blend h = n + z (h - n) stay fp32 from step to step.
+// Memory traffic allowed: w_hh once per 32 batch rows (from the L2 cache after the first step), h_{t-1} once per 8
+// units, xg, the previous state and everything that is written once. h is exchanged in the dtype through y; the LSTM's
+// cell and the GRU's h of the blend h = n + z (h - n) stay fp32 from step to step.
 #pragma once
 #include "cuda/rnn_product.cuh"
 #include "seqfuse/rnn.h"
@@ -39,7 +39,8 @@ struct ForwardStep {
 
 // C stands for the kind of cell: rnn_tanh means both activations of the plain RNN.
 template <Cell C, class T, bool Aligned>
-SEQFUSE_KERNEL(kStepThreads, kStepBlocks<T>) rnn_forward_step(ForwardStep<T> p) {
+SEQFUSE_KERNEL(kStepThreads, kStepBlocks<T>)
+rnn_forward_step(ForwardStep<T> p) {
   constexpr int G = C == Cell::lstm ? 4 : C == Cell::gru ? 3 : 1;
   using dev::Math;
   const int row0 = dev::block_x() * kRows, unit0 = dev::block_y() * kUnits, H = p.H;
@@ -98,6 +99,8 @@ SEQFUSE_KERNEL(kStepThreads, kStepBlocks<T>) rnn_forward_step(ForwardStep<T> p) 
   if (p.h_n) p.h_n[int64_t(b) * H + u] = rounded;
 }
 
-inline dev::Grid step_grid(int64_t B, int64_t H) { return {(B + kRows - 1) / kRows, (H + kUnits - 1) / kUnits}; }
+inline dev::Grid step_grid(int64_t B, int64_t H) {
+  return {(B + kRows - 1) / kRows, (H + kUnits - 1) / kUnits};
+}
 
 }  // namespace seqfuse::cuda

@@ -21,7 +21,9 @@ bool vectors_fit(int64_t H, std::initializer_list<const void*> pointers, std::in
   return fit;
 }
 
-inline int64_t rounded_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+inline int64_t rounded_up(int64_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
 
 // fp32 [B, H] that goes from step to step
 inline int64_t carried_bytes(Cell cell, int64_t B, int64_t H) {

@@ -6,7 +6,7 @@
 // are added in warp order through shared memory (deterministic); afterwards each thread owns one (row, unit) and all
 // its gates, so the cell's pointwise mathematics follow in registers.
 // 16-bit types: mma.m16n8k16 with fp32 accumulators. The contraction does not care about the order of k as long as both
-// sides agree, so a lane takes 8 neighbouring k of a row (one 16-byte load) where the fragment layout wants 2 + 2 twice:
+// sides agree, so a lane takes 8 neighbouring k of a row (one 16-byte load) where the fragments want 2 + 2, twice:
 // both operands go from global memory into fragments without a detour through shared memory.
 // float: exact fp32 FMA with the same accumulator layout.
 // Memory traffic allowed: a block reads its rows of `left` and of w once.

@@ -1,5 +1,5 @@
-// The device layer on a CPU (csrc/cuda/device.cuh says what the names mean). One fibre per thread of a block, blocks of a
-// cluster together, clusters one after another; fibres and blocks run in an order drawn from host::seed, so that a
+// The device layer on a CPU (csrc/cuda/device.cuh says what the names mean). One fibre per thread of a block, blocks of
+// a cluster together, clusters one after another; fibres and blocks run in an order drawn from host::seed, so that a
 // missing barrier shows as a wrong result. Shared memory is exactly as large as asked for (AddressSanitizer sees an
 // overrun) and holds NaN until it is written. A thread switches only where it waits, never between two statements:
 // barriers that are missing are found, races that a barrier cannot cure are not.
@@ -17,9 +17,9 @@ namespace seqfuse::dev {
 
 namespace host {
 
-extern uint64_t seed;          // of the order in which fibres and blocks run
-extern int multiprocessors;    // what dev::multiprocessors() answers
-extern long launches;          // so far
+extern uint64_t seed;           // of the order in which fibres and blocks run
+extern int multiprocessors;     // what dev::multiprocessors() answers
+extern long launches;           // so far
 constexpr int kSlotBytes = 64;  // what a lane can show the other lanes at once
 
 struct Position {
@@ -44,18 +44,40 @@ float half_to_float(uint16_t h);
 
 }  // namespace host
 
-inline int thread() { return host::here.thread; }
-inline int threads() { return host::here.threads; }
-inline int lane() { return host::here.thread % kWarp; }
-inline int warp() { return host::here.thread / kWarp; }
-inline int block_x() { return host::here.block_x; }
-inline int block_y() { return host::here.block_y; }
-inline int blocks_x() { return host::here.blocks_x; }
-inline void barrier() { host::block_barrier(); }
+inline int thread() {
+  return host::here.thread;
+}
+inline int threads() {
+  return host::here.threads;
+}
+inline int lane() {
+  return host::here.thread % kWarp;
+}
+inline int warp() {
+  return host::here.thread / kWarp;
+}
+inline int block_x() {
+  return host::here.block_x;
+}
+inline int block_y() {
+  return host::here.block_y;
+}
+inline int blocks_x() {
+  return host::here.blocks_x;
+}
+inline void barrier() {
+  host::block_barrier();
+}
 
-inline int cluster_rank() { return host::here.rank; }
-inline int cluster_size() { return host::here.cluster; }
-inline void cluster_barrier() { host::cluster_barrier(); }
+inline int cluster_rank() {
+  return host::here.rank;
+}
+inline int cluster_size() {
+  return host::here.cluster;
+}
+inline void cluster_barrier() {
+  host::cluster_barrier();
+}
 template <class S>
 S* cluster_peer(S* p, int rank) {
   return static_cast<S*>(host::peer_memory(p, rank));
@@ -73,8 +95,12 @@ inline uint32_t shuffle_xor(uint32_t x, int mask) {
   return other;
 }
 
-inline Bits16 load_16(const void* p) { return *static_cast<const Bits16*>(p); }  // UBSan checks the alignment
-inline void store_16(void* p, const Bits16& b) { *static_cast<Bits16*>(p) = b; }
+inline Bits16 load_16(const void* p) {
+  return *static_cast<const Bits16*>(p);
+}  // UBSan checks the alignment
+inline void store_16(void* p, const Bits16& b) {
+  *static_cast<Bits16*>(p) = b;
+}
 
 inline float as_float(uint32_t x) {
   float f;
@@ -87,9 +113,15 @@ inline uint32_t as_bits(float x) {
   return u;
 }
 
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
-inline float widen(f16 x) { return host::half_to_float(x.bits); }
+inline float widen(float x) {
+  return x;
+}
+inline float widen(bf16 x) {
+  return as_float(uint32_t(x.bits) << 16);
+}
+inline float widen(f16 x) {
+  return host::half_to_float(x.bits);
+}
 
 template <class T>
 T narrow(float x) {
@@ -108,10 +140,18 @@ uint32_t narrow_pair(float low, float high) {
   return narrow<T>(low).bits | uint32_t(narrow<T>(high).bits) << 16;
 }
 
-inline float exp(float x) { return std::exp(x); }
-inline float tanh(float x) { return std::tanh(x); }
-inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
-inline float multiply(float a, float b) { return a * b; }
+inline float exp(float x) {
+  return std::exp(x);
+}
+inline float tanh(float x) {
+  return std::tanh(x);
+}
+inline float rsqrt(float x) {
+  return 1.0f / std::sqrt(x);
+}
+inline float multiply(float a, float b) {
+  return a * b;
+}
 
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -124,6 +164,8 @@ int launch(void (*kernel)(P...), Grid grid, int threads, void*, const A&... args
   return 0;
 }
 
-inline int multiprocessors() { return host::multiprocessors; }
+inline int multiprocessors() {
+  return host::multiprocessors;
+}
 
 }  // namespace seqfuse::dev

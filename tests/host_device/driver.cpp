@@ -9,11 +9,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <sstream>
 #include <string>
-#include <vector>
 
 #include "self_test.cuh"
 #include "seqfuse/layer_norm.h"
@@ -71,10 +69,11 @@ Job read(const char* path) {
     if (kind == "float") words >> job.floats[name];
     if (kind == "in") {
       words >> file >> offset;
-      std::ifstream in(file, std::ios::binary);
-      const std::vector<char> content{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
-      Buffer b = allocate(content.size(), offset);
-      std::memcpy(b.data, content.data(), content.size());
+      std::ifstream in(file, std::ios::binary | std::ios::ate);
+      Buffer b = allocate(size_t(in.tellg()), offset);
+      in.seekg(0);
+      in.read(reinterpret_cast<char*>(b.data), long(b.bytes));
+      if (!in) host::fail("cannot read %s", file.c_str());
       job.buffers[name] = b;
     }
     if (kind == "out") {
@@ -164,7 +163,8 @@ int self(const Job& j) {
   if (j.op == "round")
     return dev::launch(number("dtype") == 1 ? &round_bf16 : &round_f16, {1}, kThreads, nullptr, in, out, number("n"));
   if (j.op == "mma" && number("dtype") == 1)
-    return dev::launch(&mma_bf16, {1}, 32, nullptr, j.pointer<const dev::bf16>("a"), j.pointer<const dev::bf16>("b"), out);
+    return dev::launch(&mma_bf16, {1}, 32, nullptr, j.pointer<const dev::bf16>("a"), j.pointer<const dev::bf16>("b"),
+                       out);
   if (j.op == "mma")
     return dev::launch(&mma_f16, {1}, 32, nullptr, j.pointer<const dev::f16>("a"), j.pointer<const dev::f16>("b"), out);
   host::fail("no op %s", j.op.c_str());
@@ -190,6 +190,7 @@ int main(int argc, char** argv) {
     error = self(job);
   if (error) host::fail("%s returned %d", job.op.c_str(), error);
   for (const auto& [name, b] : job.buffers)
-    if (!b.file.empty()) std::ofstream(b.file, std::ios::binary).write(reinterpret_cast<const char*>(b.data), long(b.bytes));
+    if (!b.file.empty())
+      std::ofstream(b.file, std::ios::binary).write(reinterpret_cast<const char*>(b.data), long(b.bytes));
   return 0;
 }

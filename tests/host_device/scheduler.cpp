@@ -99,8 +99,8 @@ void after_switch(void* saved, const void** bottom, size_t* bytes) {
 #endif
 }
 
-// AddressSanitizer's own swapcontext wipes the shadow of the whole stack at every switch; told by the two functions above,
-// it need not, and the C library's does.
+// AddressSanitizer's own swapcontext wipes the shadow of the whole stack at every switch; told by the two functions
+// above, it need not, and the C library's does.
 using Swap = int (*)(ucontext_t*, const ucontext_t*);
 Swap plain_swap() {
   void* library = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
@@ -143,7 +143,9 @@ void arrive(std::vector<Fibre*>& waiting, size_t total, const char* what) {
   waiting.clear();
 }
 
-Block& block() { return cluster->blocks[size_t(here.rank)]; }
+Block& block() {
+  return cluster->blocks[size_t(here.rank)];
+}
 
 char* stack(size_t index) {
   static std::vector<char*> stacks;
@@ -185,7 +187,8 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
     resume(next);
   }
   std::map<std::string, int> places;
-  for (const Fibre& f : c.fibres) places[f.done ? "have left the kernel" : std::string("wait for ever at ") + f.waiting]++;
+  for (const Fibre& f : c.fibres)
+    places[f.done ? "have left the kernel" : std::string("wait for ever at ") + f.waiting]++;
   std::string report;
   for (const auto& [place, count] : places) report += "; " + std::to_string(count) + " threads " + place;
   if (!places.count("have left the kernel") || places.size() > 1) fail("block %d%s", int(first_x), report.c_str());
@@ -218,9 +221,13 @@ void run(Grid grid, int threads, const std::function<void()>& body) {
   for (int64_t i : order) run_cluster(grid, threads, i % along_x * grid.cluster, i / along_x);
 }
 
-void block_barrier() { arrive(block().waiting, size_t(here.threads), "a block barrier"); }
+void block_barrier() {
+  arrive(block().waiting, size_t(here.threads), "a block barrier");
+}
 
-void cluster_barrier() { arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier"); }
+void cluster_barrier() {
+  arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier");
+}
 
 const Slot* exchange(const char* operation, const void* data, size_t bytes) {
   Warp& w = block().warps[size_t(warp())];
@@ -246,7 +253,9 @@ Allocation& allocation(Block& b, const void* key, size_t bytes) {
 }
 }  // namespace
 
-void* shared_memory(const void* key, size_t bytes) { return allocation(block(), key, bytes).memory.get(); }
+void* shared_memory(const void* key, size_t bytes) {
+  return allocation(block(), key, bytes).memory.get();
+}
 
 void* peer_memory(void* own, int rank) {
   if (rank < 0 || rank >= here.cluster) fail("no block %d in a cluster of %d", rank, here.cluster);
@@ -278,7 +287,7 @@ void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 uint16_t float_to_half(float x) {
   const uint32_t u = as_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fff;  // what cvt.rn.f16.f32 gives for a NaN
+  if (magnitude > 0x7f800000u) return 0x7fff;                     // what cvt.rn.f16.f32 gives for a NaN
   if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
     return uint16_t(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u));

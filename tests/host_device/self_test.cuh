@@ -48,8 +48,12 @@ SEQFUSE_DEVICE void one_mma(const T* a, const T* b, float* c) {
   dev::mma_m16n8k16<T>(acc, left, right);
   for (int e = 0; e < 4; e++) c[(r + e / 2 * 8) * 8 + 2 * q + e % 2] = acc[e];
 }
-SEQFUSE_KERNEL(32, 1) mma_bf16(const dev::bf16* a, const dev::bf16* b, float* c) { one_mma(a, b, c); }
-SEQFUSE_KERNEL(32, 1) mma_f16(const dev::f16* a, const dev::f16* b, float* c) { one_mma(a, b, c); }
+SEQFUSE_KERNEL(32, 1) mma_bf16(const dev::bf16* a, const dev::bf16* b, float* c) {
+  one_mma(a, b, c);
+}
+SEQFUSE_KERNEL(32, 1) mma_f16(const dev::f16* a, const dev::f16* b, float* c) {
+  one_mma(a, b, c);
+}
 
 // out[i] = the sum over i's group of threads, by shuffles and shared memory
 struct Add {
@@ -76,8 +80,12 @@ SEQFUSE_DEVICE void round_trip(const float* in, float* out, int n) {
     out[2 * n + i] = dev::widen(T{uint16_t(pair >> 16)});
   }
 }
-SEQFUSE_KERNEL(kThreads, 1) round_bf16(const float* in, float* out, int n) { round_trip<dev::bf16>(in, out, n); }
-SEQFUSE_KERNEL(kThreads, 1) round_f16(const float* in, float* out, int n) { round_trip<dev::f16>(in, out, n); }
+SEQFUSE_KERNEL(kThreads, 1) round_bf16(const float* in, float* out, int n) {
+  round_trip<dev::bf16>(in, out, n);
+}
+SEQFUSE_KERNEL(kThreads, 1) round_f16(const float* in, float* out, int n) {
+  round_trip<dev::f16>(in, out, n);
+}
 
 enum class Mistake : int { none, past_the_end, past_shared, unaligned, split_warp, early_exit, left_the_barrier };
 

@@ -1,0 +1,40 @@
+// What the two layer_norm launchers share: the shape of a launch, the alignment test, the switch over types. They are
+// two files so that they compile in parallel.
+#pragma once
+#include "cuda/layer_norm.cuh"
+#include "seqfuse/layer_norm.h"
+
+namespace seqfuse::cuda {
+
+struct Shape {
+  int group, threads;  // threads a row, threads a block
+  bool in_registers;   // else the *_long kernel
+};
+
+// A row takes the smallest group that holds it, with `a_thread` columns each
+inline Shape shape_for(int64_t cols, int a_thread) {
+  int group = dev::kWarp;
+  while (group < kMostThreads && int64_t(group) * a_thread < cols) group *= 2;
+  return {group, group < kSharedThreads ? kSharedThreads : group, int64_t(group) * a_thread >= cols};
+}
+
+inline int64_t blocks_for(int64_t rows, const Shape& s, int64_t most) {
+  const int64_t groups = s.in_registers ? s.threads / s.group : 1, blocks = (rows + groups - 1) / groups;
+  return blocks < most ? blocks : most;
+}
+
+template <class... Pointers>
+bool vectors_fit(int64_t cols, int64_t size, Pointers... p) {
+  return cols * size % 16 == 0 && (dev::aligned_16(p) && ...);
+}
+
+// f(T{}, P{}) for the element and parameter types
+template <class F>
+int with_types(DType dtype, DType param_dtype, F f) {
+  return dev::with_dtype(dtype, [&](auto t) {
+    if (param_dtype == DType::f32) return f(t, float{});
+    return f(t, t);
+  });
+}
+
+}  // namespace seqfuse::cuda

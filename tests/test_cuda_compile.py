@@ -1,0 +1,165 @@
+"""Every CUDA source compiled by nvcc with the flags of the product: registers, spills, shared memory, and what the fat
+object holds. This needs no GPU; whether the kernels are fast or free of races only a GPU can show."""
+
+import re
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ["sm_80", "sm_90a"]
+REGISTERS, STATIC_SHARED = 65536, 48 * 1024  # of an SM; of a block, without asking for more
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def run(command, **options):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def kernels_of(log):
+    """What `ptxas -v` says of each kernel and architecture."""
+    found = []
+    for part in log.split("Compiling entry function ")[1:]:
+        name, architecture = re.match(r"'(\w+)' for '(\w+)'", part).groups()
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(Kernel(name, architecture, registers, stack, stores + loads, int(shared[1]) if shared else 0))
+    return found
+
+
+def check(kernel, threads, blocks):
+    """The limits that every kernel keeps; threads and blocks an SM are what its launch bounds promise."""
+    assert kernel.stack == 0 and kernel.spills == 0, f"{kernel} spills"
+    allocated = -(-kernel.registers // 8) * 8 * threads * blocks
+    assert allocated <= REGISTERS, f"{kernel}: {blocks} x {threads} threads do not fit an SM's registers"
+    assert kernel.shared <= STATIC_SHARED, f"{kernel}: too much static shared memory"
+
+
+def launch_bounds(ptx):
+    """Kernel name -> (threads of a block, blocks an SM)."""
+    found = {}
+    for part in ptx.split(".entry ")[1:]:
+        threads = re.search(r"\.maxntid (\d+)", part)
+        blocks = re.search(r"\.minnctapersm (\d+)", part)
+        found[re.match(r"\w+", part)[0]] = int(threads[1]), int(blocks[1])
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Source name -> (fat object, kernels, PTX text), all from one nvcc call each."""
+    folder = tmp_path_factory.mktemp("cuda_compile")
+    flags = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")["nvcc_flags"]()
+
+    def build(source):
+        keep = folder / source.removesuffix(".cu")
+        keep.mkdir()
+        target = keep / "fat.o"
+        flags_here = ["-Xptxas", "-v", "--keep", "--keep-dir", keep]
+        log = run(["nvcc", *flags, *flags_here, "-c", f"csrc/cuda/{source}", "-o", target])
+        ptx = "".join(p.read_text() for p in sorted(keep.glob("*.ptx")))
+        return target, kernels_of(log), ptx
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(build, SOURCES), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_fit_without_spilling(compiled, source, architecture):
+    _, kernels, ptx = compiled[source]
+    kernels = [k for k in kernels if k.architecture == architecture]
+    bounds = launch_bounds(ptx)
+    assert kernels and {k.name for k in kernels} == set(bounds)
+    for kernel in kernels:
+        check(kernel, *bounds[kernel.name])
+
+
+def test_the_spill_check_can_fail(tmp_path):
+    source = tmp_path / "starved.cu"
+    source.write_text("""
+        extern "C" __global__ void __launch_bounds__(1024, 2) starved(float* p) {  // 64 values in 32 registers
+          float x[64];
+          #pragma unroll
+          for (int i = 0; i < 64; i++) x[i] = p[i * 4096 + threadIdx.x];
+          __syncthreads();
+          #pragma unroll
+          for (int i = 0; i < 64; i++) p[i * 4096 + threadIdx.x] = x[63 - i] + 1.0f;
+        }
+    """)
+    log = run(["nvcc", "-arch=sm_80", "-Xptxas", "-v", "-c", source, "-o", tmp_path / "starved.o"])
+    (kernel,) = kernels_of(log)
+    with pytest.raises(AssertionError, match="spills"):
+        check(kernel, 1024, 2)
+
+
+def cuobjdump():
+    """The CUDA toolkit's, or the one that comes with Triton."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        pytest.skip("there is no cuobjdump on the PATH, and no Triton, which brings one")
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not found.exists():
+        pytest.skip("there is no cuobjdump on the PATH, nor in Triton's folder")
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_fat_object_holds_what_the_product_promises(compiled, source):
+    tool, target = cuobjdump(), compiled[source][0]
+    elf = re.findall(r"\.(sm_\w+|compute_\w+)\.cubin", run([tool, "--list-elf", target]))
+    ptx = re.findall(r"\.(sm_\w+|compute_\w+)\.ptx", run([tool, "--list-ptx", target]))
+    assert sorted(elf) == ARCHITECTURES
+    assert [name.replace("compute_", "sm_") for name in ptx] == ["sm_80"]
+
+
+def bodies(ptx):
+    return {re.match(r"\w+", part)[0]: part for part in ptx.split(".entry ")[1:]}
+
+
+@pytest.mark.parametrize("source", ["rnn_forward.cu", "rnn_backward.cu"])
+def test_16_bit_steps_use_the_tensor_cores_and_float_does_not(compiled, source):
+    steps = {n: body for n, body in bodies(compiled[source][2]).items() if "_step" in n}
+    assert len(steps) == 18  # cells x dtypes x aligned or not
+    for name, body in steps.items():
+        kind = "bf16" if "bf16" in name else "f16" if "f16" in name else None
+        assert (f"m16n8k16.row.col.f32.{kind}.{kind}.f32" in body) if kind else ("mma" not in body), name
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_memory_is_read_in_vectors_of_16_bytes(compiled, source):
+    for name, body in bodies(compiled[source][2]).items():
+        if "layer_norm_" in name or ("_step" in name and "Lb1" in name):
+            assert re.search(r"ld\.global\.nc\.v4", body), name
+
+
+def test_the_layers_clusters_compile(tmp_path):
+    """The self-test kernels hold what no product kernel uses yet: clusters and their shared memory, sm_90a only."""
+    command = ["nvcc", "-std=c++20", "-Icsrc/include", "-Icsrc", "-gencode=arch=compute_90a,code=compute_90a", "-ptx"]
+    run([*command, "-x", "cu", "tests/host_device/self_test.cuh", "-o", tmp_path / "self.ptx"])
+    ring = next(body for name, body in bodies((tmp_path / "self.ptx").read_text()).items() if "ring" in name)
+    assert "barrier.cluster.arrive" in ring and "mapa" in ring
