@@ -82,10 +82,12 @@ def test_float32_parameters_with_bf16_input(isa):
     check(*sample(8, 96, torch.bfloat16, param_dtype=torch.float32), "cpu")
 
 
+# from three columns on: with two a normalised row is (-1, 1) whatever it was, so the true gradient is next to zero and
+# what any kernel in float32 computes for it is the rounding error of what cancels
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 40),
-    cols=st.integers(1, 300),
+    cols=st.integers(3, 300),
     dtype=st.sampled_from(DTYPES),
     residual=st.booleans(),
     weight=st.booleans(),

@@ -8,12 +8,13 @@
 
 #include <cmath>
 
-#include "cpu/vec.h"
+#include "cpu/scratch.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
+constexpr int kLine = 64;            // bytes of a cache line
 constexpr int64_t kGrain = 1 << 14;  // elements a worker should have, or waking it costs more than it saves
 
 int workers(int64_t rows, int64_t cols, int threads) {
@@ -23,131 +24,121 @@ int workers(int64_t rows, int64_t cols, int threads) {
   return n < 1 ? 1 : int(n);
 }
 
-// The mean of a row; with a residual the rounded sum is written here and read back from the cache afterwards.
+// Parameters as floats: themselves, or a copy in `copy` where they are 16 bits wide or absent (then all `fill`).
+template <class P>
+const float* as_floats(const P* p, float* copy, int64_t N, float fill) {
+  if constexpr (sizeof(P) == 4)
+    if (p) return p;
+  for_vectors(0, N, [=](int64_t i, int n) { give(copy + i, p ? take(p + i, n) : splat(fill), n); });
+  return copy;
+}
+
+struct Affine {
+  const float* weight;
+  const float* bias;
+};
+
+// x, res, added, y: rows (res and added with a residual only). row: scratch [N] for a 16-bit T, so that each element is
+// widened once. The first pass reads memory; the others run from the first-level cache while the next row is fetched.
 template <class T, bool Residual>
-SEQFUSE_INLINE float row_mean(const T* __restrict x, const T* __restrict res, T* added, int64_t N) {
+void forward_row(const T* __restrict x, const T* __restrict res, T* __restrict added, T* __restrict y, int64_t N,
+                 int64_t next, Affine p, float eps, float* __restrict row, float* mean_out, float* rstd_out) {
+  constexpr bool narrow = sizeof(T) == 2;
   const int64_t unrolled = N / (4 * VL) * (4 * VL);
   auto element = [=](int64_t i, int n) {
-    if constexpr (!Residual) return take(x + i, n);
-    give(added + i, take(x + i, n) + take(res + i, n), n);
-    return take(added + i, n);
+    vf v = take(x + i, n);
+    if constexpr (Residual) {
+      v = rounded<T>(v + take(res + i, n));  // the statistics are those of the rounded sum
+      give(added + i, v, n);
+    }
+    if constexpr (narrow) give(row + i, v, n);
+    return v;
   };
   vf m0{}, m1{}, m2{}, m3{};
   for (int64_t i = 0; i < unrolled; i += 4 * VL) {
     m0 += element(i, VL), m1 += element(i + VL, VL), m2 += element(i + 2 * VL, VL), m3 += element(i + 3 * VL, VL);
   }
   for_vectors(unrolled, N, [&](int64_t i, int n) { m0 += element(i, n); });
-  return sum((m0 + m1) + (m2 + m3)) / float(N);
-}
+  const float mean = sum((m0 + m1) + (m2 + m3)) / float(N);
 
-template <class T>
-SEQFUSE_INLINE float row_rstd(const T* __restrict s, float mean, int64_t N, float eps) {
-  const int64_t unrolled = N / (4 * VL) * (4 * VL);
+  const float* s;
+  if constexpr (narrow)
+    s = row;
+  else
+    s = Residual ? added : x;
   auto square = [=](int64_t i, int n) {
     const vf d = take(s + i, n, mean) - mean;
     return d * d;
   };
   vf v0{}, v1{}, v2{}, v3{};
   for (int64_t i = 0; i < unrolled; i += 4 * VL) {
+    for (int64_t line = 0; line < 4 * VL; line += kLine / int64_t(sizeof(T))) {
+      prefetch(x + next + i + line);
+      if constexpr (Residual) prefetch(res + next + i + line);
+    }
     v0 += square(i, VL), v1 += square(i + VL, VL), v2 += square(i + 2 * VL, VL), v3 += square(i + 3 * VL, VL);
   }
   for_vectors(unrolled, N, [&](int64_t i, int n) { v0 += square(i, n); });
-  return 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) / float(N) + eps);
-}
-
-// R rows at once, so that weight and bias are read once for R rows
-template <class T, class P, bool Residual, int R>
-void forward_rows(const LayerNormForward& a, int64_t r) {
-  const int64_t N = a.cols;
-  const T* x = static_cast<const T*>(a.x) + r * N;
-  T* __restrict y = static_cast<T*>(a.y) + r * N;
-  T* added = static_cast<T*>(a.sum) + (Residual ? r * N : 0);
-  const T* res = static_cast<const T*>(a.residual) + (Residual ? r * N : 0);
-  const T* s = Residual ? added : x;
-  const P* __restrict weight = static_cast<const P*>(a.weight);
-  const P* __restrict bias = static_cast<const P*>(a.bias);
-
-  float mean[R], rstd[R];
-  for (int k = 0; k < R; k++) {
-    const int64_t at = Residual ? k * N : 0;
-    mean[k] = row_mean<T, Residual>(x + k * N, res + at, added + at, N);
-    rstd[k] = row_rstd<T>(s + k * N, mean[k], N, a.eps);
-    a.mean[r + k] = mean[k], a.rstd[r + k] = rstd[k];
-  }
-  auto affine = [&](int64_t i, int n, vf w, vf b) {
-    for (int k = 0; k < R; k++) give(y + k * N + i, (take(s + k * N + i, n) - mean[k]) * rstd[k] * w + b, n);
-  };
-  if (weight && bias)
-    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, take(weight + i, n), take(bias + i, n)); });
-  else if (weight)
-    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, take(weight + i, n), vf{}); });
-  else
-    for_vectors(0, N, [&](int64_t i, int n) { affine(i, n, splat(1.0f), bias ? take(bias + i, n) : vf{}); });
+  const float rstd = 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) / float(N) + eps);
+  *mean_out = mean, *rstd_out = rstd;
+  for_vectors(0, N, [=](int64_t i, int n) {
+    give(y + i, (take(s + i, n) - mean) * rstd * take(p.weight + i, n) + take(p.bias + i, n), n);
+  });
 }
 
 template <class T, class P, bool Residual>
 void forward(const LayerNormForward& a, const Parallel& parallel) {
-  constexpr int R = 4;
-  const int n = workers(a.rows, a.cols, parallel.threads);
+  const int64_t N = a.cols, pitch = ceil_div(N, 16) * 16;
+  const int n = workers(a.rows, N, parallel.threads);
+  Scratch scratch;
+  float *copies, *rows;
+  for (int pass = 0; pass < 2; pass++) {
+    scratch.take(copies, 2 * pitch), scratch.take(rows, n * pitch);
+    if (pass == 0) scratch.allocate();
+  }
+  const Affine p{as_floats(static_cast<const P*>(a.weight), copies, N, 1.0f),
+                 as_floats(static_cast<const P*>(a.bias), copies + pitch, N, 0.0f)};
+  const T* x = static_cast<const T*>(a.x);
+  const T* res = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  T* added = static_cast<T*>(a.sum);
   auto job = [&](int64_t begin, int64_t end) {
-    int64_t r = a.rows * begin / n;
-    const int64_t last = a.rows * end / n;
-    for (; r + R <= last; r += R) forward_rows<T, P, Residual, R>(a, r);
-    for (; r < last; r++) forward_rows<T, P, Residual, 1>(a, r);
+    for (int64_t r = a.rows * begin / n; r < a.rows * end / n; r++) {
+      const int64_t at = Residual ? r * N : 0, next = r + 1 < a.rows ? N : 0;
+      forward_row<T, Residual>(x + r * N, res + at, added + at, y + r * N, N, next, p, a.eps, rows + begin * pitch,
+                               a.mean + r, a.rstd + r);
+    }
   };
   parallel(n, job);
 }
 
-// R rows at once, so that the fp32 sums of dweight and dbias are read and written once for R rows:
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
-template <class T, class P, int R, bool Params, bool Weight>
-void backward_rows(const LayerNormBackward& a, int64_t r, float* __restrict dw, float* __restrict db) {
-  const int64_t N = a.cols;
-  const float inv_n = 1.0f / float(N);
-  const T* __restrict dy = static_cast<const T*>(a.dy) + r * N;
-  const T* __restrict s = static_cast<const T*>(a.s) + r * N;
-  const P* __restrict weight = static_cast<const P*>(a.weight);
-  float mean[R], rstd[R], mg[R], mgx[R];
-  vf g_sum[R], gx_sum[R];
-  for (int k = 0; k < R; k++) mean[k] = a.mean[r + k], rstd[k] = a.rstd[r + k], g_sum[k] = gx_sum[k] = vf{};
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
+// dw, db: this worker's sums of dy * xhat and dy.
+template <class T, bool Params>
+void backward_row(const T* __restrict dy, const T* __restrict s, const T* __restrict dsum, T* __restrict dx, int64_t N,
+                  int64_t next, const float* __restrict weight, float mean, float rstd, float* __restrict dw,
+                  float* __restrict db) {
+  vf g0{}, g1{}, gx0{}, gx1{};
+  auto first = [=](int64_t i, int n, vf& g_sum, vf& gx_sum) {
+    const vf d = take(dy + i, n), xhat = (take(s + i, n, mean) - mean) * rstd;
+    const vf g = unfused(d * take(weight + i, n));
+    g_sum += g, gx_sum += g * xhat;
+    if constexpr (Params) give(dw + i, take(dw + i, n) + d * xhat, n), give(db + i, take(db + i, n) + d, n);
+  };
+  const int64_t unrolled = N / (2 * VL) * (2 * VL);
+  for (int64_t i = 0; i < unrolled; i += 2 * VL) first(i, VL, g0, gx0), first(i + VL, VL, g1, gx1);
+  for_vectors(unrolled, N, [&](int64_t i, int n) { first(i, n, g0, gx0); });
+  const float mg = sum(g0 + g1) / float(N), slope = rstd * sum(gx0 + gx1) / float(N);
 
-  for_vectors(0, N, [&](int64_t i, int n) {
-    const vf w = Weight ? take(weight + i, n) : splat(1.0f);
-    vf dw_i{}, db_i{};
-    for (int k = 0; k < R; k++) {
-      const vf d = take(dy + k * N + i, n), xhat = (take(s + k * N + i, n, mean[k]) - mean[k]) * rstd[k];
-      const vf g = unfused(d * w);
-      g_sum[k] += g, gx_sum[k] += g * xhat;
-      dw_i += d * xhat, db_i += d;
-    }
-    if constexpr (Params) give(dw + i, take(dw + i, n) + dw_i, n), give(db + i, take(db + i, n) + db_i, n);
-  });
-  for (int k = 0; k < R; k++) mg[k] = sum(g_sum[k]) * inv_n, mgx[k] = sum(gx_sum[k]) * inv_n;
-
-  for (int k = 0; k < R; k++) {
-    const T* __restrict dy_k = dy + k * N;
-    const T* __restrict s_k = s + k * N;
-    const T* __restrict dsum = a.dsum ? static_cast<const T*>(a.dsum) + (r + k) * N : nullptr;
-    T* __restrict dx = static_cast<T*>(a.dx) + (r + k) * N;
-    const float scale = rstd[k], centre = mean[k], shift = mg[k], slope = rstd[k] * mgx[k];
-    auto value = [=](int64_t i, int n) {
-      const vf w = Weight ? take(weight + i, n) : splat(1.0f);
-      return scale * (unfused(take(dy_k + i, n) * w) - shift - (take(s_k + i, n) - centre) * slope);
-    };
-    if (dsum)
-      for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n) + take(dsum + i, n), n); });
-    else
-      for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, value(i, n), n); });
-  }
-}
-
-template <class T, class P, bool Params, bool Weight>
-void backward_range(const LayerNormBackward& a, int64_t begin, int64_t end, float* dw, float* db) {
-  constexpr int R = 4;
-  if (Params) memset(dw, 0, sizeof(float) * a.cols), memset(db, 0, sizeof(float) * a.cols);
-  int64_t r = begin;
-  for (; r + R <= end; r += R) backward_rows<T, P, R, Params, Weight>(a, r, dw, db);
-  for (; r < end; r++) backward_rows<T, P, 1, Params, Weight>(a, r, dw, db);
+  auto second = [=](int64_t i, int n) {
+    prefetch(dy + next + i), prefetch(s + next + i);  // the next row, while this one is in the first-level cache
+    const vf g = unfused(take(dy + i, n) * take(weight + i, n));
+    return rstd * (g - mg - (take(s + i, n) - mean) * slope);
+  };
+  if (dsum)
+    for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, second(i, n) + take(dsum + i, n), n); });
+  else
+    for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, second(i, n), n); });
 }
 
 template <class T, class P>
@@ -156,11 +147,27 @@ void backward(const LayerNormBackward& a, const Parallel& parallel) {
   int n = workers(a.rows, N, parallel.threads);
   if (n > a.partial_rows) n = int(a.partial_rows);
   const bool params = a.dweight || a.dbias;
-  auto range = params ? (a.weight ? backward_range<T, P, true, true> : backward_range<T, P, true, false>)
-                      : (a.weight ? backward_range<T, P, false, true> : backward_range<T, P, false, false>);
+  const auto row = params ? backward_row<T, true> : backward_row<T, false>;
+  Scratch scratch;
+  float* copy;
+  for (int pass = 0; pass < 2; pass++) {
+    scratch.take(copy, N);
+    if (pass == 0) scratch.allocate();
+  }
+  const float* weight = as_floats(static_cast<const P*>(a.weight), copy, N, 1.0f);
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* s = static_cast<const T*>(a.s);
+  const T* dsum = static_cast<const T*>(a.dsum);
+  T* dx = static_cast<T*>(a.dx);
   auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; w++)
-      range(a, a.rows * w / n, a.rows * (w + 1) / n, a.partial + w * N, a.partial + (a.partial_rows + w) * N);
+    for (int64_t w = begin; w < end; w++) {
+      float* dw = a.partial + w * N;
+      float* db = a.partial + (a.partial_rows + w) * N;
+      if (params) memset(dw, 0, sizeof(float) * N), memset(db, 0, sizeof(float) * N);
+      for (int64_t r = a.rows * w / n; r < a.rows * (w + 1) / n; r++)
+        row(dy + r * N, s + r * N, dsum ? dsum + r * N : nullptr, dx + r * N, N, r + 1 < a.rows ? N : 0, weight,
+            a.mean[r], a.rstd[r], dw, db);
+    }
   };
   parallel(n, job);
 

@@ -4,9 +4,9 @@
 // (each keeps its slice of w_hh in its own cache; one barrier a step) or the batch (no barrier, but every core reads
 // all of w_hh). Nothing depends on which thread runs which worker, so results repeat bit for bit.
 #pragma once
-#include <new>
 
 #include "cpu/rnn_gemm.h"
+#include "cpu/scratch.h"
 #include "seqfuse/rnn.h"
 
 namespace seqfuse {
@@ -18,7 +18,6 @@ struct Range {
 };
 
 SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) { return {n * i / of, n * (i + 1) / of}; }
-SEQFUSE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   int64_t workers;
@@ -110,30 +109,6 @@ class Barrier {
   alignas(64) int64_t arrived_ = 0;
   alignas(64) int64_t phase_ = 0;
   int64_t workers_;
-};
-
-// 64-byte aligned scratch cut from one allocation; take() before allocate() only counts.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (base_) ::operator delete(base_, std::align_val_t(64));
-  }
-  void allocate() {
-    base_ = (char*)::operator new(used_, std::align_val_t(64));
-    used_ = 0;
-  }
-  template <class P>
-  void take(P*& p, int64_t count) {
-    if (base_) p = (P*)(base_ + used_);
-    used_ += size_t(ceil_div(count * int64_t(sizeof(P)), 64) * 64);
-  }
-
- private:
-  char* base_ = nullptr;
-  size_t used_ = 0;
 };
 
 // Runs scan.pack(worker), scan.begin(worker), scan.step(worker, 0 .. steps - 1), scan.end(worker) for every worker.

@@ -72,9 +72,9 @@ Outputs forward(int64_t cell, const Tensor& xg_in, const Tensor& h0_in, const Ma
   const Tensor xg = sequence(xg_in), h0 = dense(h0_in), w = dense(w_in);
   const Maybe c0 = lstm ? checked(c0_in, xg, {a.B, a.H}, "c0") : Maybe{};
   const Maybe b = checked(b_in, xg, {G * a.H}, "b_hh");
-  Tensor y = empty_sequence(xg, a.H), h_n = empty(xg, {a.B, a.H}), none = empty(xg, {0});
-  Tensor c_n = lstm ? empty(xg, {a.B, a.H}) : none;
-  Tensor gates = save && S ? empty(xg, {a.T, a.B, S * a.H}) : none;
+  Tensor y = empty_sequence(xg, a.H), h_n = empty(xg, {a.B, a.H});
+  Tensor c_n = lstm ? empty(xg, {a.B, a.H}) : empty(xg, {0});  // outputs may not share a tensor, not even an empty one
+  Tensor gates = save && S ? empty(xg, {a.T, a.B, S * a.H}) : empty(xg, {0});
   Tensor cells = save && lstm ? empty(xg, {a.T, a.B, a.H}, ScalarType::Float) : empty(xg, {0}, ScalarType::Float);
   a.xg = xg.const_data_ptr(), a.xg_strides = strides_of(xg);
   a.h0 = h0.const_data_ptr(), a.c0 = pointer_or_null(c0);
@@ -115,9 +115,9 @@ Outputs backward(int64_t cell, const Maybe& dy_in, const Maybe& dh_n_in, const M
   const Maybe dh_n = checked(dh_n_in, y, {a.B, a.H}, "dh_n");
   const Maybe dc_n = lstm ? checked(dc_n_in, y, {a.B, a.H}, "dc_n") : Maybe{};
   const Maybe c0 = lstm ? checked(c0_in, y, {a.B, a.H}, "c0") : Maybe{};
-  Tensor dxg = empty_sequence(y, G * a.H), none = empty(y, {0});
-  Tensor dan = gru ? empty(y, {a.T, a.B, a.H}) : none;
-  Tensor dh0 = empty(y, {a.B, a.H}), dc0 = lstm ? empty(y, {a.B, a.H}) : none;
+  Tensor dxg = empty_sequence(y, G * a.H);
+  Tensor dan = gru ? empty(y, {a.T, a.B, a.H}) : empty(y, {0});
+  Tensor dh0 = empty(y, {a.B, a.H}), dc0 = lstm ? empty(y, {a.B, a.H}) : empty(y, {0});
   Tensor db_hh = empty(y, {G * a.H}, ScalarType::Float);
   a.dy = pointer_or_null(dy), a.dy_strides = dy ? strides_of(*dy) : Strides{};
   a.dh_n = pointer_or_null(dh_n), a.dc_n = pointer_or_null(dc_n);

@@ -97,6 +97,10 @@ def forced_backend() -> str:
     return _forced
 
 
+def is_auto() -> bool:
+    return _forced == "auto"
+
+
 def select(op: str, case: Any) -> Choice:
     """Choose a backend of `op` for `case`. Raises RuntimeError if a backend asked for by name can't run it."""
     if torch.compiler.is_compiling():

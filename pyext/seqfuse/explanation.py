@@ -9,6 +9,7 @@ from seqfuse import dispatch
 
 _last: "weakref.WeakKeyDictionary[torch.nn.Module, dispatch.Choice]" = weakref.WeakKeyDictionary()
 _current: weakref.ref | None = None
+_REASON = "_why_torch"  # in a module's __dict__: why its last call went to PyTorch without asking the dispatcher
 
 
 def entering(module: torch.nn.Module) -> None:
@@ -21,7 +22,12 @@ def entering(module: torch.nn.Module) -> None:
 def handed_over(module: torch.nn.Module, reason: str) -> None:
     """A fused module tells that it calls PyTorch's own op without asking the dispatcher."""
     if not torch.compiler.is_compiling():
-        _last[module] = dispatch.Choice(type(module).__name__.lower(), "torch", reason)
+        module.__dict__[_REASON] = reason  # made into a Choice when somebody asks: this is on the shortest path
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Leave no trace in a module."""
+    module.__dict__.pop(_REASON, None)
 
 
 def note(choice: dispatch.Choice, case) -> None:
@@ -29,6 +35,7 @@ def note(choice: dispatch.Choice, case) -> None:
     global _current
     module = _current() if _current is not None else None
     if module is not None:
+        module.__dict__.pop(_REASON, None)
         _last[module] = choice
     _current = None
 
@@ -72,15 +79,24 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Explanation:
         with torch.no_grad():
             for module in model.modules():
                 _last.pop(module, None)
+                forget(module)
             model(*inputs, **kwargs)
     rows = Explanation()
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("seqfuse.nn") and module not in _last:
             continue
-        choice = _last.get(module) or _would_choose(module)
+        if _REASON in module.__dict__:
+            choice = dispatch.Choice(_op_of(module), "torch", module.__dict__[_REASON])
+        else:
+            choice = _last.get(module) or _would_choose(module)
         if choice is not None:
             rows.append(Row(path or "(model)", choice.op, choice.backend, choice.reason, choice.refused))
     return rows
+
+
+def _op_of(module: torch.nn.Module) -> str:
+    case = getattr(module, "typical_case", lambda: None)()
+    return case[0] if case is not None else type(module).__name__.lower()
 
 
 def _would_choose(module: torch.nn.Module) -> dispatch.Choice | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils import parametrize
 
-from seqfuse import nn
+from seqfuse import explanation, nn
 
 
 def _nothing(module) -> None:
@@ -82,6 +82,7 @@ def unfuse(model: torch.nn.Module) -> torch.nn.Module:
         rule = rules.get(_plain_class(module))
         if rule is not None:
             _change_class(module, rule.original)
+            explanation.forget(module)
             rule.after_unfuse(module)
     return model
 

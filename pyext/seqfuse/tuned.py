@@ -44,6 +44,11 @@ def _load() -> dict:
     return _table
 
 
+def exists() -> bool:
+    """Whether this user has any table."""
+    return bool(_load() if _table is None else _table)
+
+
 def lookup(op: str, case) -> str | None:
     """The backend that won for this case's class of shapes, or None. A case tells its class by `shape_class()`."""
     table = _load()

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from seqfuse import explanation, ops
-from seqfuse.ops.layer_norm import LayerNormCase
+from seqfuse import dispatch, explanation, ops, tuned
+from seqfuse.ops.layer_norm import SMALL, LayerNormCase, small
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -15,6 +15,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input, residual=None):
+        if residual is None and input.is_cpu and small(input.numel(), input.dtype, False) and self._direct():
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         dims = len(self.normalized_shape)
         if input.shape[input.dim() - dims :] != self.normalized_shape:
             raise RuntimeError(
@@ -34,6 +36,13 @@ class LayerNorm(torch.nn.LayerNorm):
         flat = [None if t is None else t.flatten(-dims) for t in (input, weight, bias, residual)]
         out = ops.layer_norm(*flat[:3], eps=self.eps, residual=flat[3])
         return out.view_as(input) if residual is None else tuple(t.view_as(input) for t in out)
+
+    def _direct(self):
+        """Small CPU inputs go straight to PyTorch, before anything is spent on looking at them."""
+        if torch.compiler.is_compiling() or not dispatch.is_auto() or tuned.exists():
+            return False
+        explanation.handed_over(self, SMALL)
+        return True
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""

@@ -8,8 +8,8 @@ import torch
 from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqfuse import explanation, ops
-from seqfuse.ops.recurrent import RecurrentCase
+from seqfuse import dispatch, explanation, ops, tuned
+from seqfuse.ops.recurrent import SHORT, RecurrentCase
 
 
 class _Recurrent(nn.Module):
@@ -70,8 +70,9 @@ class _Recurrent(nn.Module):
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
         hx = self._check_state(hx, input, batched)
-        if self.proj_size:
-            explanation.handed_over(self, "proj_size is computed by PyTorch's own op")
+        handed_over = self._handed_over(input)
+        if handed_over:
+            explanation.handed_over(self, handed_over)
             y, state = self._torch(input, hx)
         else:
             explanation.entering(self)
@@ -84,6 +85,16 @@ class _Recurrent(nn.Module):
     @property
     def _is_lstm(self):
         return self.mode == "LSTM"
+
+    def _handed_over(self, input):
+        """Why this call goes to PyTorch's own op without a closer look, or None."""
+        if self.proj_size:
+            return "proj_size is computed by PyTorch's own op"
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not dispatch.is_auto() or not input.is_cpu:
+            return None
+        if input.shape[1 if self.batch_first else 0] >= 8 or tuned.exists() or torch.is_autocast_enabled("cpu"):
+            return None
+        return SHORT
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""

@@ -38,10 +38,19 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     Differentiable twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450); the residual as in pre-norm transformers.
     """
-    _check(x, weight, bias, residual)
+    plain = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+    if not (
+        plain
+        and residual is None
+        and x.is_floating_point()
+        and weight.dtype == bias.dtype == x.dtype
+        and weight.shape == bias.shape == x.shape[-1:]
+        and weight.device == bias.device == x.device
+    ):  # everything but the usual call is looked at more closely
+        _check(x, weight, bias, residual)
     shape = x.shape
-    rows = x.reshape(-1, shape[-1])
-    added = None if residual is None else residual.reshape(-1, shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    added = residual if residual is None or x.dim() == 2 else residual.reshape(-1, shape[-1])
     param = weight if weight is not None else bias
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     case = LayerNormCase(
@@ -57,10 +66,13 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     backend = dispatch.get("layer_norm", name)
     if backend.bwd is None:
         y, s = backend.fwd(rows, added, weight, bias, eps)
-    else:
+    elif grad:
         y, s, _, _ = apply(LayerNormFunction, rows, added, weight, bias, eps, name)
-    y = y.reshape(shape)
-    return y if residual is None else (y, s.reshape(shape))
+    else:
+        y, s, _, _ = backend.fwd(rows, added, weight, bias, eps)
+    if x.dim() != 2:
+        y, s = y.reshape(shape), s if residual is None else s.reshape(shape)
+    return y if residual is None else (y, s)
 
 
 def _check(x, weight, bias, residual):
@@ -184,10 +196,17 @@ library.register_op(
 )
 
 
+def small(numel: int, dtype: torch.dtype, residual: bool) -> bool:
+    """Whether PyTorch's own op was measured faster on a CPU: reaching our kernel costs more than it saves."""
+    limit = 262_144 if dtype == torch.float32 else 131_072
+    return numel < (limit // 2 if residual else limit)
+
+
+SMALL = "at this size PyTorch's own call costs less than ours does to reach its kernel"
+
+
 def _cpu_prefers(case: LayerNormCase) -> str | None:
-    if case.rows * case.cols < 8192 and not case.residual:
-        return "under 8,192 elements PyTorch's own call costs less than ours does to reach its kernel"
-    return None
+    return SMALL if small(case.rows * case.cols, case.dtype, case.residual) else None
 
 
 dispatch.register(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF
 
-from seqfuse import dispatch, reference
+from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.rnn_layer import rnn_layer
 
@@ -77,7 +77,8 @@ def rnn(x, h0, weights, *, nonlinearity="tanh", bidirectional=False, batch_first
 
 def _run(op, cell, x, h0, c0, weights, bidirectional, batch_first, dropout, training):
     weights = [tuple(w) for w in weights]
-    _check(op, cell, x, h0, c0, weights, bidirectional, batch_first)
+    if not _usual(cell, x, h0, weights, bidirectional):
+        _check(op, cell, x, h0, c0, weights, bidirectional, batch_first)
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1], got {dropout}")
     x, h0, c0, weights = _autocast(x, h0, c0, weights)
@@ -103,6 +104,23 @@ def _run(op, cell, x, h0, c0, weights, bidirectional, batch_first, dropout, trai
     if name == "torch":
         return _torch(cell, x, h0, c0, weights, bidirectional, batch_first, dropout, training)
     return _layers(case, name, x, h0, c0, weights, batch_first, dropout if training else 0.0)
+
+
+def _usual(cell, x, h0, weights, bidirectional):
+    """Whether this is one layer in one direction without a state, all of it in order: then no closer look is needed."""
+    if len(weights) != 1 or bidirectional or h0 is not None or len(weights[0]) != 4 or not isinstance(x, torch.Tensor):
+        return False
+    w_ih, w_hh, b_ih, b_hh = weights[0]
+    return (
+        x.dim() == 3
+        and x.is_floating_point()
+        and w_ih.dtype == w_hh.dtype == b_ih.dtype == b_hh.dtype == x.dtype
+        and w_ih.device == w_hh.device == b_ih.device == b_hh.device == x.device
+        and w_hh.dim() == 2
+        and w_hh.shape[0] == reference.GATES[cell] * w_hh.shape[1]
+        and w_ih.shape == (w_hh.shape[0], x.shape[2])
+        and b_ih.shape == b_hh.shape == w_hh.shape[:1]
+    )
 
 
 def _check(op, cell, x, h0, c0, weights, bidirectional, batch_first):
@@ -197,6 +215,24 @@ def _kernel_refusal(case):
     return "the batch is empty" if case.B == 0 else None
 
 
+SHORT = "inference over fewer than 8 steps: packing the weights costs more than the scan saves"
+
+
+def _cpu_prefers(case):
+    """Built-in rules of `auto` on a CPU: measured with two threads and AVX-512 (docs/recurrent.md)."""
+    if not case.grad and case.T < 8:
+        return SHORT
+    if case.grad and case.T < {"lstm": 1, "gru": 2}.get(case.cell, 4):
+        return "training over so few steps: packing the weights costs more than the scan saves"
+    if case.cell != "lstm":
+        return None
+    if case.dtype == torch.float32 and (case.T * case.B >= 1024 and case.B >= 8 if case.grad else case.B >= 4):
+        return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
+    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa() == "avx512_bf16":
+        return "oneDNN's bfloat16 LSTM was measured 1.1 times as fast in inference at this batch size"
+    return None
+
+
 def _torch_refusal(case):
     if torch.compiler.is_compiling():
         return "torch.compile breaks the graph at torch's own recurrent ops, or unrolls them over time"
@@ -211,7 +247,7 @@ def _backends():
         raise AssertionError("lstm, gru and rnn run layer by layer: see rnn_layer.py")
 
     return (
-        dispatch.Backend("cpu", never, never, refuses(library.cpu_refusal)),
+        dispatch.Backend("cpu", never, never, refuses(library.cpu_refusal), _cpu_prefers),
         dispatch.Backend(
             "triton",
             never,
