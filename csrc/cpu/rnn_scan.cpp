@@ -14,7 +14,7 @@ void Barrier::yield_thread() {
 #endif
 }
 
-// Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/rnn_cpu.md).
+// Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/recurrent.md).
 // Splitting the batch needs no barrier and moves no state between cores, so it comes first wherever the rows left to
 // each worker still hide the reading of all of w_hh.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {

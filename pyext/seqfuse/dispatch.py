@@ -97,8 +97,10 @@ def forced_backend() -> str:
     return _forced
 
 
-def is_auto() -> bool:
-    return _forced == "auto"
+def may_shortcut() -> bool:
+    """Whether a module may go to PyTorch by a built-in rule without asking: `auto`, no tuned table, and nobody listens
+    (but explain(), which the module tells itself)."""
+    return _forced == "auto" and len(_listeners) <= 1 and not tuned.exists()
 
 
 def select(op: str, case: Any) -> Choice:

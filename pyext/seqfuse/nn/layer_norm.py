@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from seqfuse import dispatch, explanation, ops, tuned
+from seqfuse import dispatch, explanation, ops
 from seqfuse.ops.layer_norm import SMALL, LayerNormCase, small
 
 
@@ -39,7 +39,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def _direct(self):
         """Small CPU inputs go straight to PyTorch, before anything is spent on looking at them."""
-        if torch.compiler.is_compiling() or not dispatch.is_auto() or tuned.exists():
+        if torch.compiler.is_compiling() or not dispatch.may_shortcut():
             return False
         explanation.handed_over(self, SMALL)
         return True

@@ -8,7 +8,7 @@ import torch
 from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqfuse import dispatch, explanation, ops, tuned
+from seqfuse import dispatch, explanation, ops
 from seqfuse.ops.recurrent import SHORT, RecurrentCase
 
 
@@ -90,9 +90,9 @@ class _Recurrent(nn.Module):
         """Why this call goes to PyTorch's own op without a closer look, or None."""
         if self.proj_size:
             return "proj_size is computed by PyTorch's own op"
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not dispatch.is_auto() or not input.is_cpu:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not input.is_cpu or not dispatch.may_shortcut():
             return None
-        if input.shape[1 if self.batch_first else 0] >= 8 or tuned.exists() or torch.is_autocast_enabled("cpu"):
+        if input.shape[1 if self.batch_first else 0] >= 8 or torch.is_autocast_enabled("cpu"):
             return None
         return SHORT
 

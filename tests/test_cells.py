@@ -1,0 +1,147 @@
+"""LSTMCell, GRUCell and RNNCell against torch.nn's in float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import seqfuse
+from seqfuse.testing import assert_accurate
+
+CELLS = {
+    "lstm": lambda *a, **k: nn.LSTMCell(*a, **k),
+    "gru": lambda *a, **k: nn.GRUCell(*a, **k),
+    "rnn_tanh": lambda *a, **k: nn.RNNCell(*a, **k),
+    "rnn_relu": lambda *a, **k: nn.RNNCell(*a, nonlinearity="relu", **k),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(cell, module, dtype, x, h, c, steps=3):
+    """Outputs of a loop over `steps` inputs and all gradients, computed in `dtype`."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, h, c)]
+    weights = {n: p.detach().to(dtype).requires_grad_() for n, p in module.named_parameters()}
+    state = (leaves[1], leaves[2]) if cell == "lstm" else leaves[1]
+    outputs = []
+    for t in range(steps):
+        state = torch.func.functional_call(module, weights, (leaves[0][t], state))
+        outputs.append(state[0] if cell == "lstm" else state)
+    y = torch.stack(outputs)
+    g = torch.Generator().manual_seed(2)
+    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).bfloat16().to(dtype)
+    loss = (y * dy).sum() + (state[1].sum() if cell == "lstm" else 0)
+    used = [*leaves[: 3 if cell == "lstm" else 2], *weights.values()]
+    return [y.detach(), *torch.autograd.grad(loss, used)]
+
+
+def check(cell, B, width, H, dtype, bias=True):
+    module = CELLS[cell](width, H, bias=bias).double()
+    module.load_state_dict({n: p.bfloat16().double() for n, p in module.state_dict().items()})
+    x, h, c = (torch.randn(s, dtype=torch.float64).bfloat16().double() for s in ((3, B, width), (B, H), (B, H)))
+    exact, theirs = run(cell, module, torch.float64, x, h, c), run(cell, module, DTYPES[dtype], x, h, c)
+    with seqfuse.backend("cpu"):
+        got = run(cell, seqfuse.fuse(module), DTYPES[dtype], x, h, c)
+    for a, b, d in zip(got, exact, theirs, strict=True):
+        assert_accurate(a, b, d, dims=(0,) if a.dim() == 3 else ())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (3, 4, 16), (9, 8, 33), (40, 16, 100)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_cpu_kernel_keeps_the_error_rule(isa, cell, size, dtype):
+    check(cell, *size, dtype)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    cell=st.sampled_from(["lstm", "gru", "rnn_tanh"]),
+    B=st.integers(1, 50),
+    width=st.integers(1, 30),
+    H=st.integers(1, 150),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_configurations(cell, B, width, H, bias, seed):
+    torch.manual_seed(seed)
+    check(cell, B, width, H, "fp32", bias)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_fuse_keeps_torchs_surface(cell):
+    module = CELLS[cell](4, 6)
+    x = torch.randn(3, 4)
+    plain, one = module(x), module(x[0])
+    fused = seqfuse.fuse(copy.deepcopy(module))
+    assert isinstance(fused, type(module)) and list(fused.state_dict()) == list(module.state_dict())
+    for got, expected in ((fused(x), plain), (fused(x[0]), one)):
+        for a, b in zip(got, expected, strict=True) if cell == "lstm" else [(got, expected)]:
+            assert a.shape == b.shape
+            assert_accurate(a, b.double())
+    assert "rnn_cell" in str(seqfuse.explain(fused))
+    assert type(seqfuse.unfuse(fused)) is type(module)
+    assert module(torch.randn(0, 4))[0].shape == seqfuse.fuse(module)(torch.randn(0, 4))[0].shape
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiles_without_a_graph_break(cell):
+    fused = seqfuse.fuse(CELLS[cell](4, 6))
+
+    def loop(x):
+        state = None
+        for t in range(3):
+            state = fused(x[t], state)
+        return state[0] if cell == "lstm" else state
+
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    expected = torch.autograd.grad(loop(x).square().sum(), x)[0]
+    got = torch.autograd.grad(torch.compile(loop, fullgraph=True)(x).square().sum(), x)[0]
+    assert_accurate(got, expected.double(), expected)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_double_backward(cell):
+    module = CELLS[cell](3, 5).double()
+    x = torch.randn(2, 3)
+
+    def second(m, dtype):
+        m, leaf = m.to(dtype), x.to(dtype).requires_grad_()
+        out = m(leaf)
+        out = out[0] if cell == "lstm" else out
+        (g,) = torch.autograd.grad(out.pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [leaf, *m.parameters()])
+
+    exact, theirs = second(module, torch.float64), second(module, torch.float32)
+    with seqfuse.backend("cpu"):
+        got = second(seqfuse.fuse(module), torch.float32)
+    for a, b, c in zip(got, exact, theirs, strict=True):
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell):
+    number, G = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "gru": (2, 3), "lstm": (3, 4)}[cell]
+    B, H = 3, 10
+    xg, a, h, c = torch.randn(B, G * H), torch.randn(B, G * H), torch.randn(B, H), torch.randn(B, H)
+    h, c = h if cell == "gru" else None, c if cell == "lstm" else None
+    torch.library.opcheck(torch.ops.seqfuse.rnn_cell_fwd.default, (number, xg, a, h, c, True))
+    h_out, c_out, gates = torch.ops.seqfuse.rnn_cell_fwd(number, xg, a, h, c, True)
+    args = (number, torch.randn(B, H), None, gates, h, c, h_out, c_out if cell == "lstm" else None)
+    torch.library.opcheck(torch.ops.seqfuse.rnn_cell_bwd.default, args)
+
+
+@pytest.mark.parametrize(
+    "call,text",
+    [
+        (lambda m: m(torch.randn(2, 5)), "input has inconsistent input_size: got 5 expected 4"),
+        (lambda m: m(torch.randn(2, 2, 4)), "Expected input to be 1D or 2D, got 3D"),
+        (lambda m: m(torch.randn(2, 4), torch.randn(3, 6)), "h must have shape [2, 6]"),
+        (lambda m: m(torch.randn(2, 4).double()), "but x is float64"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, text):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call(seqfuse.nn.GRUCell(4, 6))
+    assert text in str(caught.value) and "\n" not in str(caught.value)
