@@ -155,6 +155,21 @@ def test_only_what_needs_a_gradient_gets_one():
     assert x.grad is None and w.grad is not None
 
 
+def test_the_residual_may_be_x_itself():
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def call(x):
+        with seqfuse.backend("cpu"):
+            return seqfuse.ops.layer_norm(x, residual=x)[0]
+
+    dy = torch.randn(4, 8)
+    wide = x.detach().double().requires_grad_()
+    exact = torch.autograd.grad(F.layer_norm(wide + wide, (8,)), wide, dy.double())[0]
+    theirs = torch.autograd.grad(F.layer_norm(x + x, (8,)), x, dy)[0]
+    for run in (call, torch.compile(lambda x: seqfuse.ops.layer_norm(x, residual=x)[0], fullgraph=True)):
+        assert_accurate(torch.autograd.grad(run(x), x, dy)[0], exact, theirs)
+
+
 def test_only_the_sum_is_used():
     x, r = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     with seqfuse.backend("cpu"):

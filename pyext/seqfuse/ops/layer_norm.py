@@ -48,6 +48,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
         and weight.device == bias.device == x.device
     ):  # everything but the usual call is looked at more closely
         _check(x, weight, bias, residual)
+    if residual is x:  # Dynamo takes no tensor twice
+        residual = x.view_as(x)
     shape = x.shape
     rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
     added = residual if residual is None or x.dim() == 2 else residual.reshape(-1, shape[-1])

@@ -63,7 +63,9 @@ def _run(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
     H = w_hh.shape[1]
     if h is None:
         h = x.new_zeros(x.shape[0], H)
-        c = h if cell == "lstm" else None
+        c = x.new_zeros(x.shape[0], H) if cell == "lstm" else None
+    elif c is h:  # Dynamo takes no tensor twice
+        c = h.clone()
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     case = CellCase(cell, x.device.type, x.dtype, x.shape[0], H, grad)
     name = dispatch.select("rnn_cell", case).backend
