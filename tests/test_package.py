@@ -1,15 +1,19 @@
 """The package as a user gets it: an sdist that builds a wheel, and a wheel that works in a fresh environment."""
 
 import os
+import runpy
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 from seqfuse import native
 
@@ -95,3 +99,16 @@ def test_build_without_a_compiler_says_so(tmp_path):
 def test_importing_is_quick():
     code = "import time, torch; t = time.perf_counter(); import seqfuse; print(time.perf_counter() - t)"
     assert min(float(run(sys.executable, "-c", code)) for _ in range(3)) < 2.0
+
+
+def test_bindings_compile_for_cuda(tmp_path):
+    """The CUDA half of the bindings against the stable ABI's headers: nothing is linked, a CPU torch has no CUDA shim."""
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")
+    compiler = build["compiler"]()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    headers = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    flags = [*build["cxx_flags"](), *build["INCLUDES"], *(f"-isystem{p}" for p in headers)]
+    defines = [f"-DTORCH_TARGET_VERSION={build['TORCH_TARGET']}", "-DUSE_CUDA", "-DSEQFUSE_CUDA"]
+    for source in build["sources"]()["bindings"]:
+        run(compiler, *flags, *defines, "-fsyntax-only", source, cwd=ROOT)
