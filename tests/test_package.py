@@ -102,7 +102,7 @@ def test_importing_is_quick():
 
 
 def test_bindings_compile_for_cuda(tmp_path):
-    """The CUDA half of the bindings against the stable ABI's headers: nothing is linked, a CPU torch has no CUDA shim."""
+    """The CUDA half of the bindings, against the stable ABI. Nothing is linked: a CPU torch has no CUDA shim."""
     build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")
     compiler = build["compiler"]()
     if compiler is None:
