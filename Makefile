@@ -35,11 +35,16 @@ clean:
 
 HAS_TORCH := import sys, torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); sys.exit(v < (2, 11))
 
+# A torch that $(PYTHON) already imports is shared by a path file, which also works where $(PYTHON) is a venv's own.
+WHERE_TORCH := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
+SITE := import site; print(site.getsitepackages()[0])
+
 $(VENV)/.torch:
 	@if [ "$(origin TORCH)" = "file" ] && $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
-	  echo "Using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  echo "Using the torch of $(PYTHON)"; $(PYTHON) -m venv $(VENV) && \
+	  $(PYTHON) -c '$(WHERE_TORCH)' > "$$($(PY) -c '$(SITE)')/torch_of_the_parent.pth"; \
 	else \
-	  echo "Installing $(TORCH) into $(VENV)"; $(PYTHON) -m venv $(VENV) && $(PIP) -U pip && $(PIP) $(TORCH); \
+	  echo "Installing $(TORCH) into $(VENV)"; $(PYTHON) -m venv $(VENV) && $(PIP) -U pip && $(PIP) "$(TORCH)"; \
 	fi
 	@touch $@
 

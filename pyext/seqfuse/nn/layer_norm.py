@@ -15,8 +15,10 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input, residual=None):
-        if residual is None and input.is_cpu and small(input.numel(), input.dtype, False) and self._direct():
-            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if input.is_cpu and small(input.numel(), input.dtype, residual is not None) and self._direct():
+            s = input if residual is None else input + residual
+            y = F.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
+            return y if residual is None else (y, s)
         dims = len(self.normalized_shape)
         if input.shape[input.dim() - dims :] != self.normalized_shape:
             raise RuntimeError(
