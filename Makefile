@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 BUILD_TOOLS := "setuptools>=68" wheel "pybind11>=2.12" ninja
 RUNTIME := numpy safetensors typer
-TESTING := pytest pytest-benchmark hypothesis expecttest ruff
+TESTING := pytest pytest-benchmark hypothesis expecttest
 
 .PHONY: demo test lint bench clean
 
@@ -24,6 +24,7 @@ test: $(VENV)/.testing
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -m interpret $(ARGS)
 
 lint: $(VENV)/.testing
+	@test -x $(VENV)/bin/ruff || $(PIP) --ignore-installed ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
