@@ -4,36 +4,38 @@
 #include "seqfuse/rnn_cell.h"
 
 #define SEQFUSE_CASE(level, fn) \
-  case Isa::level: return level::fn(args, parallel);
+  case Isa::level:              \
+    return level::fn(args, parallel);
 #define SEQFUSE_DECLARE(level, fn, Args)        \
   namespace level {                             \
   void fn(const Args& args, const Parallel& p); \
   }
 
 // one line an op: entry point, kernel, arguments
-#define SEQFUSE_CPU_OPS(X)                                              \
-  X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)       \
-  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward)    \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                      \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)                   \
-  X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)             \
+#define SEQFUSE_CPU_OPS(X)                                           \
+  X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
+  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                   \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)                \
+  X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)
 
 namespace seqfuse {
 
-#define SEQFUSE_OP(entry, fn, Args)                                   \
-  SEQFUSE_DECLARE_ALL(fn, Args)                                       \
-  void entry(const Args& args, const Parallel& parallel) {            \
-    switch (isa_active()) {                                           \
-      SEQFUSE_SWITCH(fn)                                              \
-      default: return baseline::fn(args, parallel);                   \
-    }                                                                 \
+#define SEQFUSE_OP(entry, fn, Args)                        \
+  SEQFUSE_DECLARE_ALL(fn, Args)                            \
+  void entry(const Args& args, const Parallel& parallel) { \
+    switch (isa_active()) {                                \
+      SEQFUSE_SWITCH(fn)                                   \
+      default:                                             \
+        return baseline::fn(args, parallel);               \
+    }                                                      \
   }
 
 #if defined(__x86_64__)
-#define SEQFUSE_DECLARE_ALL(fn, Args)                                                             \
-  SEQFUSE_DECLARE(baseline, fn, Args) SEQFUSE_DECLARE(avx2, fn, Args) SEQFUSE_DECLARE(avx512, fn, Args) \
-  SEQFUSE_DECLARE(avx512_bf16, fn, Args)
+#define SEQFUSE_DECLARE_ALL(fn, Args) \
+  SEQFUSE_DECLARE(baseline, fn, Args) \
+  SEQFUSE_DECLARE(avx2, fn, Args) SEQFUSE_DECLARE(avx512, fn, Args) SEQFUSE_DECLARE(avx512_bf16, fn, Args)
 #define SEQFUSE_SWITCH(fn) SEQFUSE_CASE(avx2, fn) SEQFUSE_CASE(avx512, fn) SEQFUSE_CASE(avx512_bf16, fn)
 #else
 #define SEQFUSE_DECLARE_ALL(fn, Args) SEQFUSE_DECLARE(baseline, fn, Args)

@@ -24,16 +24,24 @@ Isa isa_detected() {
 
 static std::atomic<int> limit{int(Isa::avx512_bf16)};
 
-Isa isa_active() { return Isa(std::min(int(isa_detected()), limit.load(std::memory_order_relaxed))); }
+Isa isa_active() {
+  return Isa(std::min(int(isa_detected()), limit.load(std::memory_order_relaxed)));
+}
 
-void isa_limit(Isa top) { limit.store(int(top), std::memory_order_relaxed); }
+void isa_limit(Isa top) {
+  limit.store(int(top), std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::avx512_bf16: return "avx512_bf16";
-    default: return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    default:
+      return "baseline";
   }
 }
 

@@ -1,9 +1,9 @@
 // Recurrent scan, backward pass (contract and maths: seqfuse/rnn.h).
 //
-// Walks the steps in the opposite order. A worker owns hidden units: it holds their dh (and dc) in fp32, turns them into
-// the gradients of its units' gates, and writes those where every worker can read them; after the barrier it computes
-// its units of dh_{t-1} = dgates @ w_hh from its packed columns of w_hh. Memory traffic a step: dy, the saved gates,
-// cells and y are read once, dxg and dan written once. db_hh is summed within a step first, then over the steps.
+// Walks the steps in the opposite order. A worker owns hidden units: it holds their dh (and dc) in fp32, turns them
+// into the gradients of its units' gates, and writes those where every worker can read them; after the barrier it
+// computes its units of dh_{t-1} = dgates @ w_hh from its packed columns of w_hh. Memory traffic a step: dy, the saved
+// gates, cells and y are read once, dxg and dan written once. db_hh is summed within a step first, then over the steps.
 #include "common/gates.h"
 #include "cpu/rnn_scan.h"
 
@@ -23,12 +23,12 @@ struct BackwardScan {
   const int64_t ld = operand_ld(words);
   const int64_t state_ld = blocks * VL;
 
-  word* packed;      // [groups][words][blocks of the group][VL]
+  word* packed;       // [groups][words][blocks of the group][VL]
   word* gradient[2];  // [B, ld]: gradients of a_t as the product's operand; the gates follow each other without padding
-  float* dh;         // [B, state_ld]
-  float* dc;         // [B, state_ld], LSTM
-  float* step_bias;  // [workers or 1][blocks][G][VL]: this step's sum over the batch
-  float* bias;       // the same shape: the sum over the steps
+  float* dh;          // [B, state_ld]
+  float* dc;          // [B, state_ld], LSTM
+  float* step_bias;   // [workers or 1][blocks][G][VL]: this step's sum over the batch
+  float* bias;        // the same shape: the sum over the steps
 
   BackwardScan(const RnnBackward& args, Plan p) : a(args), plan(p) {}
 
@@ -111,9 +111,8 @@ struct BackwardScan {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, max_vectors);
       const word* w = packed + g.begin * VL * words;
       for_row_tiles(s.rows, int(g.size()), [&](int64_t row, int rows) {
-        tile_function(uses_dot<T>, int(g.size()), rows)(w, gradient[i & 1] + row * ld, ld, words,
-                                                        dh + row * state_ld + g.begin * VL, state_ld, VL,
-                                                        C == Cell::gru);
+        tile_function(uses_dot<T>, int(g.size()), rows)(
+            w, gradient[i & 1] + row * ld, ld, words, dh + row * state_ld + g.begin * VL, state_ld, VL, C == Cell::gru);
       });
     }
   }
@@ -144,8 +143,8 @@ struct BackwardScan {
     } else if constexpr (C == Cell::gru) {
       const vf before_h = first ? get((const T*)a.h0 + b * H + u, n)
                                 : get((const T*)a.y + before * a.y_strides.t + b * a.y_strides.b + u, n);
-      const GruGrad<vf> g = gru_backward(get(saved, n), get(saved + H, n), get(saved + 2 * H, n),
-                                         get(saved + 3 * H, n), before_h, d);
+      const GruGrad<vf> g =
+          gru_backward(get(saved, n), get(saved + H, n), get(saved + 2 * H, n), get(saved + 3 * H, n), before_h, d);
       store(own, g.dh);
       put_gate(dxg, operand, db, 0, u, g.dr, n);
       put_gate(dxg, operand, db, 1, u, g.dz, n);
@@ -190,10 +189,14 @@ void scan(const RnnBackward& a, const Parallel& parallel) {
 template <class T>
 void scan_cell(const RnnBackward& a, const Parallel& parallel) {
   switch (a.cell) {
-    case Cell::rnn_tanh: return scan<T, Cell::rnn_tanh>(a, parallel);
-    case Cell::rnn_relu: return scan<T, Cell::rnn_relu>(a, parallel);
-    case Cell::gru: return scan<T, Cell::gru>(a, parallel);
-    case Cell::lstm: return scan<T, Cell::lstm>(a, parallel);
+    case Cell::rnn_tanh:
+      return scan<T, Cell::rnn_tanh>(a, parallel);
+    case Cell::rnn_relu:
+      return scan<T, Cell::rnn_relu>(a, parallel);
+    case Cell::gru:
+      return scan<T, Cell::gru>(a, parallel);
+    case Cell::lstm:
+      return scan<T, Cell::lstm>(a, parallel);
   }
 }
 

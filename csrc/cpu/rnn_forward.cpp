@@ -24,10 +24,10 @@ struct ForwardScan {
   const int64_t ld = operand_ld(words);
   const int64_t state_ld = blocks * VL;
 
-  word* packed;   // [groups][words][blocks of the group][G][VL]
-  float* bias;    // [blocks][G][VL]
-  word* h[2];     // [B, ld]: h_{t-1} and h_t as the product's operand
-  float* state;   // [B, state_ld]: GRU: h before rounding; LSTM: c
+  word* packed;  // [groups][words][blocks of the group][G][VL]
+  float* bias;   // [blocks][G][VL]
+  word* h[2];    // [B, ld]: h_{t-1} and h_t as the product's operand
+  float* state;  // [B, state_ld]: GRU: h before rounding; LSTM: c
 
   ForwardScan(const RnnForward& args, Plan p) : a(args), plan(p) {}
 
@@ -107,7 +107,8 @@ struct ForwardScan {
     }
   }
 
-  // LSTM: all gates of a block of units; GRU: r and z, and a_n with its bias. In place; p: the product with w_hh, [G][VL].
+  // LSTM: all gates of a block of units; GRU: r and z, and a_n with its bias. In place; p: the product with w_hh,
+  // [G][VL].
   SEQFUSE_INLINE void activate(int64_t t, int64_t b, int64_t block, float* p) {
     const int n = lanes(block, a.H);
     const T* xg = (const T*)a.xg + t * a.xg_strides.t + b * a.xg_strides.b + block * VL;
@@ -133,8 +134,7 @@ struct ForwardScan {
     T* saved = a.gates ? (T*)a.gates + t * a.gates_strides.t + b * a.gates_strides.b + u : nullptr;
     vf out;
     if constexpr (C == Cell::lstm) {
-      const LstmState<vf> s =
-          lstm_state<VecMath>(load(p), load(p + VL), load(p + 2 * VL), load(p + 3 * VL), load(own));
+      const LstmState<vf> s = lstm_state<VecMath>(load(p), load(p + VL), load(p + 2 * VL), load(p + 3 * VL), load(own));
       store(own, s.c);
       if (saved) set(saved, s.i, n), set(saved + H, s.f, n), set(saved + 2 * H, s.g, n), set(saved + 3 * H, s.o, n);
       if (a.cells) set(a.cells + t * a.cells_strides.t + b * a.cells_strides.b + u, s.c, n);
@@ -171,10 +171,14 @@ void scan(const RnnForward& a, const Parallel& parallel) {
 template <class T>
 void scan_cell(const RnnForward& a, const Parallel& parallel) {
   switch (a.cell) {
-    case Cell::rnn_tanh: return scan<T, Cell::rnn_tanh>(a, parallel);
-    case Cell::rnn_relu: return scan<T, Cell::rnn_relu>(a, parallel);
-    case Cell::gru: return scan<T, Cell::gru>(a, parallel);
-    case Cell::lstm: return scan<T, Cell::lstm>(a, parallel);
+    case Cell::rnn_tanh:
+      return scan<T, Cell::rnn_tanh>(a, parallel);
+    case Cell::rnn_relu:
+      return scan<T, Cell::rnn_relu>(a, parallel);
+    case Cell::gru:
+      return scan<T, Cell::gru>(a, parallel);
+    case Cell::lstm:
+      return scan<T, Cell::lstm>(a, parallel);
   }
 }
 

@@ -72,10 +72,14 @@ TileFn by_rows(int rows) {
 template <bool Dot>
 TileFn by_vectors(int vectors, int rows) {
   switch (vectors) {
-    case 1: return by_rows<Dot, 1>(rows);
-    case 2: return by_rows<Dot, 2>(rows);
-    case 3: return by_rows<Dot, 3>(rows);
-    default: return by_rows<Dot, 4>(rows);
+    case 1:
+      return by_rows<Dot, 1>(rows);
+    case 2:
+      return by_rows<Dot, 2>(rows);
+    case 3:
+      return by_rows<Dot, 3>(rows);
+    default:
+      return by_rows<Dot, 4>(rows);
   }
 }
 

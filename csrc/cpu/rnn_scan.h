@@ -17,7 +17,9 @@ struct Range {
   SEQFUSE_INLINE int64_t size() const { return end - begin; }
 };
 
-SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) { return {n * i / of, n * (i + 1) / of}; }
+SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) {
+  return {n * i / of, n * (i + 1) / of};
+}
 
 struct Plan {
   int64_t workers;
@@ -37,13 +39,17 @@ SEQFUSE_INLINE Slice slice_of(const Plan& p, int64_t worker, int64_t B, int64_t 
 }
 
 // Unit blocks are multiplied in groups of at most `most`, as even as can be.
-SEQFUSE_INLINE int64_t groups_in(Range blocks, int64_t most) { return ceil_div(blocks.size(), most); }
+SEQFUSE_INLINE int64_t groups_in(Range blocks, int64_t most) {
+  return ceil_div(blocks.size(), most);
+}
 SEQFUSE_INLINE Range group(Range blocks, int64_t i, int64_t most) {
   const Range r = part(blocks.size(), i, groups_in(blocks, most));
   return {blocks.begin + r.begin, blocks.begin + r.end};
 }
 
-SEQFUSE_INLINE int lanes(int64_t block, int64_t H) { return int(H - block * VL < VL ? H - block * VL : VL); }
+SEQFUSE_INLINE int lanes(int64_t block, int64_t H) {
+  return int(H - block * VL < VL ? H - block * VL : VL);
+}
 
 template <class T>
 SEQFUSE_INLINE vf get(const T* p, int n) {
@@ -67,15 +73,17 @@ SEQFUSE_INLINE void set_operand(word* row, int64_t k, vf x, int n) {
     set((float*)row + k, rounded<T>(x), n);
 }
 
-// Half of an operand was just written by other cores. A tile would meet those lines one by one, each at the full latency
-// between two cores; asked for all at once they overlap.
+// Half of an operand was just written by other cores. A tile would meet those lines one by one, each at the full
+// latency between two cores; asked for all at once they overlap.
 SEQFUSE_INLINE void prefetch_operand(const Plan& p, const word* operand, int64_t words) {
   if (p.by_batch || p.workers == 1) return;
   for (int64_t i = 0; i < words; i += 16) prefetch(operand + i);
 }
 
 // Words between operand rows: one line more than needed, so that rows of a power of two do not share cache sets.
-SEQFUSE_INLINE int64_t operand_ld(int64_t words) { return ceil_div(words, 16) * 16 + 16; }
+SEQFUSE_INLINE int64_t operand_ld(int64_t words) {
+  return ceil_div(words, 16) * 16 + 16;
+}
 
 SEQFUSE_INLINE void spin_pause() {
 #if defined(__x86_64__)

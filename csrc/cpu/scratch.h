@@ -7,7 +7,9 @@
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-SEQFUSE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SEQFUSE_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // 64-byte aligned scratch cut from one allocation; take() before allocate() only counts.
 class Scratch {

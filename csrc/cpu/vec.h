@@ -39,12 +39,24 @@ struct bf16 {
   uint16_t bits;
 };
 
-SEQFUSE_INLINE vf splat(float x) { return x - vf{}; }
-SEQFUSE_INLINE vf as_float(vu x) { return (vf)x; }
-SEQFUSE_INLINE vu as_bits(vf x) { return (vu)x; }
-SEQFUSE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-SEQFUSE_INLINE vf min(vf a, vf b) { return select(b < a, b, a); }  // keeps a NaN in a
-SEQFUSE_INLINE vf max(vf a, vf b) { return select(b > a, b, a); }
+SEQFUSE_INLINE vf splat(float x) {
+  return x - vf{};
+}
+SEQFUSE_INLINE vf as_float(vu x) {
+  return (vf)x;
+}
+SEQFUSE_INLINE vu as_bits(vf x) {
+  return (vu)x;
+}
+SEQFUSE_INLINE vf select(vi mask, vf a, vf b) {
+  return mask ? a : b;
+}
+SEQFUSE_INLINE vf min(vf a, vf b) {
+  return select(b < a, b, a);
+}  // keeps a NaN in a
+SEQFUSE_INLINE vf max(vf a, vf b) {
+  return select(b > a, b, a);
+}
 
 // x as a value of its own: the compiler may not fuse the product that made it into a later addition, so that what is
 // subtracted from itself is zero
@@ -65,7 +77,9 @@ SEQFUSE_INLINE float widen(bf16 x) {
   memcpy(&f, &u, 4);
   return f;
 }
-SEQFUSE_INLINE float widen(float x) { return x; }
+SEQFUSE_INLINE float widen(float x) {
+  return x;
+}
 
 SEQFUSE_INLINE bf16 narrow(float x) {  // round to nearest even; a NaN stays a NaN
   uint32_t u;
@@ -73,10 +87,16 @@ SEQFUSE_INLINE bf16 narrow(float x) {  // round to nearest even; a NaN stays a N
   if (x != x) return {0x7fc0};
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
-SEQFUSE_INLINE void put(float* p, float x) { *p = x; }
-SEQFUSE_INLINE void put(bf16* p, float x) { *p = narrow(x); }
+SEQFUSE_INLINE void put(float* p, float x) {
+  *p = x;
+}
+SEQFUSE_INLINE void put(bf16* p, float x) {
+  *p = narrow(x);
+}
 
-SEQFUSE_INLINE vf load(const float* p) { return *(const vf_any*)p; }
+SEQFUSE_INLINE vf load(const float* p) {
+  return *(const vf_any*)p;
+}
 SEQFUSE_INLINE vf widen(vh x) {
 #if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion
   return as_float((vu)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)x) << 16);
@@ -84,8 +104,12 @@ SEQFUSE_INLINE vf widen(vh x) {
   return as_float(__builtin_convertvector(x, vu) << 16);
 #endif
 }
-SEQFUSE_INLINE vf load(const bf16* p) { return widen((vh) * (const vh_any*)p); }
-SEQFUSE_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+SEQFUSE_INLINE vf load(const bf16* p) {
+  return widen((vh) * (const vh_any*)p);
+}
+SEQFUSE_INLINE void store(float* p, vf x) {
+  *(vf_any*)p = x;
+}
 SEQFUSE_INLINE void store(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
@@ -157,7 +181,9 @@ SEQFUSE_INLINE vf rounded(vf x) {
   return load(t);
 }
 
-SEQFUSE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+SEQFUSE_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 3);
+}
 
 SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
 #if SEQFUSE_VBYTES == 64
@@ -192,7 +218,9 @@ SEQFUSE_INLINE vf exp(vf x) {
   return p * as_float((vu)e);
 }
 
-SEQFUSE_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+SEQFUSE_INLINE vf sigmoid(vf x) {
+  return 1.0f / (1.0f + exp(-x));
+}
 
 // tanh: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel (coefficients: Cephes, tanhf)
 SEQFUSE_INLINE vf tanh(vf x) {

@@ -19,10 +19,14 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* what) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, what, ": dtype must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, what, ": dtype must be float32, bfloat16 or float16");
   }
 }
 
@@ -30,7 +34,9 @@ inline void check_same_device(const Tensor& t, const Tensor& like, const char* w
   STD_TORCH_CHECK(t.device() == like.device(), what, ": every tensor must be on one device");
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> type = {}) {
   return torch::stable::new_empty(like, shape, type);
@@ -42,7 +48,9 @@ T* pointer(const Tensor& t) {
 }
 
 // null for an absent tensor
-inline const void* pointer_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void* pointer_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 namespace detail {
 // whether torch runs parallel_for as an OpenMP team; set once from Python (torch.backends.openmp.is_available())

@@ -12,17 +12,23 @@ namespace {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
 
-Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1)}; }
+Strides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1)};
+}
 
 // The last dimension lies together in memory, so that the strides of a Strides describe t.
-bool rows_dense(const Tensor& t) { return t.stride(2) == 1 || t.size(2) == 1; }
+bool rows_dense(const Tensor& t) {
+  return t.stride(2) == 1 || t.size(2) == 1;
+}
 
 bool batch_major(const Tensor& t) {
   const int64_t T = t.size(0), B = t.size(1), X = t.size(2);
   return !t.is_contiguous() && rows_dense(t) && (t.stride(0) == X || T == 1) && (t.stride(1) == T * X || B == 1);
 }
 
-Tensor sequence(const Tensor& t) { return rows_dense(t) ? t : torch::stable::contiguous(t); }
+Tensor sequence(const Tensor& t) {
+  return rows_dense(t) ? t : torch::stable::contiguous(t);
+}
 
 // A new [T, B, width] in the memory order of t.
 Tensor empty_sequence(const Tensor& t, int64_t width) {
@@ -105,9 +111,9 @@ Outputs backward(int64_t cell, const Maybe& dy_in, const Maybe& dh_n_in, const M
   if (dy_in) check(*dy_in, y_in, {a.T, a.B, a.H}, "dy");
   if (lstm) {
     STD_TORCH_CHECK(c0_in.has_value(), "c0 is missing: the LSTM needs it");
-    STD_TORCH_CHECK(cells_in.dim() == 3 && cells_in.numel() == a.T * a.B * a.H &&
-                        cells_in.scalar_type() == ScalarType::Float,
-                    "cells must be float32 [T, B, H]");
+    STD_TORCH_CHECK(
+        cells_in.dim() == 3 && cells_in.numel() == a.T * a.B * a.H && cells_in.scalar_type() == ScalarType::Float,
+        "cells must be float32 [T, B, H]");
     check_same_device(cells_in, y_in, "cells");
   }
   const Tensor y = sequence(y_in), h0 = dense(h0_in), w = dense(w_in), gates = dense(gates_in), cells = dense(cells_in);

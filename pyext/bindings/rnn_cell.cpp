@@ -15,10 +15,13 @@ void check(const Maybe& t, int64_t B, int64_t X, const Tensor& like, const char*
   check_same_device(*t, like, name);
 }
 
-Maybe dense_or_none(const Maybe& t) { return t ? Maybe(dense(*t)) : Maybe(); }
+Maybe dense_or_none(const Maybe& t) {
+  return t ? Maybe(dense(*t)) : Maybe();
+}
 
 Cell check_cell(int64_t cell) {
-  STD_TORCH_CHECK(cell >= 0 && cell <= int64_t(Cell::lstm), "cell must be 0 (rnn_tanh), 1 (rnn_relu), 2 (gru) or 3 (lstm)");
+  STD_TORCH_CHECK(cell >= 0 && cell <= int64_t(Cell::lstm),
+                  "cell must be 0 (rnn_tanh), 1 (rnn_relu), 2 (gru) or 3 (lstm)");
   return Cell(cell);
 }
 
@@ -38,15 +41,24 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(int64_t number, Tensor xg_in, Ten
   Tensor h_out = empty(xg, {B, H}), c_out = lstm ? empty(xg, {B, H}) : empty(xg, {0});
   const bool saved = save && saved_of(cell);
   Tensor gates = saved ? empty(xg, {B, saved_of(cell) * H}) : empty(xg, {0});
-  RnnCellForward args{cell, dtype_of(xg, "xg"), B, H, xg.const_data_ptr(), a.const_data_ptr(), pointer_or_null(h),
-                      pointer_or_null(c), pointer(h_out), lstm ? pointer(c_out) : nullptr,
+  RnnCellForward args{cell,
+                      dtype_of(xg, "xg"),
+                      B,
+                      H,
+                      xg.const_data_ptr(),
+                      a.const_data_ptr(),
+                      pointer_or_null(h),
+                      pointer_or_null(c),
+                      pointer(h_out),
+                      lstm ? pointer(c_out) : nullptr,
                       saved ? pointer(gates) : nullptr};
   if (B) rnn_cell_forward_cpu(args, torch_threads());
   return {h_out, c_out, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(int64_t number, Maybe dh_out_in, Maybe dc_out_in, Tensor gates_in,
-                                                        Maybe h_in, Maybe c_in, Tensor h_out_in, Maybe c_out_in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(int64_t number, Maybe dh_out_in, Maybe dc_out_in,
+                                                        Tensor gates_in, Maybe h_in, Maybe c_in, Tensor h_out_in,
+                                                        Maybe c_out_in) {
   const Cell cell = check_cell(number);
   const bool lstm = cell == Cell::lstm, gru = cell == Cell::gru;
   STD_TORCH_CHECK(h_out_in.dim() == 2, "h_out must be [B, H]");
@@ -62,9 +74,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(int64_t number, Maybe dh
   const int64_t G = gates_of(cell);
   Tensor dxg = empty(h_out, {B, G * H}), da = gru ? empty(h_out, {B, G * H}) : empty(h_out, {0});
   Tensor dh = gru ? empty(h_out, {B, H}) : empty(h_out, {0}), dc = lstm ? empty(h_out, {B, H}) : empty(h_out, {0});
-  RnnCellBackward args{cell, dtype_of(h_out, "h_out"), B, H, pointer_or_null(dh_out), pointer_or_null(dc_out),
-                       gates.const_data_ptr(), pointer_or_null(h), pointer_or_null(c), h_out.const_data_ptr(),
-                       pointer_or_null(c_out), pointer(dxg), gru ? pointer(da) : nullptr, gru ? pointer(dh) : nullptr,
+  RnnCellBackward args{cell,
+                       dtype_of(h_out, "h_out"),
+                       B,
+                       H,
+                       pointer_or_null(dh_out),
+                       pointer_or_null(dc_out),
+                       gates.const_data_ptr(),
+                       pointer_or_null(h),
+                       pointer_or_null(c),
+                       h_out.const_data_ptr(),
+                       pointer_or_null(c_out),
+                       pointer(dxg),
+                       gru ? pointer(da) : nullptr,
+                       gru ? pointer(dh) : nullptr,
                        lstm ? pointer(dc) : nullptr};
   if (B) rnn_cell_backward_cpu(args, torch_threads());
   return {dxg, da, dh, dc};

@@ -4,8 +4,9 @@
 //   y = (s - mean(s)) * rstd(s) * weight + bias,   rstd = 1 / sqrt(var(s) + eps)
 //
 // Rows are contiguous: x, residual, s, y and their gradients are [rows, cols], row-major, of `dtype`.
-// weight, bias, dweight and dbias are [cols] of `param_dtype`: `dtype` itself, or f32 with a 16-bit `dtype`. Statistics are fp32 [rows].
-// No argument may alias another one, except that `residual` may be `x`. Nothing is kept after the call returns.
+// weight, bias, dweight and dbias are [cols] of `param_dtype`: `dtype` itself, or f32 with a 16-bit `dtype`. Statistics
+// are fp32 [rows]. No argument may alias another one, except that `residual` may be `x`. Nothing is kept after the call
+// returns.
 #pragma once
 #include "seqfuse/types.h"
 

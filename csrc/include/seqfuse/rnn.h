@@ -21,8 +21,12 @@ namespace seqfuse {
 
 enum class Cell : int32_t { rnn_tanh = 0, rnn_relu = 1, gru = 2, lstm = 3 };
 
-inline int gates_of(Cell c) { return c == Cell::lstm ? 4 : c == Cell::gru ? 3 : 1; }
-inline int saved_of(Cell c) { return c == Cell::lstm || c == Cell::gru ? 4 : 0; }
+inline int gates_of(Cell c) {
+  return c == Cell::lstm ? 4 : c == Cell::gru ? 3 : 1;
+}
+inline int saved_of(Cell c) {
+  return c == Cell::lstm || c == Cell::gru ? 4 : 0;
+}
 
 struct Strides {
   int64_t t, b;

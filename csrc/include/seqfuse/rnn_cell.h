@@ -14,13 +14,13 @@ struct RnnCellForward {
   Cell cell;
   DType dtype;
   int64_t B, H;
-  const void* xg;     // [B, G*H]
-  const void* a;      // [B, G*H]
-  const void* h;      // [B, H], the previous output; GRU only
-  const void* c;      // [B, H], the previous cell; LSTM only
-  void* h_out;        // [B, H]
-  void* c_out;        // [B, H], LSTM only
-  void* gates;        // [B, S*H] for the backward pass; null: inference
+  const void* xg;  // [B, G*H]
+  const void* a;   // [B, G*H]
+  const void* h;   // [B, H], the previous output; GRU only
+  const void* c;   // [B, H], the previous cell; LSTM only
+  void* h_out;     // [B, H]
+  void* c_out;     // [B, H], LSTM only
+  void* gates;     // [B, S*H] for the backward pass; null: inference
 };
 
 struct RnnCellBackward {

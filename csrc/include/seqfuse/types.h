@@ -6,11 +6,13 @@ namespace seqfuse {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+inline int64_t size_of(DType t) {
+  return t == DType::f32 ? 4 : 2;
+}
 
 // How a CPU kernel gets its threads: the caller lends its own pool, so there is never a second one.
-// `run(n, fn, ctx)` calls fn(ctx, begin, end) on disjoint ranges that cover [0, n), at most `threads` of them at a time.
-// `concurrent` promises that all ranges of one run are in flight together (an OpenMP team), which a kernel needs
+// `run(n, fn, ctx)` calls fn(ctx, begin, end) on disjoint ranges that cover [0, n), at most `threads` of them at a
+// time. `concurrent` promises that all ranges of one run are in flight together (an OpenMP team), which a kernel needs
 // before it may make one range wait for another.
 struct Parallel {
   using Body = void (*)(void* ctx, int64_t begin, int64_t end);
