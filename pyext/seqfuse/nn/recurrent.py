@@ -9,7 +9,7 @@ from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqfuse import dispatch, explanation, ops
-from seqfuse.ops.recurrent import SHORT, RecurrentCase
+from seqfuse.ops.recurrent import SHORT, SHORT_STEPS, RecurrentCase
 
 
 class _Recurrent(nn.Module):
@@ -92,7 +92,7 @@ class _Recurrent(nn.Module):
             return "proj_size is computed by PyTorch's own op"
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not input.is_cpu or not dispatch.may_shortcut():
             return None
-        if input.shape[1 if self.batch_first else 0] >= 8 or torch.is_autocast_enabled("cpu"):
+        if input.shape[1 if self.batch_first else 0] >= SHORT_STEPS or torch.is_autocast_enabled("cpu"):
             return None
         return SHORT
 

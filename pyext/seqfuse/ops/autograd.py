@@ -13,3 +13,17 @@ def apply(function, *args):
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def differentiable_gradients(outputs, grads, inputs):
+    """Gradients of `inputs` that can be differentiated again, for create_graph=True: None where none is wanted.
+
+    outputs: what the reference made of `inputs` in this backward pass, with None for absent ones; grads: what arrives
+    at each, None for zero.
+    """
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    reached, arriving = zip(*pairs, strict=True)
+    got = torch.autograd.grad(reached, wanted, arriving, create_graph=True, allow_unused=True)
+    found = dict(zip(map(id, wanted), got, strict=True))
+    return tuple(None if t is None else found.get(id(t)) for t in inputs)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply
+from seqfuse.ops.autograd import apply, differentiable_gradients
 
 
 class LayerNormCase(NamedTuple):
@@ -144,10 +144,8 @@ class LayerNormFunction(torch.autograd.Function):
 
 def _differentiable_backward(dy, ds, s, weight, bias, eps):
     """The backward pass through the reference, for create_graph=True."""
-    inputs = [t for t in (s, weight, bias) if t is not None and t.requires_grad]
     y, _ = reference.layer_norm(s, None, weight, bias, eps)
-    grads = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True))
-    dx, dw, db = grads.get(id(s)), grads.get(id(weight)), grads.get(id(bias))
+    dx, dw, db = differentiable_gradients([y], [dy], (s, weight, bias))
     if dx is not None and ds is not None:
         dx = dx + ds
     return dx, dw, db

@@ -215,12 +215,13 @@ def _kernel_refusal(case):
     return "the batch is empty" if case.B == 0 else None
 
 
-SHORT = "inference over fewer than 8 steps: packing the weights costs more than the scan saves"
+SHORT_STEPS = 8
+SHORT = f"inference over fewer than {SHORT_STEPS} steps: packing the weights costs more than the scan saves"
 
 
 def _cpu_prefers(case):
     """Built-in rules of `auto` on a CPU: measured with two threads and AVX-512 (docs/recurrent.md)."""
-    if not case.grad and case.T < 8:
+    if not case.grad and case.T < SHORT_STEPS:
         return SHORT
     if case.grad and case.T < {"lstm": 1, "gru": 2}.get(case.cell, 4):
         return "training over so few steps: packing the weights costs more than the scan saves"

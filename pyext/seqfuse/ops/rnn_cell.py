@@ -12,7 +12,7 @@ from torch import _VF
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply
+from seqfuse.ops.autograd import apply, differentiable_gradients
 from seqfuse.ops.rnn_layer import CELLS
 
 
@@ -165,11 +165,7 @@ def _differentiable_backward(cell, inputs, grads):
     """The backward pass through the reference, for create_graph=True."""
     x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
     outputs = reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
-    found = dict(zip(map(id, wanted), got, strict=True))
-    return tuple(None if t is None else found.get(id(t)) for t in inputs)
+    return differentiable_gradients(outputs, grads, inputs)
 
 
 def _fake_fwd(cell, xg, a, h, c, save):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import library
-from seqfuse.ops.autograd import apply
+from seqfuse.ops.autograd import apply, differentiable_gradients
 
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqfuse/rnn.h: enum class Cell
 
@@ -146,15 +146,7 @@ def _dw_hh(cell, dxg, dan, y, h0, reverse, batch_major):
 
 def _differentiable_backward(cell, reverse, inputs, grads):
     """The backward pass through the reference, for create_graph=True."""
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh = inputs
-    outputs = _reference(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    got = torch.autograd.grad(
-        [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-    )
-    found = dict(zip(map(id, wanted), got, strict=True))
-    return tuple(None if t is None else found.get(id(t)) for t in inputs)
+    return differentiable_gradients(_reference(cell, *inputs, reverse), grads, inputs)
 
 
 def _scan_of(namespace):
