@@ -168,27 +168,10 @@ void scan(const RnnForward& a, const Parallel& parallel) {
   run_scan(s, plan, a.T, parallel);
 }
 
-template <class T>
-void scan_cell(const RnnForward& a, const Parallel& parallel) {
-  switch (a.cell) {
-    case Cell::rnn_tanh:
-      return scan<T, Cell::rnn_tanh>(a, parallel);
-    case Cell::rnn_relu:
-      return scan<T, Cell::rnn_relu>(a, parallel);
-    case Cell::gru:
-      return scan<T, Cell::gru>(a, parallel);
-    case Cell::lstm:
-      return scan<T, Cell::lstm>(a, parallel);
-  }
-}
-
 }  // namespace
 
 void rnn_forward_scan(const RnnForward& a, const Parallel& parallel) {
-  if (a.dtype == DType::f32)
-    scan_cell<float>(a, parallel);
-  else
-    scan_cell<bf16>(a, parallel);
+  for_cell(a.dtype, a.cell, [&]<class T, Cell cell>() { scan<T, cell>(a, parallel); });
 }
 
 }  // namespace SEQFUSE_ISA

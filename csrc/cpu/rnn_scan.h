@@ -185,5 +185,24 @@ SEQFUSE_INLINE void for_row_tiles(Range rows, int vectors, F&& f) {
   }
 }
 
+// f<T, cell>() for the element type and the cell of a call.
+template <class T, class F>
+void for_cell_of(Cell cell, F f) {
+  switch (cell) {
+    case Cell::rnn_tanh:
+      return f.template operator()<T, Cell::rnn_tanh>();
+    case Cell::rnn_relu:
+      return f.template operator()<T, Cell::rnn_relu>();
+    case Cell::gru:
+      return f.template operator()<T, Cell::gru>();
+    case Cell::lstm:
+      return f.template operator()<T, Cell::lstm>();
+  }
+}
+template <class F>
+void for_cell(DType dtype, Cell cell, F f) {
+  dtype == DType::f32 ? for_cell_of<float>(cell, f) : for_cell_of<bf16>(cell, f);
+}
+
 }  // namespace SEQFUSE_ISA
 }  // namespace seqfuse
