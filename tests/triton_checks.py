@@ -125,7 +125,7 @@ def rnn_scan(
 
     def expected(to):
         leaves = [_cast(v, to) for v in (xg, h0, c0, w, bh)]
-        y, h_n, c_n = reference.rnn_scan(cell, *leaves, reverse)
+        y, h_n, c_n, _ = reference.rnn_scan(cell, *leaves, reverse)
         pairs = [(o, g.cpu().to(to)) for o, g in ((y, grad_y), (h_n, grad_h), (c_n, grad_c)) if g is not None]
         wanted = [v for v in leaves if v is not None]
         outputs, grads = zip(*pairs, strict=True)

@@ -37,7 +37,7 @@ def rnn_layer(name, cell, x, h0, c0, weights, reverse):
 
 def _reference(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse):
     h0, c0 = _initial(cell, x, w_hh, h0, c0)
-    return reference.rnn_scan(cell, F.linear(x, w_ih, b_ih), h0, c0, w_hh, b_hh, reverse)
+    return reference.rnn_scan(cell, F.linear(x, w_ih, b_ih), h0, c0, w_hh, b_hh, reverse)[:3]
 
 
 def _initial(cell, x, w_hh, h0, c0):

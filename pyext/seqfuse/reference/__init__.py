@@ -1,6 +1,6 @@
 """Plain PyTorch, one small file per op: the numerical truth (in float64), differentiable twice."""
 
 from seqfuse.reference.layer_norm import layer_norm
-from seqfuse.reference.rnn import GATES, rnn_cell, rnn_scan
+from seqfuse.reference.rnn import GATES, PLAIN, ScanOptions, recurrent_product, rnn_cell, rnn_scan
 
-__all__ = ["GATES", "layer_norm", "rnn_cell", "rnn_scan"]
+__all__ = ["GATES", "PLAIN", "ScanOptions", "layer_norm", "recurrent_product", "rnn_cell", "rnn_scan"]
