@@ -1,5 +1,7 @@
 """layer_norm against the float64 reference: the CPU kernel at every instruction set, and the op's whole surface."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,11 +116,47 @@ def test_non_contiguous_input_and_more_dimensions():
     assert_accurate(y, truth(x.double(), None, w.double(), b.double())[0], F.layer_norm(x, (33,), w, b))
 
 
-def test_large_offset_does_not_cancel():
-    x = torch.randn(4, 256) + 1000.0
+@pytest.mark.parametrize("odd", [None, 0, 100], ids=["even", "odd-first", "odd-later"])
+def test_large_offset_does_not_cancel(isa, odd):
+    """Also where the first elements, around whose mean the variance is summed, lie far from the others."""
+    x = torch.randn(4, 257) + 1000.0
+    if odd is not None:
+        x[:, odd : odd + 40] -= 1e5
     with seqfuse.backend("cpu"):
         y = seqfuse.ops.layer_norm(x)
-    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (256,)))
+    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (257,)), dims=(0,))
+
+
+def test_large_results_go_past_the_caches(isa):
+    """Results above a few megabytes take stores of their own: rows that fill whole vectors, and rows that do not."""
+    for rows, cols in ((1100, 1024), (1100, 1001)):
+        for dtype in (torch.float32, torch.bfloat16):
+            rows_ = rows * 4 // dtype.itemsize
+            check(*sample(rows_, cols, dtype, residual=True, weight=True, bias=True), "cpu")
+
+
+def test_a_module_remembers_the_route_of_its_last_call():
+    """... and leaves it as soon as anything about the call or the settings is different."""
+    ours_, theirs = seqfuse.nn.LayerNorm(256), torch.nn.LayerNorm(256)
+    x = torch.randn(2048, 256)
+    for _ in range(2):
+        assert_accurate(ours_(x), theirs.double()(x.double()), theirs.float()(x))
+    assert ours_._route.backend == "cpu" and ours_._route.grad
+    with torch.no_grad():
+        assert not ours_(x).requires_grad
+    with seqfuse.backend("reference"):
+        ours_(x)
+        assert seqfuse.explain(ours_)[0].backend == "reference"
+    assert ours_(x[:3]).shape == (3, 256) and ours_._route.backend == "torch"
+    y, s = ours_(x, x)
+    assert torch.equal(s, x + x)
+    with pytest.raises(RuntimeError, match="expected input with shape"):
+        ours_(torch.randn(2048, 255))
+    ours_.bfloat16()
+    assert ours_(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises((RuntimeError, ValueError)):
+        ours_(x.bfloat16(), x[:5].bfloat16())
+    assert "_route" not in copy.deepcopy(ours_).__dict__
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])

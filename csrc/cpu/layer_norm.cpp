@@ -1,21 +1,22 @@
 // layer_norm on the CPU. Contract: seqfuse/layer_norm.h
 //
 // Forward reads x (and the residual) once from memory and writes y (and the sum) once: a row stays in the first-level
-// cache between its two passes (mean; then centred variance, which does not cancel; then y). Backward reads dy and s
-// once and writes dx once; dweight and dbias are summed per worker in fp32 and then added in worker order, so a result
-// depends on the number of threads but never on their timing.
+// cache between its two passes, statistics and result. Backward reads dy and s once and writes dx once, likewise.
+// dweight and dbias are summed per worker in fp32 and then added in worker order: a result depends on the number of
+// threads but never on their timing.
 #include "seqfuse/layer_norm.h"
 
 #include <cmath>
 
 #include "cpu/scratch.h"
+#include "cpu/vec_pair.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int kLine = 64;            // bytes of a cache line
-constexpr int64_t kGrain = 1 << 14;  // elements a worker should have, or waking it costs more than it saves
+constexpr int64_t kGrain = 1 << 14;        // elements a worker should have, or waking it costs more than it saves
+constexpr int64_t kStreamBytes = 4 << 20;  // larger results leave the caches anyway (measured: docs/layer_norm.md)
 
 int workers(int64_t rows, int64_t cols, int threads) {
   const int64_t useful = (rows * cols + kGrain - 1) / kGrain;
@@ -24,168 +25,199 @@ int workers(int64_t rows, int64_t cols, int threads) {
   return n < 1 ? 1 : int(n);
 }
 
-// Parameters as floats: themselves, or a copy in `copy` where they are 16 bits wide or absent (then all `fill`).
-template <class P>
-const float* as_floats(const P* p, float* copy, int64_t N, float fill) {
-  if constexpr (sizeof(P) == 4)
-    if (p) return p;
-  for_vectors(0, N, [=](int64_t i, int n) { give(copy + i, p ? take(p + i, n) : splat(fill), n); });
-  return copy;
+template <class T>
+bool streams(const void* out, int64_t rows, int64_t cols) {
+  return rows * cols * int64_t(sizeof(T)) > kStreamBytes && can_stream(out, cols * int64_t(sizeof(T)));
 }
 
-struct Affine {
-  const float* weight;
-  const float* bias;
+struct Statistics {
+  float mean, variance;
 };
 
-// x, res, added, y: rows (res and added with a residual only). row: scratch [N] for a 16-bit T, so that each element is
-// widened once. The first pass reads memory; the others run from the first-level cache while the next row is fetched.
-template <class T, bool Residual>
-void forward_row(const T* __restrict x, const T* __restrict res, T* __restrict added, T* __restrict y, int64_t N,
-                 int64_t next, Affine p, float eps, float* __restrict row, float* mean_out, float* rstd_out) {
-  constexpr bool narrow = sizeof(T) == 2;
-  const int64_t unrolled = N / (4 * VL) * (4 * VL);
-  auto element = [=](int64_t i, int n) {
-    vf v = take(x + i, n);
-    if constexpr (Residual) {
-      v = rounded<T>(v + take(res + i, n));  // the statistics are those of the rounded sum
-      give(added + i, v, n);
-    }
-    if constexpr (narrow) give(row + i, v, n);
-    return v;
+// Mean and variance of a row in one pass, around the mean of its first pair: of two large sums that would be subtracted
+// from each other only a small part is left. Where that guess was far off (the first elements are outliers), a second
+// pass around the mean itself. read(i, n): the n elements from i on; again(i, n): the same, after read() was done.
+template <class T, class F, class G>
+SEQFUSE_INLINE Statistics statistics(int64_t N, F read, G again) {
+  const int first = N < PL ? int(N) : PL;
+  const float guess = sum(read(0, first)) / float(first);
+  vp sum0{}, sum1{}, square0{}, square1{};
+  auto add = [=](int64_t i, int n, vp& s, vp& q) {
+    const vp d = existing<T>(read(i, n) - splat(guess), n);
+    s = s + d, q = q + d * d;
   };
-  vf m0{}, m1{}, m2{}, m3{};
-  for (int64_t i = 0; i < unrolled; i += 4 * VL) {
-    m0 += element(i, VL), m1 += element(i + VL, VL), m2 += element(i + 2 * VL, VL), m3 += element(i + 3 * VL, VL);
-  }
-  for_vectors(unrolled, N, [&](int64_t i, int n) { m0 += element(i, n); });
-  const float mean = sum((m0 + m1) + (m2 + m3)) / float(N);
+  int64_t i = 0;
+  for (; i + 2 * PL <= N; i += 2 * PL) add(i, PL, sum0, square0), add(i + PL, PL, sum1, square1);
+  for (; i + PL <= N; i += PL) add(i, PL, sum0, square0);
+  if (i < N) add(i, int(N - i), sum1, square1);
+  const float shift = sum(sum0 + sum1) / float(N), squares = sum(square0 + square1) / float(N);
+  const float mean = guess + shift;
+  if (!(shift * shift > 0.25f * squares)) return {mean, squares - shift * shift};
+  vp q{};
+  for_pairs(N, [&](int64_t i, int n) {
+    const vp d = existing<T>(again(i, n) - splat(mean), n);
+    q = q + d * d;
+  });
+  return {mean, sum(q) / float(N)};
+}
 
-  const float* s;
-  if constexpr (narrow)
-    s = row;
-  else
-    s = Residual ? added : x;
-  auto square = [=](int64_t i, int n) {
-    const vf d = take(s + i, n, mean) - mean;
-    return d * d;
+template <class T>
+struct ForwardRow {
+  const T *x, *residual;
+  T *added, *y;
+  int64_t next;  // from this row to the next one, which is asked for while this one is in the first-level cache
+};
+
+template <class T, bool Residual, bool Stream>
+void forward_row(const ForwardRow<T> r, int64_t N, const float* __restrict weight, const float* __restrict bias,
+                 float eps, float* mean_out, float* rstd_out) {
+  // a large fp32 sum is added up twice and goes straight to memory; of bf16 the second rounding would cost more
+  constexpr bool keeps_sum = Residual && !(Stream && sizeof(T) == 4);
+  auto add = [=](int64_t i, int n) {
+    const vp x = take_pair(r.x + i, n);
+    if constexpr (Residual) return rounded<T>(x + take_pair(r.residual + i, n));  // statistics are of the rounded sum
+    return x;
   };
-  vf v0{}, v1{}, v2{}, v3{};
-  for (int64_t i = 0; i < unrolled; i += 4 * VL) {
-    for (int64_t line = 0; line < 4 * VL; line += kLine / int64_t(sizeof(T))) {
-      prefetch(x + next + i + line);
-      if constexpr (Residual) prefetch(res + next + i + line);
-    }
-    v0 += square(i, VL), v1 += square(i + VL, VL), v2 += square(i + 2 * VL, VL), v3 += square(i + 3 * VL, VL);
-  }
-  for_vectors(unrolled, N, [&](int64_t i, int n) { v0 += square(i, n); });
-  const float rstd = 1.0f / std::sqrt(sum((v0 + v1) + (v2 + v3)) / float(N) + eps);
-  *mean_out = mean, *rstd_out = rstd;
-  for_vectors(0, N, [=](int64_t i, int n) {
-    give(y + i, (take(s + i, n) - mean) * rstd * take(p.weight + i, n) + take(p.bias + i, n), n);
+  auto read = [=](int64_t i, int n) {
+    if constexpr (!Stream) prefetch_to_write(r.y + i);
+    const vp x = add(i, n);
+    if constexpr (keeps_sum) give_pair(r.added + i, x, n);
+    return x;
+  };
+  auto again = [=](int64_t i, int n) { return keeps_sum ? take_pair(r.added + i, n) : add(i, n); };
+  const Statistics of = statistics<T>(N, read, again);
+  const float rstd = 1.0f / std::sqrt(of.variance + eps);
+  *mean_out = of.mean, *rstd_out = rstd;
+  const vf mean = splat(of.mean), scale = splat(rstd);
+  for_pairs(N, [=](int64_t i, int n) {
+    prefetch(r.x + r.next + i);
+    if constexpr (Residual) prefetch(r.residual + r.next + i);
+    const vp x = again(i, n), xhat = (x - mean) * scale;
+    if constexpr (Residual && !keeps_sum) give_pair<true>(r.added + i, x, n);
+    give_pair<Stream>(r.y + i, xhat * load_pair(weight + i) + load_pair(bias + i), n);
   });
 }
 
-template <class T, class P, bool Residual>
+template <class T, class P, bool Residual, bool Stream>
 void forward(const LayerNormForward& a, const Parallel& parallel) {
-  const int64_t N = a.cols, pitch = ceil_div(N, 16) * 16;
+  const int64_t N = a.cols;
   const int n = workers(a.rows, N, parallel.threads);
   Scratch scratch;
-  float *copies, *rows;
+  float *weight, *bias;
   for (int pass = 0; pass < 2; pass++) {
-    scratch.take(copies, 2 * pitch), scratch.take(rows, n * pitch);
+    scratch.take(weight, Paired<T>::size(N)), scratch.take(bias, Paired<T>::size(N));
     if (pass == 0) scratch.allocate();
   }
-  const Affine p{as_floats(static_cast<const P*>(a.weight), copies, N, 1.0f),
-                 as_floats(static_cast<const P*>(a.bias), copies + pitch, N, 0.0f)};
-  const T* x = static_cast<const T*>(a.x);
-  const T* res = static_cast<const T*>(a.residual);
-  T* y = static_cast<T*>(a.y);
-  T* added = static_cast<T*>(a.sum);
+  Paired<T>::read(static_cast<const P*>(a.weight), weight, N, 1.0f);
+  Paired<T>::read(static_cast<const P*>(a.bias), bias, N, 0.0f);
   auto job = [&](int64_t begin, int64_t end) {
     for (int64_t r = a.rows * begin / n; r < a.rows * end / n; r++) {
-      const int64_t at = Residual ? r * N : 0, next = r + 1 < a.rows ? N : 0;
-      forward_row<T, Residual>(x + r * N, res + at, added + at, y + r * N, N, next, p, a.eps, rows + begin * pitch,
-                               a.mean + r, a.rstd + r);
+      const int64_t at = r * N;
+      const ForwardRow<T> row{static_cast<const T*>(a.x) + at, static_cast<const T*>(a.residual) + (Residual ? at : 0),
+                              static_cast<T*>(a.sum) + (Residual ? at : 0), static_cast<T*>(a.y) + at,
+                              r + 1 < a.rows ? N : 0};
+      forward_row<T, Residual, Stream>(row, N, weight, bias, a.eps, a.mean + r, a.rstd + r);
     }
+    if constexpr (Stream) fence_streams();
   };
   parallel(n, job);
 }
+
+template <class T>
+struct BackwardRow {
+  const T *dy, *s, *dsum;
+  T* dx;
+  float mean, rstd;
+  int64_t next;  // from this row to the next one
+};
 
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
 // dw, db: this worker's sums of dy * xhat and dy.
-template <class T, bool Params>
-void backward_row(const T* __restrict dy, const T* __restrict s, const T* __restrict dsum, T* __restrict dx, int64_t N,
-                  int64_t next, const float* __restrict weight, float mean, float rstd, float* __restrict dw,
+template <class T, bool Params, bool Sum, bool Stream>
+void backward_row(const BackwardRow<T> r, int64_t N, const float* __restrict weight, float* __restrict dw,
                   float* __restrict db) {
-  vf g0{}, g1{}, gx0{}, gx1{};
-  auto first = [=](int64_t i, int n, vf& g_sum, vf& gx_sum) {
-    const vf d = take(dy + i, n), xhat = (take(s + i, n, mean) - mean) * rstd;
-    const vf g = unfused(d * take(weight + i, n));
-    g_sum += g, gx_sum += g * xhat;
-    if constexpr (Params) give(dw + i, take(dw + i, n) + d * xhat, n), give(db + i, take(db + i, n) + d, n);
-  };
-  const int64_t unrolled = N / (2 * VL) * (2 * VL);
-  for (int64_t i = 0; i < unrolled; i += 2 * VL) first(i, VL, g0, gx0), first(i + VL, VL, g1, gx1);
-  for_vectors(unrolled, N, [&](int64_t i, int n) { first(i, n, g0, gx0); });
-  const float mg = sum(g0 + g1) / float(N), slope = rstd * sum(gx0 + gx1) / float(N);
-
-  auto second = [=](int64_t i, int n) {
-    prefetch(dy + next + i), prefetch(s + next + i);  // the next row, while this one is in the first-level cache
-    const vf g = unfused(take(dy + i, n) * take(weight + i, n));
-    return rstd * (g - mg - (take(s + i, n) - mean) * slope);
-  };
-  if (dsum)
-    for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, second(i, n) + take(dsum + i, n), n); });
-  else
-    for_vectors(0, N, [=](int64_t i, int n) { give(dx + i, second(i, n), n); });
+  const vf mean = splat(r.mean), rstd = splat(r.rstd);
+  vp g_sum{}, gx_sum{};
+  for_pairs(N, [&](int64_t i, int n) {
+    const vp d = take_pair(r.dy + i, n), xhat = existing<T>(take_pair(r.s + i, n) - mean, n) * rstd;
+    if constexpr (!Stream) prefetch_to_write(r.dx + i);
+    const vp g = unfused(d * load_pair(weight + i));
+    g_sum = g_sum + g, gx_sum = gx_sum + g * xhat;
+    if constexpr (Params) {
+      store_pair(dw + i, load_pair(dw + i) + d * xhat);
+      store_pair(db + i, load_pair(db + i) + d);
+    }
+  });
+  const vf mg = splat(sum(g_sum) / float(N)), slope = splat(r.rstd * sum(gx_sum) / float(N));
+  for_pairs(N, [=](int64_t i, int n) {
+    prefetch(r.dy + r.next + i), prefetch(r.s + r.next + i);
+    const vp g = unfused(take_pair(r.dy + i, n) * load_pair(weight + i));
+    vp d = (g - mg - (take_pair(r.s + i, n) - mean) * slope) * rstd;
+    if constexpr (Sum) d = d + take_pair(r.dsum + i, n);
+    give_pair<Stream>(r.dx + i, d, n);
+  });
 }
 
-template <class T, class P>
+template <class T, class P, bool Params, bool Sum, bool Stream>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
-  const int64_t N = a.cols;
-  int n = workers(a.rows, N, parallel.threads);
-  if (n > a.partial_rows) n = int(a.partial_rows);
-  const bool params = a.dweight || a.dbias;
-  const auto row = params ? backward_row<T, true> : backward_row<T, false>;
+  const int64_t N = a.cols, padded = Paired<T>::size(N);
+  const int n = workers(a.rows, N, parallel.threads);
   Scratch scratch;
-  float* copy;
+  float *weight, *partial;
   for (int pass = 0; pass < 2; pass++) {
-    scratch.take(copy, N);
+    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * n * padded : 0);
     if (pass == 0) scratch.allocate();
   }
-  const float* weight = as_floats(static_cast<const P*>(a.weight), copy, N, 1.0f);
-  const T* dy = static_cast<const T*>(a.dy);
-  const T* s = static_cast<const T*>(a.s);
-  const T* dsum = static_cast<const T*>(a.dsum);
-  T* dx = static_cast<T*>(a.dx);
+  Paired<T>::read(static_cast<const P*>(a.weight), weight, N, 1.0f);
   auto job = [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; w++) {
-      float* dw = a.partial + w * N;
-      float* db = a.partial + (a.partial_rows + w) * N;
-      if (params) memset(dw, 0, sizeof(float) * N), memset(db, 0, sizeof(float) * N);
-      for (int64_t r = a.rows * w / n; r < a.rows * (w + 1) / n; r++)
-        row(dy + r * N, s + r * N, dsum ? dsum + r * N : nullptr, dx + r * N, N, r + 1 < a.rows ? N : 0, weight,
-            a.mean[r], a.rstd[r], dw, db);
+      float *dw = partial + 2 * w * padded, *db = dw + padded;
+      if constexpr (Params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
+      const int64_t last = a.rows * (w + 1) / n;
+      for (int64_t r = a.rows * w / n; r < last; r++) {
+        const int64_t at = r * N;
+        const BackwardRow<T> row{static_cast<const T*>(a.dy) + at,
+                                 static_cast<const T*>(a.s) + at,
+                                 static_cast<const T*>(a.dsum) + (Sum ? at : 0),
+                                 static_cast<T*>(a.dx) + at,
+                                 a.mean[r],
+                                 a.rstd[r],
+                                 r + 1 < last ? N : 0};
+        backward_row<T, Params, Sum, Stream>(row, N, weight, dw, db);
+      }
     }
+    if constexpr (Stream) fence_streams();
   };
   parallel(n, job);
+  if constexpr (Params) {
+    for (int w = 1; w < n; w++)
+      for_vectors(0, 2 * padded,
+                  [=](int64_t i, int) { store(partial + i, load(partial + i) + load(partial + 2 * w * padded + i)); });
+    if (a.dweight) Paired<T>::write(partial, static_cast<P*>(a.dweight), N);
+    if (a.dbias) Paired<T>::write(partial + padded, static_cast<P*>(a.dbias), N);
+  }
+}
 
-  auto reduce = [=](const float* partial, P* out) {
-    if (!out) return;
-    for_vectors(0, N, [=](int64_t i, int m) {
-      vf t = take(partial + i, m);
-      for (int w = 1; w < n; w++) t += take(partial + w * N + i, m);
-      give(out + i, t, m);
-    });
-  };
-  reduce(a.partial, static_cast<P*>(a.dweight));
-  reduce(a.partial + a.partial_rows * N, static_cast<P*>(a.dbias));
+// f<values...>() for run-time switches
+template <bool... Known, class F>
+void with_switches(F f) {
+  f.template operator()<Known...>();
+}
+template <bool... Known, class F, class... Rest>
+void with_switches(F f, bool value, Rest... rest) {
+  value ? with_switches<Known..., true>(f, rest...) : with_switches<Known..., false>(f, rest...);
 }
 
 template <class T, class P>
 void forward(const LayerNormForward& a, const Parallel& p) {
-  a.residual ? forward<T, P, true>(a, p) : forward<T, P, false>(a, p);
+  with_switches([&]<bool Residual, bool Stream>() { forward<T, P, Residual, Stream>(a, p); }, a.residual != nullptr,
+                streams<T>(a.y, a.rows, a.cols) && (!a.residual || can_stream(a.sum, a.cols * int64_t(sizeof(T)))));
+}
+
+template <class T, class P>
+void backward(const LayerNormBackward& a, const Parallel& p) {
+  with_switches([&]<bool Params, bool Sum, bool Stream>() { backward<T, P, Params, Sum, Stream>(a, p); },
+                a.dweight || a.dbias, a.dsum != nullptr, streams<T>(a.dx, a.rows, a.cols));
 }
 
 }  // namespace

@@ -184,6 +184,9 @@ SEQFUSE_INLINE vf rounded(vf x) {
 SEQFUSE_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
 }
+SEQFUSE_INLINE void prefetch_to_write(const void* p) {
+  __builtin_prefetch(p, 1, 3);
+}
 
 SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
 #if SEQFUSE_VBYTES == 64

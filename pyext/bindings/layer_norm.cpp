@@ -10,20 +10,24 @@ struct Rows {
   int64_t rows, cols;
 };
 
+// every dimension but the last counts rows
 Rows check_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2, name, " must be 2-D [rows, cols], got ", x.dim(), "-D");
-  return {x.size(0), x.size(1)};
+  STD_TORCH_CHECK(x.dim() >= 1, name, " must have at least one dimension");
+  const int64_t cols = x.size(x.dim() - 1);
+  return {cols ? x.numel() / cols : 0, cols};
 }
 
 void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), name, " must have the shape of x");
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); i++) same = t.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, name, " must have the shape of x");
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   check_same_device(t, x, name);
 }
 
 DType check_param(const std::optional<Tensor>& p, const Tensor& x, DType fallback, const char* name) {
   if (!p) return fallback;
-  STD_TORCH_CHECK(p->dim() == 1 && p->size(0) == x.size(1), name, " must be [", x.size(1), "]");
+  STD_TORCH_CHECK(p->dim() == 1 && p->size(0) == x.size(x.dim() - 1), name, " must be [", x.size(x.dim() - 1), "]");
   check_same_device(*p, x, name);
   STD_TORCH_CHECK(p->scalar_type() == x.scalar_type() || p->scalar_type() == ScalarType::Float, name,
                   " must have the dtype of x, or be float32");
@@ -51,7 +55,7 @@ Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, co
   a.rows = rows, a.cols = cols, a.eps = float(eps);
   a.x = x.const_data_ptr();
   a.residual = pointer_or_null(residual), a.weight = pointer_or_null(weight), a.bias = pointer_or_null(bias);
-  Tensor y = empty(x, {rows, cols}), sum = residual ? empty(x, {rows, cols}) : empty(x, {0});
+  Tensor y = new_like(x), sum = residual ? new_like(x) : empty(x, {0});
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
   a.y = pointer(y), a.sum = residual ? pointer(sum) : nullptr;
   a.mean = pointer<float>(mean), a.rstd = pointer<float>(rstd);
@@ -78,14 +82,15 @@ Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, con
   a.weight = pointer_or_null(weight);
   a.mean = static_cast<const float*>(mean.const_data_ptr()), a.rstd = static_cast<const float*>(rstd.const_data_ptr());
   const ScalarType param = weight ? weight->scalar_type() : s.scalar_type();
-  Tensor dx = empty(s, {rows, cols});
+  Tensor dx = new_like(s);
   Tensor dweight = empty(s, {want_dweight ? cols : 0}, param), dbias = empty(s, {want_dbias ? cols : 0}, param);
   a.dx = pointer(dx);
   a.dweight = want_dweight ? pointer(dweight) : nullptr;
   a.dbias = want_dbias ? pointer(dbias) : nullptr;
   a.partial_rows = partial_rows(rows, cols);
-  Tensor partial = empty(s, {2, a.partial_rows, cols}, ScalarType::Float);
-  a.partial = pointer<float>(partial);
+  std::optional<Tensor> partial;
+  if (a.partial_rows) partial = empty(s, {2, a.partial_rows, cols}, ScalarType::Float);
+  a.partial = partial ? pointer<float>(*partial) : nullptr;
   if (rows && cols) {
     launch(a);
   } else {
@@ -104,11 +109,9 @@ Forward forward_cpu(Tensor x, std::optional<Tensor> residual, std::optional<Tens
 
 Backward backward_cpu(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
                       Tensor rstd, bool want_dweight, bool want_dbias) {
-  const Parallel threads = torch_threads();
   return backward(
-      dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias,
-      [&](int64_t, int64_t) { return int64_t(threads.threads); },
-      [&](const LayerNormBackward& a) { layer_norm_backward_cpu(a, threads); });
+      dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, [](int64_t, int64_t) { return int64_t(0); },
+      [](const LayerNormBackward& a) { layer_norm_backward_cpu(a, torch_threads()); });
 }
 
 #ifdef SEQFUSE_CUDA

@@ -56,6 +56,7 @@ _ops: dict[str, dict[str, Backend]] = {}
 _forced: str = os.environ.get("SEQFUSE_BACKEND", "auto")
 _cache: dict[Any, Choice] = {}
 _listeners: list[Callable[[Choice, Any], None]] = []
+_changes = 0  # how often anything that decisions depend on has changed
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -87,20 +88,38 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     _check_name(name)
     before, _forced = _forced, name
+    _changed()
     try:
         yield
     finally:
         _forced = before
+        _changed()
 
 
 def forced_backend() -> str:
     return _forced
 
 
+def _changed() -> None:
+    global _changes
+    _changes += 1
+
+
+def epoch() -> int:
+    """A number that grows whenever a decision taken before may no longer hold, or somebody listens who has to hear of
+    it. A module that remembers its last choice compares this, and torch's number of threads."""
+    return _changes + tuned.generation()
+
+
 def may_shortcut() -> bool:
     """Whether a module may go to PyTorch by a built-in rule without asking: `auto`, no tuned table, and nobody listens
     (but explain(), which the module tells itself)."""
-    return _forced == "auto" and len(_listeners) <= 1 and not tuned.exists()
+    return _forced == "auto" and nobody_else_listens() and not tuned.exists()
+
+
+def nobody_else_listens() -> bool:
+    """Whether explain() is the only one that wants to hear of decisions."""
+    return len(_listeners) <= 1
 
 
 def select(op: str, case: Any) -> Choice:
@@ -147,6 +166,7 @@ def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
 def forget() -> None:
     """Drop cached decisions (after the instruction-set limit or a tuned table changed)."""
     _cache.clear()
+    _changed()
 
 
 def add_listener(record: Callable[[Choice, Any], None]) -> None:
@@ -158,7 +178,9 @@ def add_listener(record: Callable[[Choice, Any], None]) -> None:
 def listening(record: Callable[[Choice, Any], None]) -> Iterator[None]:
     """Call `record(choice, case)` for every decision inside the `with` block."""
     _listeners.append(record)
+    _changed()
     try:
         yield
     finally:
         _listeners.remove(record)
+        _changed()

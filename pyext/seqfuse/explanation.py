@@ -28,6 +28,12 @@ def handed_over(module: torch.nn.Module, reason: str) -> None:
 def forget(module: torch.nn.Module) -> None:
     """Leave no trace in a module."""
     module.__dict__.pop(_REASON, None)
+    module.__dict__.pop("_route", None)  # nn.LayerNorm's memory of its last call
+
+
+def last_choice(module: torch.nn.Module) -> dispatch.Choice | None:
+    """What the dispatcher decided for the module's last call."""
+    return _last.get(module)
 
 
 def note(choice: dispatch.Choice, case) -> None:

@@ -38,7 +38,7 @@ struct LayerNormBackward {
   void* dx;        // gradient of x, and of the residual: the two are equal
   void* dweight;   // null: not wanted
   void* dbias;     // null: not wanted
-  float* partial;  // scratch [2, partial_rows, cols] for dweight and dbias
+  float* partial;  // CUDA: scratch [2, partial_rows, cols] for dweight and dbias
   int64_t partial_rows;
 };
 

@@ -1,10 +1,24 @@
 """torch.nn.LayerNorm on seqfuse.ops.layer_norm."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, explanation, ops
-from seqfuse.ops.layer_norm import SMALL, LayerNormCase, small
+from seqfuse.ops.layer_norm import LayerNormCase, run
+
+
+class _Route(NamedTuple):
+    """What the last call was like, and the backend that the dispatcher chose for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    residual: bool
+    grad: bool
+    epoch: int
+    threads: int
+    backend: str
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -14,11 +28,34 @@ class LayerNorm(torch.nn.LayerNorm):
     forward(input, residual) -> (LN(input + residual), input + residual).
     """
 
+    _route: _Route | None = None
+
     def forward(self, input, residual=None):
-        if input.is_cpu and small(input.numel(), input.dtype, residual is not None) and self._direct():
-            s = input if residual is None else input + residual
-            y = F.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
-            return y if residual is None else (y, s)
+        if not torch.compiler.is_compiling():
+            route = self._route  # a call like the last one goes where that went, with as little in between as can be
+            if route is not None and route.shape == input.shape and route.dtype is input.dtype and input.is_cpu:
+                parameters = self._parameters
+                weight, bias = parameters.get("weight"), parameters.get("bias")
+                if (
+                    weight is not None
+                    and bias is not None
+                    and weight.dtype is route.dtype is bias.dtype
+                    and route.epoch == dispatch.epoch()
+                    and route.threads == torch.get_num_threads()
+                    and route.residual == (residual is not None)
+                    and (residual is None or (residual.shape == route.shape and residual.dtype is route.dtype))
+                    and route.grad == _wants_gradient(input, weight, bias, residual)
+                    and not torch.is_autocast_enabled("cpu")
+                ):
+                    if route.backend == "torch":
+                        s = input if residual is None else input + residual
+                        y = torch.layer_norm(s, self.normalized_shape, weight, bias, self.eps, False)
+                    else:
+                        y, s = run(route.backend, input, residual, weight, bias, self.eps, route.grad)
+                    return y if residual is None else (y, s)
+        return self._look_closely(input, residual)
+
+    def _look_closely(self, input, residual):
         dims = len(self.normalized_shape)
         if input.shape[input.dim() - dims :] != self.normalized_shape:
             raise RuntimeError(
@@ -34,17 +71,25 @@ class LayerNorm(torch.nn.LayerNorm):
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
         explanation.entering(self)
         if dims == 1:
-            return ops.layer_norm(input, weight, bias, eps=self.eps, residual=residual)
+            out = ops.layer_norm(input, weight, bias, eps=self.eps, residual=residual)
+            self._remember(input, residual)
+            return out
         flat = [None if t is None else t.flatten(-dims) for t in (input, weight, bias, residual)]
         out = ops.layer_norm(*flat[:3], eps=self.eps, residual=flat[3])
         return out.view_as(input) if residual is None else tuple(t.view_as(input) for t in out)
 
-    def _direct(self):
-        """Small CPU inputs go straight to PyTorch, before anything is spent on looking at them."""
-        if torch.compiler.is_compiling() or not dispatch.may_shortcut():
-            return False
-        explanation.handed_over(self, SMALL)
-        return True
+    def _remember(self, input, residual):
+        if torch.compiler.is_compiling() or not input.is_cpu or type(input) is not torch.Tensor:
+            return
+        choice = explanation.last_choice(self)
+        if choice is None or not dispatch.nobody_else_listens():
+            return
+        grad = _wants_gradient(input, self.weight, self.bias, residual)
+        self._route = _Route(input.shape, input.dtype, residual is not None, grad, dispatch.epoch(),
+                             torch.get_num_threads(), choice.backend)  # fmt: skip
+
+    def __getstate__(self):  # a copy, or a pickle, starts afresh
+        return {k: v for k, v in self.__dict__.items() if k != "_route"}
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
@@ -54,6 +99,10 @@ class LayerNorm(torch.nn.LayerNorm):
         return "layer_norm", LayerNormCase(
             self.weight.device.type, dtype, dtype, 2048, self.weight.numel(), False, self.training
         )
+
+
+def _wants_gradient(*tensors):
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def _mixes(dtype, param):

@@ -1,5 +1,6 @@
 """Layer normalisation, alone or with the residual addition before it: y = LN(x + residual)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,31 +51,32 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
         _check(x, weight, bias, residual)
     if residual is x:  # Dynamo takes no tensor twice
         residual = x.view_as(x)
-    shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    added = residual if residual is None or x.dim() == 2 else residual.reshape(-1, shape[-1])
-    param = weight if weight is not None else bias
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    case = LayerNormCase(
+    name = dispatch.select("layer_norm", _case(x, weight, bias, residual, grad)).backend
+    y, s = run(name, x, residual, weight, bias, eps, grad)
+    return y if residual is None else (y, s)
+
+
+def run(name, x, residual, weight, bias, eps, grad):
+    """(y, x + residual or None) of checked arguments on the backend `name`. grad: whether any of them wants one."""
+    backend = dispatch.get("layer_norm", name)
+    if backend.bwd is None or not grad:
+        return backend.fwd(x, residual, weight, bias, eps)[:2]
+    return apply(LayerNormFunction, x, residual, weight, bias, eps, name)[:2]
+
+
+def _case(x, weight, bias, residual, grad):
+    cols = x.shape[-1]
+    param = weight if weight is not None else bias
+    return LayerNormCase(
         x.device.type,
         x.dtype,
         None if param is None else param.dtype,
-        rows.shape[0],
-        shape[-1],
-        added is not None,
+        x.numel() // cols if cols else 0,
+        cols,
+        residual is not None,
         grad,
     )
-    name = dispatch.select("layer_norm", case).backend
-    backend = dispatch.get("layer_norm", name)
-    if backend.bwd is None:
-        y, s = backend.fwd(rows, added, weight, bias, eps)
-    elif grad:
-        y, s, _, _ = apply(LayerNormFunction, rows, added, weight, bias, eps, name)
-    else:
-        y, s, _, _ = backend.fwd(rows, added, weight, bias, eps)
-    if x.dim() != 2:
-        y, s = y.reshape(shape), s if residual is None else s.reshape(shape)
-    return y if residual is None else (y, s)
 
 
 def _check(x, weight, bias, residual):
@@ -112,34 +114,29 @@ class LayerNormFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, residual, weight, bias, eps, name = inputs
         _, s, mean, rstd = output
-        ctx.has_residual = residual is not None
-        ctx.mark_non_differentiable(mean, rstd)
-        if not ctx.has_residual:
-            ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s if ctx.has_residual else x, weight, bias, mean, rstd)
-        ctx.eps, ctx.name = eps, name
+        if residual is None:
+            ctx.mark_non_differentiable(s, mean, rstd)
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+        else:
+            ctx.mark_non_differentiable(mean, rstd)
+            ctx.save_for_backward(s, weight, bias, mean, rstd)
+        ctx.call = residual is not None, eps, name
 
     @staticmethod
     def backward(ctx, dy, ds, _mean, _rstd):
         s, weight, bias, mean, rstd = ctx.saved_tensors
-        ds = ds if ctx.has_residual else None
-        want_weight, want_bias = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        dw = db = None
+        has_residual, eps, name = ctx.call
+        _, _, want_weight, want_bias, _, _ = ctx.needs_input_grad
+        if not has_residual:
+            ds = None
         if dy is None:  # only the sum was used
-            dx = ds
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dw, db = _differentiable_backward(dy, ds, s, weight, bias, ctx.eps)
+            return ds, ds, None, None, None, None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dw, db = _differentiable_backward(dy, ds, s, weight, bias, eps)
         else:
-            dx, dw, db = dispatch.get("layer_norm", ctx.name).bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias)
-        return (
-            dx,
-            dx if ctx.has_residual else None,
-            dw if want_weight else None,
-            db if want_bias else None,
-            None,
-            None,
-        )
+            dx, dw, db = dispatch.get("layer_norm", name).bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias)
+        return dx, dx if has_residual else None, dw if want_weight else None, db if want_bias else None, None, None
 
 
 def _differentiable_backward(dy, ds, s, weight, bias, eps):
@@ -157,18 +154,18 @@ def _torch_layer_norm(x, residual, weight, bias, eps):
 
 
 def _fwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).layer_norm_fwd(*args)
+    return lambda *args: getattr(torch.ops, namespace).layer_norm_fwd.default(*args)
 
 
 def _bwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).layer_norm_bwd(*args)
+    return lambda *args: getattr(torch.ops, namespace).layer_norm_bwd.default(*args)
 
 
 def _fake_fwd(x, residual, weight, bias, eps):
-    rows = x.new_empty(x.shape[:1], dtype=torch.float32)
+    rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
     return (
-        torch.empty_like(x),
-        x.new_empty(0) if residual is None else torch.empty_like(x),
+        x.new_empty(x.shape),
+        x.new_empty(0) if residual is None else x.new_empty(x.shape),
         rows,
         torch.empty_like(rows),
     )
@@ -176,23 +173,35 @@ def _fake_fwd(x, residual, weight, bias, eps):
 
 def _fake_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias):
     param = s if weight is None else weight
-    cols = s.shape[1]
+    cols = s.shape[-1]
     dweight = param.new_empty(cols if want_dweight else 0)
-    return torch.empty_like(s), dweight, param.new_empty(cols if want_dbias else 0)
+    return s.new_empty(s.shape), dweight, param.new_empty(cols if want_dbias else 0)
+
+
+def _triton_fwd(x, residual, weight, bias, eps):
+    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
+    y, s, mean, rstd = library.launcher("layer_norm", "layer_norm_fwd")(*rows, weight, bias, eps)
+    return y.view(x.shape), s if residual is None else s.view(x.shape), mean, rstd
+
+
+def _triton_bwd(dy, dsum, s, *rest):
+    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, dsum, s)]
+    dx, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, *rest)
+    return dx.view(s.shape), dweight, dbias
 
 
 library.register_op(
     "layer_norm_fwd",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
-    library.launcher("layer_norm", "layer_norm_fwd"),
+    _triton_fwd,
 )
 library.register_op(
     "layer_norm_bwd",
     "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool want_dweight, bool want_dbias)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
-    library.launcher("layer_norm", "layer_norm_bwd"),
+    _triton_bwd,
 )
 
 

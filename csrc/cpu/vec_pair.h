@@ -1,0 +1,166 @@
+// Two vectors at a time, for kernels that stream over rows of float or bf16.
+//
+// A pair holds 2 * VL neighbouring elements. Of float they are the first VL and the next VL; of bf16 the even ones and
+// the odd ones, because a 32-bit word with two bf16 in it then widens by one shift and one mask, and two vectors narrow
+// back without moving anything between lanes. Sums over a row don't care; whatever is combined with a row element by
+// element (weights, sums over rows) is kept in the same order, see Paired.
+#pragma once
+#include "cpu/vec.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+constexpr int PL = 2 * VL;  // elements of a pair
+
+typedef uint32_t vu_any __attribute__((vector_size(SEQFUSE_VBYTES), aligned(4), may_alias));
+
+struct vp {
+  vf a, b;
+};
+
+SEQFUSE_INLINE vp operator+(vp x, vp y) {
+  return {x.a + y.a, x.b + y.b};
+}
+SEQFUSE_INLINE vp operator-(vp x, vp y) {
+  return {x.a - y.a, x.b - y.b};
+}
+SEQFUSE_INLINE vp operator*(vp x, vp y) {
+  return {x.a * y.a, x.b * y.b};
+}
+SEQFUSE_INLINE vp operator-(vp x, vf y) {
+  return {x.a - y, x.b - y};
+}
+SEQFUSE_INLINE vp operator*(vp x, vf y) {
+  return {x.a * y, x.b * y};
+}
+SEQFUSE_INLINE vp unfused(vp x) {
+  return {unfused(x.a), unfused(x.b)};
+}
+SEQFUSE_INLINE float sum(vp x) {
+  return sum(x.a + x.b);
+}
+
+SEQFUSE_INLINE vp load_pair(const float* p) {
+  return {load(p), load(p + VL)};
+}
+SEQFUSE_INLINE vp load_pair(const bf16* p) {
+  const vu words = (vu) * (const vu_any*)p;
+  return {as_float(words << 16), as_float(words & 0xffff0000u)};
+}
+
+// Two vectors as bf16 words. A NaN must have zeros in its lower half, as every NaN has that came from a bf16 or from
+// arithmetic: then rounding can't carry it into an infinity, and needs no second look.
+SEQFUSE_INLINE vu narrow_pair(vp x) {
+  const vu a = as_bits(x.a), b = as_bits(x.b);
+  return (a + 0x7fffu + ((a >> 16) & 1u)) >> 16 | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+}
+
+SEQFUSE_INLINE void store_pair(float* p, vp x) {
+  store(p, x.a), store(p + VL, x.b);
+}
+SEQFUSE_INLINE void store_pair(bf16* p, vp x) {
+  *(vu_any*)p = narrow_pair(x);
+}
+
+// x as it reads back after store_pair
+template <class T>
+SEQFUSE_INLINE vp rounded(vp x) {
+  if constexpr (sizeof(T) == 4) return x;
+  const vu words = narrow_pair(x);
+  return {as_float(words << 16), as_float(words & 0xffff0000u)};
+}
+
+// Past the caches, straight to memory: for results too large to be found there again. p is aligned to a vector, and
+// fence_streams() comes before anybody else may read.
+SEQFUSE_INLINE void stream(void* p, vu x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)x);
+#elif defined(__SSE2__)
+  __builtin_ia32_movntdq((long long __attribute__((vector_size(16)))*)p, (long long __attribute__((vector_size(16))))x);
+#else
+  memcpy(p, &x, sizeof(x));
+#endif
+}
+SEQFUSE_INLINE void stream_pair(float* p, vp x) {
+  stream(p, as_bits(x.a)), stream(p + VL, as_bits(x.b));
+}
+SEQFUSE_INLINE void stream_pair(bf16* p, vp x) {
+  stream(p, narrow_pair(x));
+}
+SEQFUSE_INLINE void fence_streams() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+SEQFUSE_INLINE bool can_stream(const void* p, int64_t row_bytes) {
+  return uintptr_t(p) % SEQFUSE_VBYTES == 0 && row_bytes % SEQFUSE_VBYTES == 0;
+}
+
+// n elements, fewer than PL at a row's end; the others read as zero and are not touched in memory.
+template <class T>
+SEQFUSE_INLINE vp take_pair(const T* p, int n) {
+  if (n == PL) return load_pair(p);
+  T t[PL] = {};
+  for (int i = 0; i < PL && i < n; i++) t[i] = p[i];
+  return load_pair(t);
+}
+// x where an element exists, 0 where take_pair made one up
+template <class T>
+SEQFUSE_INLINE vp existing(vp x, int n) {
+  if (n == PL) return x;
+  T t[PL] = {};
+  for (int i = 0; i < PL && i < n; i++) put(t + i, 1.0f);
+  return x * load_pair(t);
+}
+template <bool Stream = false, class T>
+SEQFUSE_INLINE void give_pair(T* p, vp x, int n) {
+  if (n == PL) {
+    if constexpr (Stream)
+      stream_pair(p, x);
+    else
+      store_pair(p, x);
+    return;
+  }
+  T t[PL];
+  store_pair(t, x);
+  for (int i = 0; i < PL && i < n; i++) p[i] = t[i];
+}
+
+// f(i, n) for the n elements from i on; n is PL in the loop over whole pairs and less in its tail (see for_vectors).
+template <class F>
+SEQFUSE_INLINE void for_pairs(int64_t N, F f) {
+  int64_t i = 0;
+  for (; i + PL <= N; i += PL) f(i, PL);
+  if (i < N) f(i, int(N - i));
+}
+
+// Floats that meet a row of T element by element: stored in the order of T's pairs, padded to whole pairs.
+template <class T>
+struct Paired {
+  static SEQFUSE_INLINE int64_t size(int64_t N) { return (N + PL - 1) / PL * PL; }
+  // p as floats; without p all `fill`. A NaN becomes the usual one (see narrow_pair).
+  template <class P>
+  static void read(const P* p, float* out, int64_t N, float fill) {
+    for (int64_t i = 0; i < size(N); i++) {
+      float x = p ? (i < N ? widen(p[i]) : 0.0f) : fill;
+      if (x != x) x = __builtin_nanf("");
+      out[place(i)] = x;
+    }
+  }
+  template <class P>
+  static void write(const float* in, P* p, int64_t N) {
+    for (int64_t i = 0; i < N; i++) put(p + i, in[place(i)]);
+  }
+
+ private:
+  static SEQFUSE_INLINE int64_t place(int64_t i) {
+    if constexpr (sizeof(T) == 4) return i;
+    const int64_t first = i / PL * PL, k = i - first;
+    return first + k / 2 + (k & 1) * VL;
+  }
+};
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse
