@@ -27,9 +27,9 @@ def eager(problem: Problem, mode: str) -> Contender:
     return _contender(problem.case.eager_name, problem, problem.eager, problem.eager, mode)
 
 
-def named_ops(problem: Problem, mode: str) -> list[Contender]:
-    ops = problem.case.named_ops(problem.eager)
-    return [_contender(name, problem, call, problem.eager, mode) for name, call in ops.items()]
+def others(problem: Problem, mode: str) -> list[Contender]:
+    found = problem.case.others(problem.eager, problem.ours)
+    return [_contender(name, problem, call, module, mode) for name, (call, module) in found.items()]
 
 
 def compiled(problem: Problem, mode: str) -> Contender:

@@ -88,10 +88,10 @@ class LayerNorm(Case):
         ours.load_state_dict(eager.state_dict())
         return eager, ours
 
-    def named_ops(self, eager):
+    def others(self, eager, ours):
         if self.residual:
             return {}  # torch has no op for the pair
-        return {"F.layer_norm": lambda x: F.layer_norm(x, (self.cols,), eager.weight, eager.bias, eager.eps)}
+        return {"F.layer_norm": (lambda x: F.layer_norm(x, (self.cols,), eager.weight, eager.bias, eager.eps), eager)}
 
 
 def _case(rows, cols, residual=False, **options):

@@ -56,8 +56,8 @@ class Case:
         """(torch.nn's module, seqfuse.nn's module), float32 on the CPU, with equal random parameters."""
         raise NotImplementedError
 
-    def named_ops(self, eager: torch.nn.Module) -> dict[str, Callable]:
-        """PyTorch's own ops that are a baseline besides the module, on the module's parameters."""
+    def others(self, eager: torch.nn.Module, ours: torch.nn.Module) -> dict[str, tuple[Callable, torch.nn.Module]]:
+        """What else competes: {name: (call, the module of the two whose parameters it uses)}, PyTorch's named op say."""
         return {}
 
     @property

@@ -162,7 +162,7 @@ class Runner:
         ours, refused = self._ours(problem, mode)
         if not ours:
             return refused
-        others = contenders.named_ops(problem, mode)
+        others = contenders.others(problem, mode)
         if self.options.compile:
             others.append(contenders.compiled(problem, mode))
         rows, right, yardstick = {}, [], (None, None)

@@ -101,7 +101,7 @@ class TestRegistry:
         problem = case.build("cpu", "fp32")
         names = problem.result_names(mode)
         truth = problem.truth()[: len(names)]
-        others = [contenders.eager(problem, mode), *contenders.named_ops(problem, mode)]
+        others = [contenders.eager(problem, mode), *contenders.others(problem, mode)]
         yardstick = contenders.call_once(others[0], case.op)[0]
         for contender in [*others, contenders.ours(problem, mode, "auto"), contenders.ours(problem, mode, "reference")]:
             results, choice, described = contenders.call_once(contender, case.op)
