@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN over whole sequences, dense and of many lengths, and loops over cells. Time-major, no initial state.
+"""LSTM, GRU and RNN over whole sequences, dense and of many lengths, and loops over cells; no initial state.
 Bound by matrix products and latency.
 
 There is no baseline besides the module: torch.lstm, torch.gru and torch.rnn_tanh are what it calls, and nothing more.
@@ -151,9 +151,10 @@ class CellLoop(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Cells(Recurrent):
-    """T calls of a cell."""
+    """T calls of a cell. torch.compile would unroll them, which takes minutes."""
 
     cell: str = "lstm"
+    compiled: ClassVar[bool] = False
 
     @property
     def outputs(self):

@@ -32,6 +32,7 @@ class Case:
     bound: ClassVar[str] = "compute"  # what limits it: "compute" is reported in TFLOP/s, "memory" in GB/s
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     outputs: ClassVar[tuple[str, ...]] = ("y",)
+    compiled: ClassVar[bool] = True  # whether torch.compile of torch's module is worth waiting for
     # for each result, the dimensions whose worst slice must be accurate too (seqfuse.testing)
     worst: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -57,7 +58,7 @@ class Case:
         raise NotImplementedError
 
     def others(self, eager: torch.nn.Module, ours: torch.nn.Module) -> dict[str, tuple[Callable, torch.nn.Module]]:
-        """What else competes: {name: (call, the module of the two whose parameters it uses)}, PyTorch's named op say."""
+        """What else competes, PyTorch's named op say: {name: (call, that of the two modules whose parameters it uses)}."""
         return {}
 
     @property

@@ -163,7 +163,7 @@ class Runner:
         if not ours:
             return refused
         others = contenders.others(problem, mode)
-        if self.options.compile:
+        if self.options.compile and case.compiled:
             others.append(contenders.compiled(problem, mode))
         rows, right, yardstick = {}, [], (None, None)
         for contender in (contenders.eager(problem, mode), *ours, *others):
