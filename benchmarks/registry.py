@@ -58,7 +58,7 @@ class Case:
         raise NotImplementedError
 
     def others(self, eager: torch.nn.Module, ours: torch.nn.Module) -> dict[str, tuple[Callable, torch.nn.Module]]:
-        """What else competes, PyTorch's named op say: {name: (call, that of the two modules whose parameters it uses)}."""
+        """What else competes, PyTorch's named op say: {name: (call, the module whose parameters it uses)}."""
         return {}
 
     @property
