@@ -234,8 +234,8 @@ library.register_op(
 )
 library.register_op(
     "rnn_scan_bwd",
-    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells, Tensor h0,"
-    f" Tensor? c0, Tensor w_hh, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells,"
+    f" Tensor h0, Tensor? c0, Tensor w_hh, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
     _launch("rnn_scan_bwd", 10),
 )
