@@ -52,6 +52,11 @@ def _batch_major(x):
     return not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
 
 
+def _plain():
+    """The options of a plain scan. As literals: with dynamic=True, Dynamo makes a symbol of a float from elsewhere."""
+    return None, None, None, None, None, None, 0.0, 0.0
+
+
 def _rows(x, batch_major):
     """[T, B, X] -> [T*B, X], in the order that copies nothing for a tensor of that layout."""
     return (x.transpose(0, 1) if batch_major else x).reshape(-1, x.shape[-1])
@@ -71,7 +76,7 @@ class RnnLayerFunction(torch.autograd.Function):
         batch_major = _batch_major(x)
         xg = _sequence(F.linear(_rows(x, batch_major), w_ih, b_ih), x, batch_major)  # (T, B, G*H)
         h0, c0 = _initial(cell, x, w_hh, h0, c0)
-        return SCAN[name].fwd(cell, xg, h0, c0, w_hh, b_hh, reverse, save)
+        return SCAN[name].fwd(cell, xg, h0, c0, w_hh, b_hh, *_plain(), reverse, save, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,7 +102,7 @@ class RnnLayerFunction(torch.autograd.Function):
             return *_differentiable_backward(cell, reverse, inputs, (dy, dh_n, dc_n)), None, None, None, None
         first_h, first_c = _initial(cell, x, w_hh, h0, c0)
         dxg, dan, dh0, dc0, db_hh = SCAN[ctx.name].bwd(
-            cell, dy, dh_n, dc_n, y, gates, cells, first_h, first_c, w_hh, reverse
+            cell, dy, dh_n, dc_n, None, y, gates, cells, first_h, first_c, w_hh, *_plain(), reverse
         )
         batch_major = _batch_major(dxg)
         d_rows = _rows(dxg, batch_major)  # (T*B, G*H)
@@ -163,47 +168,74 @@ def _scan_of(namespace):
 SCAN = {"cpu": _scan_of("seqfuse"), "cuda": _scan_of("seqfuse"), "triton": _scan_of("seqfuse_triton")}
 
 
+def _empty_rows(like, width, dtype=None):
+    """An empty [T, B, width], or packed [N, width]."""
+    return like.new_empty(*like.shape[:-1], width, dtype=dtype)
+
+
 def _empty_like_layout(like, width):
-    T, B = like.shape[:2]
-    if _batch_major(like):
+    if like.dim() == 3 and _batch_major(like):
+        T, B = like.shape[:2]
         return like.new_empty(B, T, width).transpose(0, 1)
-    return like.new_empty(T, B, width)
+    return _empty_rows(like, width)
 
 
-def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, reverse, save):
-    T, B, H = *xg.shape[:2], h0.shape[1]
-    gated = cell >= CELLS["gru"]
-    gates = xg.new_empty((T, B, 4 * H) if save and gated else (0,))
+def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, *options):
+    *_, zone_h, _zone_c, zoneout_h, _zoneout_c, _reverse, save, want_cells = options
+    B, H = h0.shape
     lstm = cell == CELLS["lstm"]
-    cells = xg.new_empty((T, B, H) if save and lstm else (0,), dtype=torch.float32)
+    saved = 4 if cell >= CELLS["gru"] else int(zone_h is not None or zoneout_h != 0)
+    gates = _empty_rows(xg, saved * H) if save and saved else xg.new_empty(0)
+    kept = lstm and (save or want_cells)
+    cells = _empty_rows(xg, H, torch.float32) if kept else xg.new_empty(0, dtype=torch.float32)
     return _empty_like_layout(xg, H), h0.new_empty(B, H), h0.new_empty((B, H) if lstm else (0,)), gates, cells
 
 
-def _fake_bwd(cell, dy, dh_n, dc_n, y, gates, cells, h0, c0, w_hh, reverse):
-    T, B, H = y.shape
-    dan = y.new_empty((T, B, H) if cell == CELLS["gru"] else (0,))
+def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options):
+    B, H = h0.shape
+    dan = _empty_like_layout(y, H) if cell == CELLS["gru"] else y.new_empty(0)
     dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
     db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
     return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
 
 
-def _launch(name):
+def _launch(name, before):
+    """The Triton launcher of an op, which takes the plain scan: `before` arguments, then the options, then the rest."""
     names = {number: cell for cell, number in CELLS.items()}
     launch = library.launcher("rnn", name)
-    return lambda cell, *args: launch(names[cell], *args)
+
+    def call(cell, *args):
+        options, rest = args[before : before + 8], args[before + 8 :]
+        if options != _plain():
+            raise ValueError("the Triton launchers run the plain scan only, without options")
+        if name == "rnn_scan_fwd":
+            *rest, want_cells = rest
+            plain = args[:before]
+            extra = want_cells and not rest[-1]
+        else:
+            plain, extra = args[:3] + args[4:before], args[3] is not None  # dcells
+        if extra:
+            raise ValueError("the Triton launchers neither return cells without save nor take dcells")
+        return launch(names[cell], *plain, *rest)
+
+    return call
 
 
+_OPTIONS = (
+    "Tensor? lengths, Tensor? resets, Tensor? hidden_mask, Tensor? peephole, Tensor? zone_h, Tensor? zone_c,"
+    " float zoneout_h, float zoneout_c, bool reverse"
+)
 library.register_op(
     "rnn_scan_fwd",
-    "(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, bool reverse, bool save)"
+    f"(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, {_OPTIONS}, bool save, bool want_cells)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
-    _launch("rnn_scan_fwd"),
+    _launch("rnn_scan_fwd", 5),
 )
 library.register_op(
     "rnn_scan_bwd",
-    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, Tensor cells, Tensor h0, Tensor? c0,"
-    " Tensor w_hh, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells,"
+    f" Tensor h0, Tensor? c0, Tensor w_hh, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
-    _launch("rnn_scan_bwd"),
+    _launch("rnn_scan_bwd", 10),
 )
