@@ -13,7 +13,7 @@ from torch import _VF
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients
-from seqfuse.ops.rnn_layer import CELLS
+from seqfuse.ops.rnn_scan import CELLS
 
 
 class CellCase(NamedTuple):
