@@ -259,12 +259,12 @@ def test_opcheck(cell, batch_major):
     number, G, T, B, H = CELLS.index(cell), reference.GATES[cell], 3, 2, 20
     xg = torch.randn(B, T, G * H).transpose(0, 1) if batch_major else torch.randn(T, B, G * H)
     h0, c0 = torch.randn(B, H), torch.randn(B, H) if cell == "lstm" else None
-    w, b = torch.randn(G * H, H), torch.randn(G * H)
-    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, b, False, True))
-    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, None, True, False))
-    y, h_n, c_n, gates, cells = torch.ops.seqfuse.rnn_scan_fwd(number, xg, h0, c0, w, b, False, True)
+    w, b, plain = torch.randn(G * H, H), torch.randn(G * H), reference.PLAIN[:8]
+    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, b, *plain, False, True, False))
+    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, None, *plain, True, False, False))
+    y, h_n, c_n, gates, cells = torch.ops.seqfuse.rnn_scan_fwd(number, xg, h0, c0, w, b, *plain, False, True, False)
     dc_n = torch.randn(B, H) if cell == "lstm" else None
-    args = (number, torch.randn(T, B, H), torch.randn(B, H), dc_n, y, gates, cells, h0, c0, w, False)
+    args = (number, torch.randn(T, B, H), torch.randn(B, H), dc_n, None, y, gates, cells, h0, c0, w, *plain, False)
     torch.library.opcheck(torch.ops.seqfuse.rnn_scan_bwd.default, args)
 
 

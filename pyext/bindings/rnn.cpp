@@ -1,56 +1,20 @@
 // seqfuse::rnn_scan_fwd / rnn_scan_bwd. Contract: csrc/include/seqfuse/rnn.h
 //
-// Sequence tensors are logically [T, B, X]. A batch-major one ([B, T, X] memory) is taken as it is, and what belongs to
-// it (y to xg, dxg to y) is made batch-major too, so that batch_first costs no copy.
+// Sequence tensors are logically [T, B, X], or packed, [N, X]. A batch-major one ([B, T, X] memory) is taken as it is,
+// and what belongs to it (y to xg, dxg to y) is made batch-major too, so that batch_first costs no copy.
 #include "seqfuse/rnn.h"
 
 #include "common.h"
+#include "rnn_options.h"
 
 namespace seqfuse {
 namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Maybe = std::optional<Tensor>;
-
-Strides strides_of(const Tensor& t) {
-  return {t.stride(0), t.stride(1)};
-}
-
-// The last dimension lies together in memory, so that the strides of a Strides describe t.
-bool rows_dense(const Tensor& t) {
-  return t.stride(2) == 1 || t.size(2) == 1;
-}
-
-bool batch_major(const Tensor& t) {
-  const int64_t T = t.size(0), B = t.size(1), X = t.size(2);
-  return !t.is_contiguous() && rows_dense(t) && (t.stride(0) == X || T == 1) && (t.stride(1) == T * X || B == 1);
-}
-
-Tensor sequence(const Tensor& t) {
-  return rows_dense(t) ? t : torch::stable::contiguous(t);
-}
-
-// A new [T, B, width] in the memory order of t.
-Tensor empty_sequence(const Tensor& t, int64_t width) {
-  const int64_t T = t.size(0), B = t.size(1);
-  if (!batch_major(t)) return empty(t, {T, B, width});
-  return torch::stable::transpose(empty(t, {B, T, width}), 0, 1);
-}
 
 Cell cell_of(int64_t cell) {
   STD_TORCH_CHECK(cell >= 0 && cell <= 3, "cell must be 0 (rnn_tanh), 1 (rnn_relu), 2 (gru) or 3 (lstm), got ", cell);
   return Cell(cell);
-}
-
-void check(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
-  STD_TORCH_CHECK(t.dim() == int64_t(shape.size()), name, " must be ", shape.size(), "-D, got ", t.dim(), "-D");
-  int64_t i = 0;
-  for (int64_t n : shape) {
-    STD_TORCH_CHECK(t.size(i) == n, name, " must have ", n, " elements in dimension ", i, ", got ", t.size(i));
-    i++;
-  }
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the sequence");
-  check_same_device(t, like, name);
 }
 
 Maybe checked(const Maybe& t, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
@@ -59,73 +23,95 @@ Maybe checked(const Maybe& t, const Tensor& like, std::initializer_list<int64_t>
   return dense(*t);
 }
 
+// The sizes that both passes share, from the sequence `seq` (its first argument); fills what Args has of them.
+template <class Args>
+Extent extent_of(Args& a, int64_t cell, const Tensor& seq, const Tensor& h0, const Tensor& w_hh, const Options& given,
+                 const char* name) {
+  a.cell = cell_of(cell);
+  STD_TORCH_CHECK(h0.dim() == 2, "h0 must be 2-D [B, H], got ", h0.dim(), "-D");
+  a.B = h0.size(0), a.H = h0.size(1);
+  const Extent e = extent(seq, given.lengths, a.B, name);
+  STD_TORCH_CHECK((e.T > 0 || e.packed) && a.B > 0 && a.H > 0, name, " must not be empty");
+  a.T = e.T;
+  a.dtype = dtype_of(seq, name);
+  check(h0, seq, {a.B, a.H}, "h0");
+  a.options.heads = heads_of(w_hh, seq, gates_of(a.cell), a.H);
+  return e;
+}
+
+// gates: the values saved for each unit. The tensors that an RnnForward points to, where this file made them.
 template <class Launch>
 Outputs forward(int64_t cell, const Tensor& xg_in, const Tensor& h0_in, const Maybe& c0_in, const Tensor& w_in,
-                const Maybe& b_in, bool reverse, bool save, Launch launch) {
+                const Maybe& b_in, const Options& given, Flags flags, Launch launch) {
   RnnForward a{};
-  a.cell = cell_of(cell);
+  const Extent e = extent_of(a, cell, xg_in, h0_in, w_in, given, "xg");
   const bool lstm = a.cell == Cell::lstm;
-  const int64_t G = gates_of(a.cell), S = saved_of(a.cell);
-  STD_TORCH_CHECK(xg_in.dim() == 3, "xg must be 3-D [T, B, gates * H], got ", xg_in.dim(), "-D");
-  STD_TORCH_CHECK(h0_in.dim() == 2, "h0 must be 2-D [B, H], got ", h0_in.dim(), "-D");
-  a.T = xg_in.size(0), a.B = xg_in.size(1), a.H = h0_in.size(1), a.reverse = reverse;
-  STD_TORCH_CHECK(a.T > 0 && a.B > 0 && a.H > 0, "xg must not be empty");
-  a.dtype = dtype_of(xg_in, "xg");
-  check(xg_in, xg_in, {a.T, a.B, G * a.H}, "xg");
-  check(h0_in, xg_in, {a.B, a.H}, "h0");
-  check(w_in, xg_in, {G * a.H, a.H}, "w_hh");
+  const int64_t G = gates_of(a.cell);
+  a.reverse = flags.reverse;
+  check_sequence(xg_in, xg_in, e, G * a.H, "xg");
   STD_TORCH_CHECK(c0_in.has_value() || !lstm, "c0 is missing: the LSTM needs it");
   const Tensor xg = sequence(xg_in), h0 = dense(h0_in), w = dense(w_in);
+  const HeldOptions held(given, a.cell, xg, e, a.H, a.options);
   const Maybe c0 = lstm ? checked(c0_in, xg, {a.B, a.H}, "c0") : Maybe{};
   const Maybe b = checked(b_in, xg, {G * a.H}, "b_hh");
+  const int64_t S = flags.save ? saved_of(a.cell, a.options.zones_h()) : 0;
+  const bool keep_cells = lstm && (flags.save || flags.want_cells);
   Tensor y = empty_sequence(xg, a.H), h_n = empty(xg, {a.B, a.H});
   Tensor c_n = lstm ? empty(xg, {a.B, a.H}) : empty(xg, {0});  // outputs may not share a tensor, not even an empty one
-  Tensor gates = save && S ? empty(xg, {a.T, a.B, S * a.H}) : empty(xg, {0});
-  Tensor cells = save && lstm ? empty(xg, {a.T, a.B, a.H}, ScalarType::Float) : empty(xg, {0}, ScalarType::Float);
+  Tensor gates = S ? empty_rows(xg, S * a.H) : empty(xg, {0});
+  Tensor cells = keep_cells ? empty_rows(xg, a.H, ScalarType::Float) : empty(xg, {0}, ScalarType::Float);
   a.xg = xg.const_data_ptr(), a.xg_strides = strides_of(xg);
   a.h0 = h0.const_data_ptr(), a.c0 = pointer_or_null(c0);
   a.w_hh = w.const_data_ptr(), a.b_hh = pointer_or_null(b);
   a.y = pointer(y), a.y_strides = strides_of(y);
   a.h_n = pointer(h_n), a.c_n = lstm ? pointer(c_n) : nullptr;
-  if (save && S) a.gates = pointer(gates), a.gates_strides = strides_of(gates);
-  if (save && lstm) a.cells = pointer<float>(cells), a.cells_strides = strides_of(cells);
+  if (S) a.gates = pointer(gates), a.gates_strides = strides_of(gates);
+  if (keep_cells) a.cells = pointer<float>(cells), a.cells_strides = strides_of(cells);
   launch(a);
   return {y, h_n, c_n, gates, cells};
 }
 
+// What reaches a scan's backward pass from outside.
+struct Gradients {
+  Maybe dy, dh_n, dc_n, dcells;
+};
+// What its forward pass left.
+struct Saved {
+  Tensor y, gates, cells;
+};
+
 template <class Launch>
-Outputs backward(int64_t cell, const Maybe& dy_in, const Maybe& dh_n_in, const Maybe& dc_n_in, const Tensor& y_in,
-                 const Tensor& gates_in, const Tensor& cells_in, const Tensor& h0_in, const Maybe& c0_in,
-                 const Tensor& w_in, bool reverse, Launch launch) {
+Outputs backward(int64_t cell, const Gradients& grads, const Saved& saved, const Tensor& h0_in, const Maybe& c0_in,
+                 const Tensor& w_in, const Options& given, bool reverse, Launch launch) {
   RnnBackward a{};
-  a.cell = cell_of(cell);
+  const Extent e = extent_of(a, cell, saved.y, h0_in, w_in, given, "y");
   const bool lstm = a.cell == Cell::lstm, gru = a.cell == Cell::gru;
-  const int64_t G = gates_of(a.cell), S = saved_of(a.cell);
-  STD_TORCH_CHECK(y_in.dim() == 3, "y must be 3-D [T, B, H], got ", y_in.dim(), "-D");
-  a.T = y_in.size(0), a.B = y_in.size(1), a.H = y_in.size(2), a.reverse = reverse;
-  STD_TORCH_CHECK(a.T > 0 && a.B > 0 && a.H > 0, "y must not be empty");
-  a.dtype = dtype_of(y_in, "y");
-  check(h0_in, y_in, {a.B, a.H}, "h0");
-  check(w_in, y_in, {G * a.H, a.H}, "w_hh");
-  if (S) check(gates_in, y_in, {a.T, a.B, S * a.H}, "gates");
-  if (dy_in) check(*dy_in, y_in, {a.T, a.B, a.H}, "dy");
+  const int64_t G = gates_of(a.cell);
+  a.reverse = reverse;
+  check_sequence(saved.y, saved.y, e, a.H, "y");
+  const Tensor y = sequence(saved.y), h0 = dense(h0_in), w = dense(w_in);
+  const HeldOptions held(given, a.cell, y, e, a.H, a.options);
+  const int64_t S = saved_of(a.cell, a.options.zones_h());
+  if (S) check_sequence(saved.gates, y, e, S * a.H, "gates");
+  if (grads.dy) check_sequence(*grads.dy, y, e, a.H, "dy");
   if (lstm) {
     STD_TORCH_CHECK(c0_in.has_value(), "c0 is missing: the LSTM needs it");
-    STD_TORCH_CHECK(
-        cells_in.dim() == 3 && cells_in.numel() == a.T * a.B * a.H && cells_in.scalar_type() == ScalarType::Float,
-        "cells must be float32 [T, B, H]");
-    check_same_device(cells_in, y_in, "cells");
+    check_sequence(saved.cells, y, e, a.H, "cells", ScalarType::Float);
+    if (grads.dcells) check_sequence(*grads.dcells, y, e, a.H, "dcells", ScalarType::Float);
   }
-  const Tensor y = sequence(y_in), h0 = dense(h0_in), w = dense(w_in), gates = dense(gates_in), cells = dense(cells_in);
-  const Maybe dy = dy_in ? Maybe(sequence(*dy_in)) : Maybe{};
-  const Maybe dh_n = checked(dh_n_in, y, {a.B, a.H}, "dh_n");
-  const Maybe dc_n = lstm ? checked(dc_n_in, y, {a.B, a.H}, "dc_n") : Maybe{};
+  const Tensor gates = dense(saved.gates), cells = dense(saved.cells);
+  const Maybe dy = grads.dy ? Maybe(sequence(*grads.dy)) : Maybe{};
+  const Maybe dcells = lstm && grads.dcells ? Maybe(sequence(*grads.dcells)) : Maybe{};
+  const Maybe dh_n = checked(grads.dh_n, y, {a.B, a.H}, "dh_n");
+  const Maybe dc_n = lstm ? checked(grads.dc_n, y, {a.B, a.H}, "dc_n") : Maybe{};
   const Maybe c0 = lstm ? checked(c0_in, y, {a.B, a.H}, "c0") : Maybe{};
   Tensor dxg = empty_sequence(y, G * a.H);
-  Tensor dan = gru ? empty(y, {a.T, a.B, a.H}) : empty(y, {0});
+  Tensor dan = gru ? empty_sequence(y, a.H) : empty(y, {0});
   Tensor dh0 = empty(y, {a.B, a.H}), dc0 = lstm ? empty(y, {a.B, a.H}) : empty(y, {0});
   Tensor db_hh = empty(y, {G * a.H}, ScalarType::Float);
   a.dy = pointer_or_null(dy), a.dy_strides = dy ? strides_of(*dy) : Strides{};
+  a.dcells = static_cast<const float*>(pointer_or_null(dcells));
+  a.dcells_strides = dcells ? strides_of(*dcells) : Strides{};
   a.dh_n = pointer_or_null(dh_n), a.dc_n = pointer_or_null(dc_n);
   a.y = y.const_data_ptr(), a.y_strides = strides_of(y);
   if (S) a.gates = gates.const_data_ptr(), a.gates_strides = strides_of(gates);
@@ -139,17 +125,30 @@ Outputs backward(int64_t cell, const Maybe& dy_in, const Maybe& dh_n_in, const M
   return {dxg, dan, dh0, dc0, db_hh};
 }
 
-Outputs forward_cpu(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, Maybe b_hh, bool reverse, bool save) {
+// The long argument lists below are the schemas'.
+
+Outputs forward_cpu(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, Maybe b_hh, Maybe lengths, Maybe resets,
+                    Maybe hidden_mask, Maybe peephole, Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c,
+                    bool reverse, bool save, bool want_cells) {
   STD_TORCH_CHECK(xg.scalar_type() != ScalarType::Half, "xg: the CPU kernel takes float32 and bfloat16");
-  return forward(cell, xg, h0, c0, w_hh, b_hh, reverse, save,
-                 [](const RnnForward& a) { rnn_forward_cpu(a, torch_threads()); });
+  const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
+  return forward(cell, xg, h0, c0, w_hh, b_hh, given, {reverse, save, want_cells}, [](const RnnForward& a) {
+    STD_TORCH_CHECK(!a.options.in_use(), a.options.in_use(), " is not supported by the CPU kernels yet");
+    rnn_forward_cpu(a, torch_threads());
+  });
 }
 
-Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Tensor y, Tensor gates, Tensor cells, Tensor h0,
-                     Maybe c0, Tensor w_hh, bool reverse) {
+Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells, Tensor y, Tensor gates, Tensor cells,
+                     Tensor h0, Maybe c0, Tensor w_hh, Maybe lengths, Maybe resets, Maybe hidden_mask, Maybe peephole,
+                     Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c, bool reverse) {
   STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
-  return backward(cell, dy, dh_n, dc_n, y, gates, cells, h0, c0, w_hh, reverse,
-                  [](const RnnBackward& a) { rnn_backward_cpu(a, torch_threads()); });
+  const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
+  return backward(
+      cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, [](const RnnBackward& a) {
+        STD_TORCH_CHECK(!a.options.in_use() && !a.dcells, a.options.in_use() ? a.options.in_use() : "dcells",
+                        " is not supported by the CPU kernels yet");
+        rnn_backward_cpu(a, torch_threads());
+      });
 }
 
 #ifdef SEQFUSE_CUDA
@@ -158,33 +157,51 @@ Tensor workspace(const Tensor& like, const Args& a, bool backward) {
   return empty(like, {rnn_workspace_cuda(a.cell, a.dtype, a.B, a.H, backward)}, ScalarType::Byte);
 }
 
-Outputs forward_cuda(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, Maybe b_hh, bool reverse, bool save) {
+void check_plain(const RnnOptions& options) {
+  const char* option = options.in_use();
+  STD_TORCH_CHECK(!option, option, " is not supported by the CUDA kernels, which run the plain scan only");
+}
+
+Outputs forward_cuda(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, Maybe b_hh, Maybe lengths, Maybe resets,
+                     Maybe hidden_mask, Maybe peephole, Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c,
+                     bool reverse, bool save, bool want_cells) {
   torch::stable::accelerator::DeviceGuard guard(xg.get_device_index());
-  return forward(cell, xg, h0, c0, w_hh, b_hh, reverse, save, [&](const RnnForward& a) {
+  const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
+  return forward(cell, xg, h0, c0, w_hh, b_hh, given, {reverse, save, want_cells}, [&](const RnnForward& a) {
+    check_plain(a.options);
     const Tensor scratch = workspace(xg, a, false);
     check_cuda(rnn_forward_cuda(a, pointer(scratch), current_stream(xg)), "rnn_scan_fwd");
   });
 }
 
-Outputs backward_cuda(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Tensor y, Tensor gates, Tensor cells, Tensor h0,
-                      Maybe c0, Tensor w_hh, bool reverse) {
+Outputs backward_cuda(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells, Tensor y, Tensor gates,
+                      Tensor cells, Tensor h0, Maybe c0, Tensor w_hh, Maybe lengths, Maybe resets, Maybe hidden_mask,
+                      Maybe peephole, Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c, bool reverse) {
   torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
-  return backward(cell, dy, dh_n, dc_n, y, gates, cells, h0, c0, w_hh, reverse, [&](const RnnBackward& a) {
-    const Tensor scratch = workspace(y, a, true);
-    check_cuda(rnn_backward_cuda(a, pointer(scratch), current_stream(y)), "rnn_scan_bwd");
-  });
+  const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
+  STD_TORCH_CHECK(!dcells, "dcells is not supported by the CUDA kernels, which run the plain scan only");
+  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse,
+                  [&](const RnnBackward& a) {
+                    check_plain(a.options);
+                    const Tensor scratch = workspace(y, a, true);
+                    check_cuda(rnn_backward_cuda(a, pointer(scratch), current_stream(y)), "rnn_scan_bwd");
+                  });
 }
 #endif
 
 }  // namespace
 
+#define SEQFUSE_SCAN_OPTIONS                                                                                 \
+  "Tensor? lengths, Tensor? resets, Tensor? hidden_mask, Tensor? peephole, Tensor? zone_h, Tensor? zone_c, " \
+  "float zoneout_h, float zoneout_c, bool reverse"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
+  m.def("rnn_scan_fwd(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, " SEQFUSE_SCAN_OPTIONS
+        ", bool save, bool want_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "rnn_scan_fwd(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, bool reverse, bool save) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "rnn_scan_bwd(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, Tensor cells, "
-      "Tensor h0, Tensor? c0, Tensor w_hh, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "rnn_scan_bwd(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, "
+      "Tensor cells, Tensor h0, Tensor? c0, Tensor w_hh, " SEQFUSE_SCAN_OPTIONS
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {

@@ -50,8 +50,8 @@ def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peepho
 
 
 def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options_and_reverse):
-    lead, (B, H) = y.shape[:-1], h0.shape
-    dan = y.new_empty((*lead, H) if cell == CELLS["gru"] else (0,))
+    B, H = h0.shape
+    dan = _empty_like_layout(y, H) if cell == CELLS["gru"] else y.new_empty(0)
     dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
     db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
     return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
