@@ -260,8 +260,12 @@ def test_opcheck(cell, batch_major):
     xg = torch.randn(B, T, G * H).transpose(0, 1) if batch_major else torch.randn(T, B, G * H)
     h0, c0 = torch.randn(B, H), torch.randn(B, H) if cell == "lstm" else None
     w, b, plain = torch.randn(G * H, H), torch.randn(G * H), reference.PLAIN[:8]
-    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, b, *plain, False, True, False))
-    torch.library.opcheck(torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, None, *plain, True, False, False))
+    torch.library.opcheck(
+        torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, b, *plain, False, True, False)
+    )
+    torch.library.opcheck(
+        torch.ops.seqfuse.rnn_scan_fwd.default, (number, xg, h0, c0, w, None, *plain, True, False, False)
+    )
     y, h_n, c_n, gates, cells = torch.ops.seqfuse.rnn_scan_fwd(number, xg, h0, c0, w, b, *plain, False, True, False)
     dc_n = torch.randn(B, H) if cell == "lstm" else None
     args = (number, torch.randn(T, B, H), torch.randn(B, H), dc_n, None, y, gates, cells, h0, c0, w, *plain, False)
@@ -333,7 +337,9 @@ def weights(G=4, H=6, width=4):
             ValueError,
             "h0 must have shape [1, 2, 6]",
         ),
-        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:3]]), ValueError, "got 3 tensors"),
+        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:1]]), ValueError, "got 1 tensors"),
+        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:3]]), ValueError, "w_hr must be 2-D"),
+        (lambda: seqfuse.ops.gru(torch.randn(3, 2, 4), None, [weights(3)[0][:3]]), ValueError, "got 3 tensors"),
         (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, weights(), dropout=2), ValueError, "dropout must be in"),
         (
             lambda: seqfuse.ops.rnn(torch.randn(3, 2, 4), None, weights(1), nonlinearity="gelu"),

@@ -56,8 +56,12 @@ class _Recurrent(nn.Module):
         self.reset_parameters()
 
     def _suffixes(self):
-        """"_l0", "_l0_reverse", "_l1", ...: layer by layer, forward before backward."""
+        """ "_l0", "_l0_reverse", "_l1", ...: layer by layer, forward before backward."""
         return [f"_l{layer}{s}" for layer in range(self.num_layers) for s in ("", "_reverse")[: 1 + self.bidirectional]]
+
+    def beyond_torch(self):
+        """Names of what this module was given that torch.nn has not."""
+        return [name for name, default in _EXTRAS.items() if getattr(self, name) != default and name != "recompute"]
 
     def _extra_shapes(self):
         """Parameters that torch.nn has not, and their shapes."""
@@ -150,8 +154,8 @@ class _Recurrent(nn.Module):
         suffixes = self._suffixes()
         norm = [tuple(getattr(self, n + s) for n in _NORMS) for s in suffixes] if self.layer_norm else None
         peephole = [getattr(self, f"weight_ph{s}") for s in suffixes] if self.peephole else None
-        return ops.RecurrentOptions(self.zoneout, self.variational_dropout, self.weight_drop, norm, peephole, self.heads,
-                                    self.recompute)  # fmt: skip
+        drops = self.zoneout, self.variational_dropout, self.weight_drop
+        return ops.RecurrentOptions(*drops, norm, peephole, self.heads, self.recompute)
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""

@@ -96,7 +96,9 @@ def register_vmap(name: str) -> None:
     if native.missing() is None:
         torch.library.register_vmap(f"seqfuse::{name}", _member_by_member(f"seqfuse::{name}"))
     if hasattr(torch.ops.seqfuse_triton, name):
-        torch.library.register_vmap(f"seqfuse_triton::{name}", _member_by_member(f"seqfuse_triton::{name}"), lib=_triton)
+        torch.library.register_vmap(
+            f"seqfuse_triton::{name}", _member_by_member(f"seqfuse_triton::{name}"), lib=_triton
+        )
 
 
 def _member_by_member(qualified):

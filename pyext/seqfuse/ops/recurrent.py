@@ -145,6 +145,8 @@ def packed_sequence(op, cell, packed, states, weights, stack, extent=WHOLE):
     _check(op, cell, data, h0, c0, weights, stack, B)
     resets = extent.resets
     if resets is not None:
+        if isinstance(resets, torch.Tensor) and resets.dim() == 2:  # the padded batch may have been longer
+            resets = resets.narrow(int(stack.batch_first), 0, min(T, resets.shape[int(stack.batch_first)]))
         resets = _check_resets(op, data, resets, T, B, stack.batch_first)
         resets = resets if order is None else resets.index_select(1, order)
     if torch.is_autocast_enabled(data.device.type):
@@ -164,9 +166,7 @@ def packed_sequence(op, cell, packed, states, weights, stack, extent=WHOLE):
             x = ragged.pad(x)
         form = ragged if rows else Ragged(ragged.lengths.to(data.device), T)
         y, h_n, c_n, cells = _layers(case, name, x, h0, c0, weights, stack, form, Extent(None, resets, extent.cells))
-        y, cells = (
-            None if s is None else maps.give(s if rows else ragged.pack(s.contiguous())) for s in (y, cells)
-        )
+        y, cells = (None if s is None else maps.give(s if rows else ragged.pack(s.contiguous())) for s in (y, cells))
     if order_back is not None:
         h_n, c_n = (None if s is None else s.index_select(1, order_back) for s in (h_n, c_n))
     like = (batch_sizes, order, order_back)
@@ -244,7 +244,9 @@ def _check(op, cell, x, h0, c0, weights, stack, packed_batch=None):
             H = w[-1].shape[-1] if projected else w[1].shape[1] * stack.options.heads
             P = w[-1].shape[0] if projected else H
         into = x.shape[-1] if i < directions else directions * P
-        shapes = [(gates * H, into), (gates * H, P // stack.options.heads), (gates * H,), (gates * H,)][: len(w) // 2 * 2]
+        shapes = [(gates * H, into), (gates * H, P // stack.options.heads), (gates * H,), (gates * H,)][
+            : len(w) // 2 * 2
+        ]
         if P != H or projected:
             shapes.append((P, H))
         if len(shapes) != len(w):

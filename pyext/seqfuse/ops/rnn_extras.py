@@ -104,7 +104,9 @@ def check_options(op, options, x, count, H):
         if not lstm:
             raise ValueError(f"{op}: {name} is an option of the LSTM")
         if len(given) != count:
-            raise ValueError(f"{op}: {name} must have one entry for each layer and direction ({count}), got {len(given)}")
+            raise ValueError(
+                f"{op}: {name} must have one entry for each layer and direction ({count}), got {len(given)}"
+            )
         for i, entry in enumerate(given):
             tensors = (entry,) if isinstance(entry, torch.Tensor) else tuple(entry)
             if len(tensors) != len(shapes):

@@ -90,7 +90,7 @@ def _by_heads(d, states, H, heads):
     """d^T @ states, [X, H], or only its blocks on the diagonal of each gate, [X, H/heads]."""
     if heads == 1:
         return d.t() @ states
-    d = d.reshape(d.shape[0], -1, heads, H // heads)  # (rows, gate, head, unit)
+    d = d.reshape(d.shape[0], d.shape[1] // H, heads, H // heads)  # (rows, gate, head, unit)
     states = states.reshape(states.shape[0], heads, H // heads)
     return torch.einsum("rgnu,rnk->gnuk", d, states).reshape(-1, H // heads)
 

@@ -58,7 +58,9 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
     # torch.compile decides by itself what to keep; a plain RNN keeps nothing but y anyway
     recompute = call.recompute and save and not traced() and (call.cell in ("gru", "lstm") or _zoneout(options))
     call = call._replace(save=save, recompute=recompute)
-    y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *options[:FUSED_OPTIONS])
+    # as literals: with dynamic=True Dynamo would make a symbol of a float that comes from elsewhere
+    fused = (None, None, None, None, None, None, 0.0, 0.0) if options is PLAIN else options[:FUSED_OPTIONS]
+    y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *fused)
     return y, h_n, c_n if call.cell == "lstm" else None, cells if call.want_cells else None
 
 
