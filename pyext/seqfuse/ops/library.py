@@ -94,16 +94,12 @@ def register_op(name: str, schema: str, fake, launch) -> None:
 def register_vmap(name: str) -> None:
     """torch.vmap over the op of this name: one call for each member, stacked. Its GEMMs outside become batched ones."""
     if native.missing() is None:
-        torch.library.register_vmap(f"seqfuse::{name}", _member_by_member(f"seqfuse::{name}"))
+        torch.library.register_vmap(f"seqfuse::{name}", _member_by_member("seqfuse", name))
     if hasattr(torch.ops.seqfuse_triton, name):
-        torch.library.register_vmap(
-            f"seqfuse_triton::{name}", _member_by_member(f"seqfuse_triton::{name}"), lib=_triton
-        )
+        torch.library.register_vmap(f"seqfuse_triton::{name}", _member_by_member("seqfuse_triton", name), lib=_triton)
 
 
-def _member_by_member(qualified):
-    namespace, name = qualified.split("::")
-
+def _member_by_member(namespace, name):
     def rule(info, in_dims, *args):
         op = getattr(getattr(torch.ops, namespace), name)
         members = [

@@ -47,11 +47,11 @@ def lstm(x, hx, weights, *, bidirectional=False, batch_first=False, dropout=0.0,
     hx: (h0, c0), each [L*D, B, H] (h0 with a projection: [L*D, B, P]), or None for zeros.
     weights: L*D tuples (w_ih [4H, I or D*H], w_hh [4H, H], b_ih [4H], b_hh [4H]), or without the two biases, in
     the order of torch.nn.LSTM's all_weights: layer by layer, forward before backward; gates i f g o. One more tensor
-    w_hr [P, H] at the end of each tuple projects h to P < H units (w_hh is then [4H, P], w_ih of later layers [4H, D*P]).
+    w_hr [P, H] at the end of each tuple projects h to P < H units (w_hh: [4H, P], w_ih of later layers: [4H, D*P]).
     dropout: probability of zeroing an output of any layer but the last, if training.
     lengths: [B] int64, or a list: sequence b has lengths[b] steps. What lies beyond is never computed on, whatever it
-    holds, and its outputs are 0. On the CPU each must lie in [1, T]; GPU lengths are not looked at (0 leaves the initial
-    state).
+    holds, and its outputs are 0. On the CPU each must lie in [1, T]; GPU lengths are not looked at (0 leaves the
+    initial state).
     resets: [T, B] bool (batch_first: [B, T]): where true, the state before this step is zero.
     options: a RecurrentOptions, what torch.nn has not.
     Returns (y [T, B, D*H] (batch_first: [B, T, D*H]), (h_n, c_n)), each of these [L*D, B, H]; with return_cell_states
@@ -223,7 +223,7 @@ def _check(op, cell, x, h0, c0, weights, stack, packed_batch=None):
         raise ValueError(
             f"{op}: weights must hold one tuple for each layer and direction ({directions} a layer), got {len(weights)}"
         )
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     accepted = (2, 4, 3, 5) if cell == "lstm" else (2, 4)
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     H = P = None

@@ -17,7 +17,7 @@ class RecurrentOptions(NamedTuple):
         also (of h, of c). In evaluation the expectation: p * before + (1 - p) * new.
     variational_dropout: probability of dropping a unit of each layer's input, and of h_{t-1} on its way into w_hh, with
         one mask for the whole sequence (Gal and Ghahramani 2016, arXiv:1512.05287); also (of the input, of h).
-    weight_drop: probability of dropping an element of w_hh, one mask for the call (Merity et al. 2018, arXiv:1708.02182).
+    weight_drop: probability of dropping an element of w_hh, one mask a call (Merity et al. 2018, arXiv:1708.02182).
     layer_norm: LSTM, for each layer and direction (gain of x @ w_ih^T [4H], gain of h @ w_hh^T [4H], gain and bias of c
         [H], [H]) (Ba, Kiros, Hinton 2016, arXiv:1607.06450); the two biases are added after the gains.
     peephole: LSTM, for each layer and direction [3, H]: weights from c to the gates i, f, o (Gers et al. 2002).
@@ -94,7 +94,7 @@ def check_options(op, options, x, count, H):
     heads = options.heads
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or H % heads:
         raise ValueError(f"{op}: heads must be a whole number that divides the hidden size {H}, got {heads!r}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     for name, given, shapes in (
         ("layer_norm", options.layer_norm, ((4 * H,), (4 * H,), (H,), (H,))),
         ("peephole", options.peephole, ((3, H),)),

@@ -46,8 +46,8 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
     """Run one layer and direction.
 
     x: [T, B, I], time-major or a view of batch-major memory; or rows [N, I] of sequences of options.lengths (CPU).
-    h0, c0: [B, H] or None. weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh); with w_ih None x is [.., G*H], the input's
-    part of the gates with its bias.
+    h0, c0: [B, H] or None. weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh); with w_ih None x is [.., G*H], the
+    input's part of the gates with its bias.
     Returns (y [T, B, H] in x's layout or [N, H], h_n [B, H], c_n [B, H] or None, cells like y if call.want_cells).
     """
     w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
@@ -65,7 +65,7 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
 
 
 def projected_layer(call, x, h0, c0, weights, options=PLAIN):
-    """`rnn_layer` of an LSTM whose h is w_hr @ (o tanh(c)); weights as there, with w_hr [P, H] behind; h0, y, h_n: P wide.
+    """`rnn_layer` of an LSTM whose h is w_hr @ (o tanh(c)); weights as there, then w_hr [P, H]; h0, y, h_n: P wide.
 
     The fused scans know no projection and need none: with W' = w_hh @ w_hr [4H, H] the scan of a plain LSTM over
     o tanh(c) is the same computation, if w_hh @ h0 is added to the first step's gates. y is one GEMM afterwards.

@@ -1,6 +1,6 @@
 """Sequences of different lengths in one batch, without sorting and without packing by the user.
 
-Two forms. *Padded*: [T, B, X], for backends that stop each sequence at its length. *Rows*: [N, X] with N = sum(lengths),
+Two forms. *Padded*: [T, B, X], for backends that stop each sequence at its length. *Rows*: [N, X], N = sum(lengths),
 the rows that exist, sequence after sequence: every GEMM and the scan then touch nothing else. Rows need the lengths on
 the CPU; the whole stack of layers stays in that form, so the batch is gathered once and scattered once.
 """

@@ -37,8 +37,8 @@ class RecurrentCase(NamedTuple):
 
 # why a backend does not take an extra
 _FUSED = {
-    "layer_norm": "layer normalisation inside the step needs a sum over all hidden units, which the fused scan does not "
-    "exchange between its workers",
+    "layer_norm": "layer normalisation inside the step needs a sum over all hidden units, which the fused scan does "
+    "not exchange between its workers",
     "dropout of a projected h": "the fused scan runs over the state before its projection, so it has no projected h to "
     "drop or to keep",
 }

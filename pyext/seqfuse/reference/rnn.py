@@ -25,8 +25,8 @@ class ScanOptions(NamedTuple):
         before in the blend (its expectation, in evaluation).
     norm: LSTM: (gain [4H] of the product with w_hh, gain [H] and bias [H] of c on its way to h), layer normalisation
         as in Ba, Kiros, Hinton 2016 (arXiv:1607.06450), eq. 20 to 22; xg comes in normalised.
-    projection: [P, H], LSTM: h is its product with what the cell shows, so h0, y, w_hh's columns, hidden_mask and zone_h
-        have the width P, c keeps H (Sak, Senior, Beaufays 2014, arXiv:1402.1128).
+    projection: [P, H], LSTM: h is its product with what the cell shows, so h0, y, w_hh's columns, hidden_mask and
+        zone_h have the width P, c keeps H (Sak, Senior, Beaufays 2014, arXiv:1402.1128).
     """
 
     lengths: torch.Tensor | None = None
