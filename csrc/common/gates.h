@@ -49,6 +49,15 @@ SEQFUSE_HD LstmGrad<V> lstm_backward(V i, V f, V g, V o, V c, V c_prev, V dh, V 
   return r;
 }
 
+// With peepholes: from c_prev to i and f, from c to o; c is the cell before zoneout.
+template <class M, class V>
+SEQFUSE_HD LstmGrad<V> lstm_peephole_backward(LstmState<V> s, V c_prev, V dh, V dc, V peep_i, V peep_f, V peep_o) {
+  const V dout = dh * M::tanh(s.c) * s.o * (1.0f - s.o);
+  LstmGrad<V> r = lstm_backward<M>(s.i, s.f, s.g, s.o, s.c, c_prev, dh, dc + peep_o * dout);
+  r.dc += peep_i * r.di + peep_f * r.df;
+  return r;
+}
+
 template <class V>
 struct GruState {
   V r, z, n, h;

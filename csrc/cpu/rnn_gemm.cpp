@@ -133,19 +133,20 @@ void pack_rows(const PackColumns& p, word* out) {
 template <class T>
 void pack_columns(const PackColumns& p, word* out) {
   const int64_t words = words_of<T>(p.K);
-  for (int64_t k = 0; k < words; k++)
+  auto row = [&](int64_t k) { return (const T*)p.w + (k / p.part * p.part_ld + k % p.part) * p.ld; };
+  for (int64_t k = 0; k < words; k++) {
+    const T* even = row(uses_dot<T> ? 2 * k : k);
+    const T* odd = uses_dot<T> && 2 * k + 1 < p.K ? row(2 * k + 1) : nullptr;
     for (int v = 0; v < p.vectors; v++, out += VL) {
-      const T* row = (const T*)p.w + (uses_dot<T> ? 2 * k : k) * p.ld + p.first[v];
       const int n = p.count[v];
+      vf x = take(even + p.first[v], n);
       if constexpr (uses_dot<T>) {
-        const vf low = n == VL ? load(row) : load_n(row, n);
-        vf high = vf{};
-        if (2 * k + 1 < p.K) high = n == VL ? load(row + p.ld) : load_n(row + p.ld, n);
-        store((float*)out, as_float((as_bits(low) >> 16) | as_bits(high)));
-      } else {
-        store((float*)out, n == VL ? load(row) : load_n(row, n));
+        const vf high = odd ? take(odd + p.first[v], n) : vf{};
+        x = as_float((as_bits(x) >> 16) | as_bits(high));
       }
+      store((float*)out, x);
     }
+  }
 }
 
 template void pack_rows<float>(const PackColumns&, word*);

@@ -45,8 +45,9 @@ struct PackColumns {
   const void* w;
   int64_t ld, K;
   int vectors;
-  int64_t first[max_vectors];
-  int count[max_vectors];
+  int64_t first[max_vectors] = {};
+  int count[max_vectors] = {};
+  int64_t part = K, part_ld = K;  // pack_columns: k stands in row (k / part) * part_ld + k % part of w
 };
 template <class T>
 void pack_rows(const PackColumns&, word* out);  // column c is contiguous along k: w[c * ld + k]

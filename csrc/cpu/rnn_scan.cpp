@@ -14,22 +14,67 @@ void Barrier::yield_thread() {
 #endif
 }
 
+namespace {
+
+template <class P>
+void advance(P*& p, int64_t elements, int64_t size) {
+  if (p) p = (P*)((char*)p + elements * size);
+}
+
+template <class Args>
+Args head_of_both(Args a, int64_t head) {
+  const int64_t D = a.H / a.options.heads, u = head * D, size = size_of(a.dtype);
+  advance(a.w_hh, u * D, size);
+  advance(a.h0, u, size), advance(a.c0, u, size), advance(a.gates, u, size), advance(a.y, u, size);
+  advance(a.cells, u, sizeof(float));
+  RnnOptions& o = a.options;
+  advance(o.hidden_mask, u, size), advance(o.peephole, u, size);
+  advance(o.zone_h, u, 1), advance(o.zone_c, u, 1);
+  return a;
+}
+
+}  // namespace
+
+RnnForward head_of(const RnnForward& args, int64_t head) {
+  RnnForward a = head_of_both(args, head);
+  const int64_t u = head * (a.H / a.options.heads), size = size_of(a.dtype);
+  advance(a.xg, u, size), advance(a.b_hh, u, size), advance(a.h_n, u, size), advance(a.c_n, u, size);
+  return a;
+}
+
+RnnBackward head_of(const RnnBackward& args, int64_t head) {
+  RnnBackward a = head_of_both(args, head);
+  const int64_t u = head * (a.H / a.options.heads), size = size_of(a.dtype);
+  advance(a.dy, u, size), advance(a.dh_n, u, size), advance(a.dc_n, u, size), advance(a.dcells, u, sizeof(float));
+  advance(a.dxg, u, size), advance(a.dan, u, size), advance(a.dh0, u, size), advance(a.dc0, u, size);
+  advance(a.db_hh, u, sizeof(float));
+  return a;
+}
+
+static int64_t weight_bytes(DType dtype, int64_t H, int64_t G) {
+  const bool pairs = has_dot && dtype != DType::f32;
+  return G * H * H * (pairs ? 2 : 4);
+}
+
+double step_ns(DType dtype, int64_t B, int64_t H, int64_t G) {
+  const double reading = double(weight_bytes(dtype, H, G)) / 80.0;
+  const double multiplying = double(B) * double(G) * double(H) * double(H) / 50.0;
+  return reading > multiplying ? reading : multiplying;
+}
+
 // Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/recurrent.md).
 // Splitting the batch needs no barrier and moves no state between cores, so it comes first wherever the rows left to
 // each worker still hide the reading of all of w_hh.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
-  const bool pairs = has_dot && dtype != DType::f32;
-  const int64_t bytes = G * H * H * (pairs ? 2 : 4);
-  const double reading = double(bytes) / 80.0, multiplying = double(B) * double(G) * double(H) * double(H) / 50.0;
-  const double step_ns = reading > multiplying ? reading : multiplying;  // of one core, roughly
-  const bool fits_l2 = bytes <= 768 * 1024;
+  const double step = step_ns(dtype, B, H, G);
+  const bool fits_l2 = weight_bytes(dtype, H, G) <= 768 * 1024;
   const int64_t rows = fits_l2 ? 2 : 4;
   if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
-    if (step_ns * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
+    if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
     return {threads < B ? threads : B, true};
   }
-  if (!parallel.concurrent || step_ns < 2.5e3) return {1, false};  // less than what a barrier saves
+  if (!parallel.concurrent || step < 2.5e3) return {1, false};  // less than what a barrier saves
   const int64_t blocks = ceil_div(H, VL);
   return {threads < blocks ? threads : blocks, false};
 }

@@ -6,35 +6,25 @@
 #pragma once
 
 #include "cpu/rnn_gemm.h"
+#include "cpu/rnn_rows.h"
 #include "cpu/scratch.h"
 #include "seqfuse/rnn.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-struct Range {
-  int64_t begin, end;
-  SEQFUSE_INLINE int64_t size() const { return end - begin; }
-};
-
-SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) {
-  return {n * i / of, n * (i + 1) / of};
-}
-
-struct Plan {
-  int64_t workers;
-  bool by_batch;
-};
+// The time of one step on one core, roughly.
+double step_ns(DType dtype, int64_t B, int64_t H, int64_t G);
 
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G);
 
-// The units and the batch rows of one worker.
+// The units and the slots (rnn_rows.h) of one worker.
 struct Slice {
   Range rows, blocks;
 };
 
 SEQFUSE_INLINE Slice slice_of(const Plan& p, int64_t worker, int64_t B, int64_t blocks) {
-  if (p.by_batch) return {part(B, worker, p.workers), {0, blocks}};
+  if (p.by_batch) return {turns(B, worker, p.workers), {0, blocks}};
   return {{0, B}, part(blocks, worker, p.workers)};
 }
 
@@ -185,23 +175,72 @@ SEQFUSE_INLINE void for_row_tiles(Range rows, int vectors, F&& f) {
   }
 }
 
-// f<T, cell>() for the element type and the cell of a call.
-template <class T, class F>
+// The rows beyond a sequence's end that a worker clears at the end of a scan, where the sequences are dense.
+SEQFUSE_INLINE Range rows_to_clear(const Plan& p, int64_t worker, int64_t B) {
+  return p.by_batch ? turns(B, worker, p.workers) : part(B, worker, p.workers);
+}
+
+// The arguments of one head: pointers to its units. H stays the width of all heads, the distance between two gates.
+RnnForward head_of(const RnnForward& a, int64_t head);
+RnnBackward head_of(const RnnBackward& a, int64_t head);
+
+// Builds a Scan for one head and runs it. Scan(args, plan) has take, pack, begin, step and end.
+template <class Scan, class Args>
+void run_head(const Args& a, const Plan& plan, const Parallel& parallel) {
+  Scan scan(a, plan);
+  Scratch scratch;
+  scan.take(scratch);
+  scratch.allocate();
+  scan.take(scratch);
+  scan.rows.fill(a.options, plan);
+  run_scan(scan, plan, scan.rows.steps, parallel);
+  scan.finish();
+}
+
+template <class Scan, class Args>
+struct RunHeads {
+  const Args& a;
+  const Parallel& parallel;
+  void operator()(int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; head++) run_head<Scan>(head_of(a, head), {1, false}, parallel);
+  }
+};
+
+// Heads are scans of their own over views of the same tensors. Threads take whole heads where those go round evenly,
+// else they share each head as they would share a scan.
+template <class Scan, class Args>
+void run_all(const Args& a, const Parallel& parallel) {
+  const int64_t heads = a.options.heads, G = gates_of(a.cell);
+  const Plan plan = plan_scan(parallel, a.dtype, a.T, a.B, a.H / heads, G);
+  if (heads == 1) return run_head<Scan>(a, plan, parallel);
+  RunHeads<Scan, Args> run{a, parallel};
+  const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
+  const double work_ns = double(a.T) * step_ns(a.dtype, a.B, a.H / heads, G) * double(heads);
+  if (work_ns < 15e3) return run(0, heads);  // less than what starting the threads costs
+  if (heads % threads == 0 || heads >= 4 * threads) return parallel(heads, run);
+  for (int64_t head = 0; head < heads; head++) run_head<Scan>(head_of(a, head), plan, parallel);
+}
+
+// f<T, cell, plain>() for the element type and the cell of a call.
+template <class T, bool Plain, class F>
 void for_cell_of(Cell cell, F f) {
   switch (cell) {
     case Cell::rnn_tanh:
-      return f.template operator()<T, Cell::rnn_tanh>();
+      return f.template operator()<T, Cell::rnn_tanh, Plain>();
     case Cell::rnn_relu:
-      return f.template operator()<T, Cell::rnn_relu>();
+      return f.template operator()<T, Cell::rnn_relu, Plain>();
     case Cell::gru:
-      return f.template operator()<T, Cell::gru>();
+      return f.template operator()<T, Cell::gru, Plain>();
     case Cell::lstm:
-      return f.template operator()<T, Cell::lstm>();
+      return f.template operator()<T, Cell::lstm, Plain>();
   }
 }
 template <class F>
-void for_cell(DType dtype, Cell cell, F f) {
-  dtype == DType::f32 ? for_cell_of<float>(cell, f) : for_cell_of<bf16>(cell, f);
+void for_cell(DType dtype, Cell cell, bool plain, F f) {
+  if (dtype == DType::f32)
+    plain ? for_cell_of<float, true>(cell, f) : for_cell_of<float, false>(cell, f);
+  else
+    plain ? for_cell_of<bf16, true>(cell, f) : for_cell_of<bf16, false>(cell, f);
 }
 
 }  // namespace SEQFUSE_ISA

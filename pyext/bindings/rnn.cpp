@@ -132,10 +132,8 @@ Outputs forward_cpu(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, M
                     bool reverse, bool save, bool want_cells) {
   STD_TORCH_CHECK(xg.scalar_type() != ScalarType::Half, "xg: the CPU kernel takes float32 and bfloat16");
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  return forward(cell, xg, h0, c0, w_hh, b_hh, given, {reverse, save, want_cells}, [](const RnnForward& a) {
-    STD_TORCH_CHECK(!a.options.in_use(), a.options.in_use(), " is not supported by the CPU kernels yet");
-    rnn_forward_cpu(a, torch_threads());
-  });
+  return forward(cell, xg, h0, c0, w_hh, b_hh, given, {reverse, save, want_cells},
+                 [](const RnnForward& a) { rnn_forward_cpu(a, torch_threads()); });
 }
 
 Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells, Tensor y, Tensor gates, Tensor cells,
@@ -143,12 +141,8 @@ Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcell
                      Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c, bool reverse) {
   STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  return backward(
-      cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, [](const RnnBackward& a) {
-        STD_TORCH_CHECK(!a.options.in_use() && !a.dcells, a.options.in_use() ? a.options.in_use() : "dcells",
-                        " is not supported by the CPU kernels yet");
-        rnn_backward_cpu(a, torch_threads());
-      });
+  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse,
+                  [](const RnnBackward& a) { rnn_backward_cpu(a, torch_threads()); });
 }
 
 #ifdef SEQFUSE_CUDA
