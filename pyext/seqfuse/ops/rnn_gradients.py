@@ -55,6 +55,29 @@ def state_before(states, first, reverse, lengths, resets):
     return before if resets is None else torch.where(resets[..., None], 0.0, before)
 
 
+LONG = 16_384  # rows from which a sum over all of them in one go loses digits: its rounding grows with their number
+
+
+def over_rows(a, b):
+    """a^T @ b, [X, Y], for a [rows, X] and b [rows, Y]; over very many rows in pieces, whose sums are then added up."""
+    rows, small = a.shape[0], a.shape[1] * b.shape[1] <= 65_536  # of larger ones the pieces would need much memory
+    if rows < LONG or not small:
+        return a.t() @ b
+    piece = 512
+    whole = rows // piece * piece
+    parts = torch.bmm(
+        a[:whole].reshape(-1, piece, a.shape[1]).transpose(1, 2), b[:whole].reshape(-1, piece, b.shape[1])
+    )
+    return parts.sum(0) + a[whole:].t() @ b[whole:]
+
+
+def bias_gradient(d_rows, by_scan=None):
+    """The sum of d_rows over all rows, in float32; by_scan: what the scan summed by the way, good up to LONG rows."""
+    if by_scan is not None and d_rows.shape[0] < LONG:
+        return by_scan
+    return d_rows.sum(0, dtype=torch.float32)
+
+
 def dw_hh(call, dxg, dan, y, h0, w_hh, options):
     """sum over t of da_t^T @ h_{t-1}, as GEMMs over the whole sequence. a's gradient is dxg, but dan for a GRU's n."""
     lengths, resets, hidden_mask = options[:3]
@@ -89,7 +112,7 @@ def dw_hh(call, dxg, dan, y, h0, w_hh, options):
 def _by_heads(d, states, H, heads):
     """d^T @ states, [X, H], or only its blocks on the diagonal of each gate, [X, H/heads]."""
     if heads == 1:
-        return d.t() @ states
+        return over_rows(d, states)
     d = d.reshape(d.shape[0], d.shape[1] // H, heads, H // heads)  # (rows, gate, head, unit)
     states = states.reshape(states.shape[0], heads, H // heads)
     return torch.einsum("rgnu,rnk->gnuk", d, states).reshape(-1, H // heads)

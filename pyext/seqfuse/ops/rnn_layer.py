@@ -19,10 +19,12 @@ from seqfuse import reference
 from seqfuse.ops import rnn_ragged
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
 from seqfuse.ops.rnn_gradients import (
+    bias_gradient,
     checkpoints,
     dw_hh,
     flat_rows,
     from_rows,
+    over_rows,
     peephole_gradient,
     recomputed_scan_gradients,
 )
@@ -213,23 +215,25 @@ class RnnLayerFunction(torch.autograd.Function):
         if needs[0]:
             dx = dxg if w_ih is None else from_rows(d_rows @ w_ih, x, layout)
         if needs[3]:
-            dw_ih = d_rows.t() @ flat_rows(x, layout)
+            dw_ih = over_rows(d_rows, flat_rows(x, layout))
         if needs[4]:
             dw = dw_hh(call, dxg, dan, y, h0, w_hh, options)
-        if needs[5]:
-            db_ih = db_hh.to(x.dtype)
+        if needs[5] or needs[6]:
             if call.cell == "gru":  # the n gate's two biases have different gradients
                 H = y.shape[-1]
-                db_n = d_rows[:, 2 * H :].sum(0, dtype=torch.float32)
-                db_ih = torch.cat([db_hh[: 2 * H], db_n]).to(x.dtype)
+                db_rz = bias_gradient(d_rows[:, : 2 * H], db_hh[: 2 * H])
+                db_ih = torch.cat([db_rz, bias_gradient(d_rows[:, 2 * H :])]).to(x.dtype)
+                db_hh = torch.cat([db_rz, bias_gradient(flat_rows(dan, layout), db_hh[2 * H :])]).to(x.dtype)
+            else:
+                db_ih = db_hh = bias_gradient(d_rows, db_hh).to(x.dtype)
         return (
             dx,
             dh0 if needs[1] else None,
             dc0 if needs[2] else None,
             dw_ih,
             dw,
-            db_ih,
-            db_hh.to(x.dtype) if needs[6] else None,
+            db_ih if needs[5] else None,
+            db_hh if needs[6] else None,
             None,
             None,
             None,
