@@ -107,11 +107,11 @@ def test_zoneout_equals_a_loop_over_cells():
 def test_weight_drop_and_variational_dropout_equal_masked_weights_and_inputs(kind, monkeypatch):
     masks = []
 
-    def record(shape, p, device):
+    def record(shape, p, like):
         masks.append(torch.rand(shape) < p)
-        return masks[-1]
+        return ~masks[-1] / (1 - p)
 
-    monkeypatch.setattr(rnn_extras, "drawn", record)
+    monkeypatch.setattr(rnn_extras, "keep_mask", record)
     module, plain = KINDS[kind](3, 4, weight_drop=0.5).double(), KINDS[kind](3, 4).double()
     x = numbers(5, 2, 3)
     y = module(x)[0]
@@ -134,7 +134,9 @@ def test_masks_have_their_probability():
     for p in (0.0, 0.01, 0.25, 0.5, 0.9, 1.0):
         share = rnn_extras.drawn((1000, 401), p, "cpu").double().mean().item()
         assert abs(share - p) <= 5 * (p * (1 - p) / 401_000) ** 0.5  # five standard deviations
-    assert rnn_extras.dropout(torch.ones(7), 1.0).eq(0).all()
+        keep = rnn_extras.keep_mask((1000, 401), p, torch.empty(0))
+        assert abs(keep.eq(0).double().mean().item() - p) <= 5 * (p * (1 - p) / 401_000) ** 0.5
+        assert p == 1 or torch.allclose(keep[keep != 0], torch.tensor(1 / (1 - p)), rtol=1e-6, atol=0)
 
 
 # All of it on the CPU kernel.

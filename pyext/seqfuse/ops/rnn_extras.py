@@ -120,28 +120,34 @@ def check_options(op, options, x, count, H):
 
 
 def drawn(shape, p, device):
-    """A bool tensor, each element true with probability p (to the nearest 1/65,536), from torch's generator.
-
-    On the CPU one 64-bit number makes four elements: torch's bernoulli_ takes several times as long, as much as a scan.
-    """
+    """A bool tensor, each element true with probability p (to the nearest 1/65,536), from torch's generator."""
     if p >= 1.0:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if traced() or torch.device(device).type != "cpu":
         return torch.rand(shape, device=device) < p
+    return _lanes(shape) < round(p * 65536) - 32768
+
+
+def _lanes(shape):
+    """Random int16 numbers over their whole range. One 64-bit number makes four: torch's bernoulli_ takes ten times as
+    long, as much as a tenth of an LSTM for weight_drop."""
     count = torch.Size(shape).numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (words.view(torch.int16)[:count] < round(p * 65536) - 32768).view(shape)
-
-
-def dropout(x, p, drop=None):
-    """x with elements zeroed with probability p and the others scaled by 1 / (1 - p); drop: their mask, if drawn."""
-    drop = drawn(x.shape, p, x.device) if drop is None else drop
-    return x.masked_fill(drop, 0.0) * (0.0 if p >= 1.0 else 1.0 / (1.0 - p))
+    return words.view(torch.int16)[:count].view(shape)
 
 
 def keep_mask(shape, p, like):
-    """A dropout mask to multiply with: 0 or 1 / (1 - p), of like's dtype."""
-    return dropout(like.new_ones(shape), p)
+    """A dropout mask to multiply with: 0 with probability p, else 1 / (1 - p); of like's dtype and device."""
+    if p >= 1.0:
+        return like.new_zeros(shape)
+    if traced() or like.device.type != "cpu":
+        return (torch.rand(shape, device=like.device) >= p).to(like.dtype) * (1.0 / (1.0 - p))
+    mask = torch.empty(shape, dtype=like.dtype)
+    return torch.ge(_lanes(shape), round(p * 65536) - 32768, out=mask).mul_(1.0 / (1.0 - p))
+
+
+def dropout(x, p):
+    return x * keep_mask(x.shape, p, x)
 
 
 def block_diagonal(w_hh, heads):
@@ -155,9 +161,8 @@ def block_diagonal(w_hh, heads):
 def between_layers(x, p, steps, ragged):
     """Dropout of a layer's output, with the same mask for the same seed in rows, padded, and in either layout."""
     if x.dim() == 3:
-        return dropout(x, p, drawn(x.shape, p, x.device))
-    padded = drawn((steps, ragged.lengths.shape[0], x.shape[1]), p, x.device)
-    return dropout(x, p, ragged.pack(padded))
+        return dropout(x, p)
+    return x * ragged.pack(keep_mask((steps, ragged.lengths.shape[0], x.shape[1]), p, x))
 
 
 def scan_options(options, k, w_hh, like, sizes, training, ragged, resets):
