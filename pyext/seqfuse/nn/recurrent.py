@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqfuse import dispatch, explanation, ops
 from seqfuse.ops.recurrent import WHOLE, Extent, Stack, packed_sequence
-from seqfuse.ops.rnn_extras import NO_OPTIONS, check_probability, in_force
+from seqfuse.ops.rnn_extras import NO_OPTIONS, check_probability, in_force, projection_in_force
 from seqfuse.ops.rnn_rules import SHORT, SHORT_STEPS, RecurrentCase, torch_path
 
 
@@ -160,7 +160,7 @@ class _Recurrent(nn.Module):
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight, cell = getattr(self, self._flat_weights_names[0]), self.mode.lower()
-        extras = ("proj_size",) if self.proj_size else ()
+        extras = projection_in_force(self.proj_size, self.hidden_size) if self.proj_size else ()
         options = self._recurrent_options()
         if options is not None:
             extras = in_force(options, self._is_lstm, self.training, bool(self.proj_size)) + extras

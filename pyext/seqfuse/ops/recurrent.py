@@ -178,7 +178,7 @@ def _case(cell, x, steps_and_batch, states, weights, stack, extent, extras=()):
     if options is not NO_OPTIONS:
         extras += rnn_extras.in_force(options, cell == "lstm", stack.training, projected)
     if projected:
-        extras += ("proj_size",)
+        extras += rnn_extras.projection_in_force(*weights[0][-1].shape)
     if extent is not WHOLE:
         names = ("lengths", "resets", "return_cell_states")
         extras += tuple(n for n, given in zip(names, extent, strict=True) if given is not None and given is not False)

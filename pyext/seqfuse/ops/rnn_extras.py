@@ -74,6 +74,11 @@ def in_force(options, lstm, training, projected):
     return tuple(found)
 
 
+def projection_in_force(P, H):
+    """The same for a projection from H to P units. A narrow one makes PyTorch's product of a step the smaller one."""
+    return ("proj_size", "narrow proj_size") if 2 * P < H else ("proj_size",)
+
+
 def check_probability(op, name, value, pair=True):
     """One probability, or two of them where the argument takes a pair."""
     values = value if isinstance(value, tuple) and pair and len(value) == 2 else (value,)

@@ -55,7 +55,7 @@ _IN_THE_SCAN = (
     "recompute",
     "dropout of a projected h",
 )
-_TORCH_TAKES = ("proj_size", "packed_sequence", "weight_drop")
+_TORCH_TAKES = ("proj_size", "narrow proj_size", "packed_sequence", "weight_drop")
 
 
 def _extra_refusal(case, reasons):
@@ -100,7 +100,9 @@ def _cpu_prefers(case):
         return SHORT
     if case.grad and case.T < {"lstm": 1, "gru": 2}.get(case.cell, 4):
         return "training over so few steps: packing the weights costs more than the scan saves"
-    if case.cell != "lstm":
+    if "narrow proj_size" in case.extras and case.B >= 8:
+        return "with so narrow a projection PyTorch's own product of every step is smaller than ours, and was faster"
+    if case.cell != "lstm" or "proj_size" in case.extras:
         return None
     if case.dtype == torch.float32 and (case.T * case.B >= 1024 and case.B >= 8 if case.grad else case.B >= 4):
         return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
@@ -119,9 +121,17 @@ def torch_path(case):
     """Which library PyTorch's own op ends in."""
     if case.device == "cuda":
         return "cuDNN" if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available() else "ATen"
-    onednn = case.cell == "lstm" and case.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.enabled
+    if case.cell != "lstm" or not case.B or not torch.backends.mkldnn.is_available():
+        return "ATen"
     loop = "proj_size" in case.extras or "packed_sequence" in case.extras
-    return "oneDNN" if onednn and not loop and case.B and torch.backends.mkldnn.is_available() else "ATen"
+    # oneDNN's bfloat16 needs instructions that not every processor has
+    takes = case.dtype == torch.float32 or (case.dtype == torch.bfloat16 and _onednn_takes_bf16())
+    return "oneDNN" if takes and not loop and torch.backends.mkldnn.enabled else "ATen"
+
+
+@functools.cache
+def _onednn_takes_bf16():
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cpu_path(case):
