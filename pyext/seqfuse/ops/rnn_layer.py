@@ -59,7 +59,7 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
     save = torch.is_grad_enabled() and (traced() or _any_requires_grad((*tensors, options.peephole)))
     # torch.compile decides by itself what to keep; a plain RNN keeps nothing but y anyway
     recompute = call.recompute and save and not traced() and (call.cell in ("gru", "lstm") or _zoneout(options))
-    call = call._replace(save=save, recompute=recompute)
+    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute)
     # as literals: with dynamic=True Dynamo would make a symbol of a float that comes from elsewhere
     fused = (None, None, None, None, None, None, 0.0, 0.0) if options is PLAIN else options[:FUSED_OPTIONS]
     y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *fused)
@@ -121,7 +121,8 @@ def _reference(call, tensors, options):
         return ragged.pack(y), h_n, c_n, None if cells is None else ragged.pack(cells)
 
     def run(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
-        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options)
+        projection = options.projection
+        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options.lengths, None if projection is None else len(projection))
         xg = x if w_ih is None else F.linear(x, w_ih, b_ih)
         return reference.rnn_scan(call.cell, xg, h0, c0, w_hh, b_hh, call.reverse, options)
 
@@ -132,14 +133,14 @@ def _reference(call, tensors, options):
     return y, h_n, c_n, cells if call.want_cells else None
 
 
-def _initial(cell, x, h0, c0, w_hh, options):
-    """The initial state, zeros where None."""
+def _initial(cell, x, h0, c0, w_hh, lengths, width=None):
+    """The initial state, zeros where None. width: of h, if it is not that of the gates."""
     if h0 is not None and (c0 is not None or cell != "lstm"):
         return h0, c0 if cell == "lstm" else None
-    batch = x.shape[1] if x.dim() == 3 else options.lengths.shape[0]
+    batch = x.shape[1] if x.dim() == 3 else lengths.shape[0]
     H = w_hh.shape[0] // reference.GATES[cell]
     if h0 is None:
-        h0 = x.new_zeros(batch, H if options.projection is None else options.projection.shape[0])
+        h0 = x.new_zeros(batch, H if width is None else width)
     if cell != "lstm":
         return h0, None
     return h0, (h0 if h0.shape[1] == H else x.new_zeros(batch, H)) if c0 is None else c0
@@ -153,7 +154,7 @@ class RnnLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, call, *options):
-        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, PLAIN._replace(lengths=options[0]))
+        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options[0])
         xg = _input_gates(x, w_ih, b_ih)
         keeps = call.want_cells or (call.recompute and call.cell == "lstm")
         out = SCAN[call.backend].fwd(
@@ -194,7 +195,7 @@ class RnnLayerFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
             return _differentiable_backward(call, inputs, options, (dy, dh_n, dc_n, dcells))
-        first = _initial(call.cell, x, h0, c0, w_hh, PLAIN._replace(lengths=options[0]))
+        first = _initial(call.cell, x, h0, c0, w_hh, options[0])
         grads, peephole = (dy, dh_n, dc_n, dcells), options[3]
         dpeephole = None
         if call.recompute:
@@ -249,8 +250,10 @@ class RnnLayerFunction(torch.autograd.Function):
 def _input_gates(x, w_ih, b_ih):
     if w_ih is None:
         return x
+    if x.is_contiguous():
+        return F.linear(x, w_ih, b_ih)  # (T, B, G*H) or (N, G*H)
     layout = batch_major(x)
-    return from_rows(F.linear(flat_rows(x, layout), w_ih, b_ih), x, layout)  # (T, B, G*H)
+    return from_rows(F.linear(flat_rows(x, layout), w_ih, b_ih), x, layout)
 
 
 def _differentiable_backward(call, inputs, options, grads):
