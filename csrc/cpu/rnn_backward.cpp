@@ -20,8 +20,10 @@ struct BackwardScan {
   const Plan plan;
   const int64_t units = a.H / (Plain ? 1 : a.options.heads);  // of this head; a.H lies between two gates
   const int64_t blocks = ceil_div(units, VL);
-  const int64_t words = words_of<T>(G * units);
-  const int64_t ld = operand_ld(words);
+  const Product kind = product_for<T>(rows_each(plan, a.B));
+  const int64_t words = weight_words(kind, G* units);
+  const int64_t terms = operand_words(kind, G* units);
+  const int64_t ld = operand_ld(terms);
   const int64_t state_ld = blocks * VL;
 
   Rows<Plain> rows;
@@ -61,7 +63,7 @@ struct BackwardScan {
         p.first[v] = (g.begin + v) * VL;
         p.count[v] = lanes(g.begin + v, units);
       }
-      pack_columns<T>(p, packed + g.begin * VL * words);
+      pack_columns<T>(p, kind, packed + g.begin * VL * words);
     }
   }
 
@@ -72,8 +74,8 @@ struct BackwardScan {
     const int64_t first = s.blocks.begin * G * VL, count = s.blocks.size() * G * VL;
     memset(bias_of(bias, worker) + first, 0, size_t(count) * sizeof(float));
     for (int64_t slot = s.rows.begin; slot < s.rows.end; slot++) {
-      if (s.blocks.end == blocks)  // half of the last word may be padding, which must not hold a NaN
-        gradient[0][slot * ld + words - 1] = gradient[1][slot * ld + words - 1] = 0;
+      if (s.blocks.end == blocks)  // the last word, or half of it, may be padding, which must not hold a NaN
+        gradient[0][slot * ld + terms - 1] = gradient[1][slot * ld + terms - 1] = 0;
       for (int64_t block = s.blocks.begin; block < s.blocks.end; block++) {
         const int64_t u = rows.sequence(slot) * a.H + block * VL, own = slot * state_ld + block * VL;
         const int n = lanes(block, units);
@@ -134,9 +136,9 @@ struct BackwardScan {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, max_vectors);
       const word* w = packed + g.begin * VL * words;
       for_row_tiles(running, int(g.size()), [&](int64_t slot, int count) {
-        tile_function(uses_dot<T>, int(g.size()), count)(w, gradient[i & 1] + slot * ld, ld, words,
-                                                         out + slot * state_ld + g.begin * VL, state_ld, VL,
-                                                         Plain && C == Cell::gru);
+        tile_function(kind, int(g.size()), count)(w, gradient[i & 1] + slot * ld, ld, words,
+                                                  out + slot * state_ld + g.begin * VL, state_ld, VL,
+                                                  Plain && C == Cell::gru);
       });
     }
   }

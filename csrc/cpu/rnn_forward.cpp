@@ -21,8 +21,10 @@ struct ForwardScan {
   const Plan plan;
   const int64_t units = a.H / (Plain ? 1 : a.options.heads);  // of this head; a.H lies between two gates
   const int64_t blocks = ceil_div(units, VL);
-  const int64_t words = words_of<T>(units);
-  const int64_t ld = operand_ld(words);
+  const Product kind = product_for<T>(rows_each(plan, a.B));
+  const int64_t words = weight_words(kind, units);
+  const int64_t terms = operand_words(kind, units);
+  const int64_t ld = operand_ld(terms);
   const int64_t state_ld = blocks * VL;
 
   Rows<Plain> rows;
@@ -56,7 +58,7 @@ struct ForwardScan {
         const vf b = a.b_hh ? get((const T*)a.b_hh + p.first[v], p.count[v]) : vf{};
         store(bias + (block * G + v % G) * VL, b);
       }
-      pack_rows<T>(p, packed + g.begin * G * VL * words);
+      pack_rows<T>(p, kind, packed + g.begin * G * VL * words);
     }
   }
 
@@ -65,8 +67,8 @@ struct ForwardScan {
   void begin(int64_t worker) {
     const Slice s = slice_of(plan, worker, a.B, blocks);
     for (int64_t slot = s.rows.begin; slot < s.rows.end; slot++) {
-      if (s.blocks.end == blocks)  // half of the last word may be padding, which must not hold a NaN
-        h[0][slot * ld + words - 1] = h[1][slot * ld + words - 1] = 0;
+      if (s.blocks.end == blocks)  // the last word, or half of it, may be padding, which must not hold a NaN
+        h[0][slot * ld + terms - 1] = h[1][slot * ld + terms - 1] = 0;
       const int64_t length = rows.length(slot), joins = a.reverse ? rows.steps - length : 0;  // at this step
       for (int64_t block = s.blocks.begin; block < s.blocks.end; block++) {
         const int64_t u = rows.sequence(slot) * a.H + block * VL, own = slot * state_ld + block * VL;
@@ -97,8 +99,7 @@ struct ForwardScan {
       for_row_tiles(running, vectors, [&](int64_t slot, int count) {
         alignas(64) float product[max_tile * VL];
         prefetch_inputs(t, g, slot, count);
-        tile_function(uses_dot<T>, vectors, count)(w, h[i & 1] + slot * ld, ld, words, product, vectors * VL, VL,
-                                                   false);
+        tile_function(kind, vectors, count)(w, h[i & 1] + slot * ld, ld, words, product, vectors * VL, VL, false);
         // two passes: the activations of one row alone are a chain too long for the processor's window
         if constexpr (G > 1)
           for (int r = 0; r < count; r++) activate(t, slot + r, g.begin, product + r * vectors * VL);

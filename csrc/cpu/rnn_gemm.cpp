@@ -7,22 +7,46 @@ namespace SEQFUSE_ISA {
 
 namespace {
 
-template <bool Dot>
-SEQFUSE_INLINE vf multiply_add(vf acc, const word* w, word x) {
-#if defined(__AVX512BF16__)
-  if constexpr (Dot) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(x)));
-  }
-#endif
+SEQFUSE_INLINE vf broadcast(word x) {
   float f;
   memcpy(&f, &x, 4);
-  return acc + splat(f) * load((const float*)w);
+  return splat(f);
 }
 
-template <bool Dot, int NV, int NR>
+// acc += the product of one word of weights with the state at x: one term, or two.
+template <Product P>
+SEQFUSE_INLINE void multiply_add(vf& even, vf& odd, const word* w, const word* x) {
+#if defined(__AVX512BF16__)
+  if constexpr (P == Product::dot) {
+    even = (vf)_mm512_dpbf16_ps((__m512)even, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(*x)));
+    return;
+  }
+#endif
+  const vf pair = load((const float*)w);
+  if constexpr (P == Product::widened_pairs) {
+    even += broadcast(x[0]) * as_float(as_bits(pair) << 16);
+    odd += broadcast(x[1]) * as_float(as_bits(pair) & 0xffff0000u);
+  } else {
+    even += broadcast(*x) * pair;
+  }
+}
+
+// Sums that run side by side along k, for n accumulators each: enough to hide the latency of a multiply-add, and no
+// more than there are registers for.
+constexpr int chains_for(int n) {
+#if defined(__AVX512F__)
+  return n >= 8 ? 1 : n >= 3 ? 4 : 8;
+#else
+  return n >= 8 ? 1 : n >= 4 ? 2 : n >= 2 ? 4 : 8;
+#endif
+}
+
+template <Product P, int NV, int NR>
 void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64_t words, float* __restrict out,
           int64_t out_row, int64_t out_vec, bool add) {
-  constexpr int chains = NV * NR >= 8 ? 1 : NV * NR >= 3 ? 4 : 8;
+  constexpr int per_word = P == Product::widened_pairs ? 2 : 1;                                 // terms
+  constexpr int chains = P == Product::widened_pairs && NV * NR > 4 ? 1 : chains_for(NV * NR);  // registers
+  constexpr int step = chains > per_word ? chains / per_word : 1;                               // words
   vf acc[chains][NR][NV];
 #pragma GCC unroll 8
   for (int c = 0; c < chains; c++)
@@ -31,22 +55,19 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) acc[c][r][v] = vf{};
 
+  // Pairs: one vector of weights after the other, so that few widened ones are alive; else one row after the other.
+  auto one = [&](int64_t k, int even, int odd) __attribute__((always_inline)) {
+#pragma GCC unroll 24
+    for (int i = 0; i < NV * NR; i++) {
+      const int v = P == Product::widened_pairs ? i / NR : i % NV, r = P == Product::widened_pairs ? i % NR : i / NV;
+      multiply_add<P>(acc[even][r][v], acc[odd][r][v], w + (k * NV + v) * VL, x + r * ldx + k * per_word);
+    }
+  };
   int64_t k = 0;
-  for (; k + chains <= words; k += chains) {
+  for (; k + step <= words; k += step)
 #pragma GCC unroll 8
-    for (int c = 0; c < chains; c++)
-#pragma GCC unroll 8
-      for (int r = 0; r < NR; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++)
-          acc[c][r][v] = multiply_add<Dot>(acc[c][r][v], w + ((k + c) * NV + v) * VL, x[r * ldx + k + c]);
-  }
-  for (; k < words; k++)
-#pragma GCC unroll 8
-    for (int r = 0; r < NR; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++)
-        acc[0][r][v] = multiply_add<Dot>(acc[0][r][v], w + (k * NV + v) * VL, x[r * ldx + k]);
+    for (int c = 0; c < step; c++) one(k + c, c * per_word % chains, (c * per_word + per_word - 1) % chains);
+  for (; k < words; k++) one(k, 0, 0);
 
 #pragma GCC unroll 8
   for (int r = 0; r < NR; r++)
@@ -61,33 +82,33 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
     }
 }
 
-template <bool Dot, int NV, int NR = tile_rows(NV)>
+template <Product P, int NV, int NR = P == Product::widened_pairs ? most_pair_rows : tile_rows(NV)>
 TileFn by_rows(int rows) {
   if constexpr (NR == 0)
     return nullptr;
   else
-    return rows == NR ? tile<Dot, NV, NR> : by_rows<Dot, NV, NR - 1>(rows);
+    return rows == NR ? tile<P, NV, NR> : by_rows<P, NV, NR - 1>(rows);
 }
 
-template <bool Dot>
+template <Product P>
 TileFn by_vectors(int vectors, int rows) {
   switch (vectors) {
     case 1:
-      return by_rows<Dot, 1>(rows);
+      return by_rows<P, 1>(rows);
     case 2:
-      return by_rows<Dot, 2>(rows);
+      return by_rows<P, 2>(rows);
     case 3:
-      return by_rows<Dot, 3>(rows);
+      return by_rows<P, 3>(rows);
     default:
-      return by_rows<Dot, 4>(rows);
+      return by_rows<P, 4>(rows);
   }
 }
 
 // word k of a column: a float, or the pair 2k, 2k + 1
-template <class T>
+template <class T, bool Pairs>
 SEQFUSE_INLINE word word_at(const T* column, int64_t k) {
   word u;
-  if constexpr (uses_dot<T>) {
+  if constexpr (Pairs) {
     memcpy(&u, column + 2 * k, 4);
   } else {
     const float f = widen(column[k]);
@@ -96,19 +117,11 @@ SEQFUSE_INLINE word word_at(const T* column, int64_t k) {
   return u;
 }
 
-}  // namespace
-
-TileFn tile_function(bool dot, int vectors, int rows) {
-  if constexpr (has_dot)
-    if (dot) return by_vectors<true>(vectors, rows);
-  return by_vectors<false>(vectors, rows);
-}
-
-template <class T>
-void pack_rows(const PackColumns& p, word* out) {
+template <class T, bool Pairs>
+void pack_rows_as(const PackColumns& p, word* out) {
   constexpr int KB = 16;  // one cache line of each column at a time
-  const int64_t words = words_of<T>(p.K), stride = int64_t(p.vectors) * VL;
-  const int64_t whole = uses_dot<T> ? p.K / 2 : p.K;  // words that are not half a pair
+  const int64_t words = Pairs ? (p.K + 1) / 2 : p.K, stride = int64_t(p.vectors) * VL;
+  const int64_t whole = Pairs ? p.K / 2 : p.K;  // words that are not half a pair
   word t[KB][VL];
   for (int v = 0; v < p.vectors; v++) {
     const T* base = (const T*)p.w + p.first[v] * p.ld;
@@ -119,9 +132,9 @@ void pack_rows(const PackColumns& p, word* out) {
         const T* column = base + lane * p.ld;
         if (n == KB) {
 #pragma GCC unroll 16
-          for (int k = 0; k < KB; k++) t[k][lane] = word_at(column, k0 + k);
+          for (int k = 0; k < KB; k++) t[k][lane] = word_at<T, Pairs>(column, k0 + k);
         } else {
-          for (int k = 0; k < n; k++) t[k][lane] = word_at(column, k0 + k);
+          for (int k = 0; k < n; k++) t[k][lane] = word_at<T, Pairs>(column, k0 + k);
           if (k0 + n < words) memcpy(&(t[n][lane] = 0), column + p.K - 1, 2);
         }
       }
@@ -130,17 +143,17 @@ void pack_rows(const PackColumns& p, word* out) {
   }
 }
 
-template <class T>
-void pack_columns(const PackColumns& p, word* out) {
-  const int64_t words = words_of<T>(p.K);
+template <class T, bool Pairs>
+void pack_columns_as(const PackColumns& p, word* out) {
+  const int64_t words = Pairs ? (p.K + 1) / 2 : p.K;
   auto row = [&](int64_t k) { return (const T*)p.w + (k / p.part * p.part_ld + k % p.part) * p.ld; };
   for (int64_t k = 0; k < words; k++) {
-    const T* even = row(uses_dot<T> ? 2 * k : k);
-    const T* odd = uses_dot<T> && 2 * k + 1 < p.K ? row(2 * k + 1) : nullptr;
+    const T* even = row(Pairs ? 2 * k : k);
+    const T* odd = Pairs && 2 * k + 1 < p.K ? row(2 * k + 1) : nullptr;
     for (int v = 0; v < p.vectors; v++, out += VL) {
       const int n = p.count[v];
       vf x = take(even + p.first[v], n);
-      if constexpr (uses_dot<T>) {
+      if constexpr (Pairs) {
         const vf high = odd ? take(odd + p.first[v], n) : vf{};
         x = as_float((as_bits(x) >> 16) | as_bits(high));
       }
@@ -149,10 +162,29 @@ void pack_columns(const PackColumns& p, word* out) {
   }
 }
 
-template void pack_rows<float>(const PackColumns&, word*);
-template void pack_rows<bf16>(const PackColumns&, word*);
-template void pack_columns<float>(const PackColumns&, word*);
-template void pack_columns<bf16>(const PackColumns&, word*);
+}  // namespace
+
+TileFn tile_function(Product product, int vectors, int rows) {
+  constexpr Product pairs = has_dot ? Product::dot : Product::widened_pairs;
+  return product == pairs ? by_vectors<pairs>(vectors, rows) : by_vectors<Product::floats>(vectors, rows);
+}
+
+template <>
+void pack_rows<float>(const PackColumns& p, Product, word* out) {
+  pack_rows_as<float, false>(p, out);
+}
+template <>
+void pack_rows<bf16>(const PackColumns& p, Product product, word* out) {
+  product == Product::floats ? pack_rows_as<bf16, false>(p, out) : pack_rows_as<bf16, true>(p, out);
+}
+template <>
+void pack_columns<float>(const PackColumns& p, Product, word* out) {
+  pack_columns_as<float, false>(p, out);
+}
+template <>
+void pack_columns<bf16>(const PackColumns& p, Product product, word* out) {
+  product == Product::floats ? pack_columns_as<bf16, false>(p, out) : pack_columns_as<bf16, true>(p, out);
+}
 
 }  // namespace SEQFUSE_ISA
 }  // namespace seqfuse

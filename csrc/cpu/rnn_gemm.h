@@ -1,13 +1,17 @@
 // The product inside the recurrent scan: a few rows of the state times packed weights, [rows, K] @ [K, vectors * VL].
 //
-// Operands are arrays of 4-byte words: one float, or two bf16 of neighbouring k where the processor multiplies pairs
-// (AVX512-BF16). Weights lie packed as [K words][vectors][VL], so that a tile reads them as one stream; the state is
-// [rows][ld words], broadcast word by word. All sums are fp32.
+// Weights are arrays of 4-byte words: one float, or two bf16 of neighbouring k. They lie packed as
+// [words][vectors][VL], so that a tile reads them as one stream. The state is [rows][ld words], broadcast word by word:
+// floats, but pairs of bf16 where the processor multiplies pairs (AVX512-BF16). Elsewhere bf16 weights are packed as
+// floats, or, where so few rows use them that reading is what takes the time, as pairs that a tile widens in registers.
+// All sums are fp32.
 #pragma once
 #include "cpu/vec.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
+
+constexpr int most_pair_rows = 2;
 
 #if defined(__AVX512BF16__)
 constexpr bool has_dot = true;
@@ -15,13 +19,22 @@ constexpr bool has_dot = true;
 constexpr bool has_dot = false;
 #endif
 
-// whether the product for data type T runs on pairs of bf16
+enum class Product { floats, widened_pairs, dot };
+
 template <class T>
 constexpr bool uses_dot = has_dot && sizeof(T) == 2;
 
+// For a worker that has so many rows. On Zen 3 pairs win with up to two: 1.5x with one, 0.8x with four.
+template <class T>
+SEQFUSE_INLINE Product product_for(int64_t rows) {
+  if (uses_dot<T>) return Product::dot;
+  return sizeof(T) == 2 && rows <= most_pair_rows ? Product::widened_pairs : Product::floats;
+}
+
 typedef uint32_t word;
 
-// out[r * out_row + v * out_vec + lane] (+)= sum over k of x[r * ldx + k] * w[(k * vectors + v) * VL + lane]
+// out[r * out_row + v * out_vec + lane] (+)= sum over k of x[r * ldx + k] * w[(k * vectors + v) * VL + lane], k < words
+// of the weights
 using TileFn = void (*)(const word* w, const word* x, int64_t ldx, int64_t words, float* out, int64_t out_row,
                         int64_t out_vec, bool add);
 
@@ -37,7 +50,7 @@ constexpr int tile_rows(int vectors) {
 #endif
 }
 
-TileFn tile_function(bool dot, int vectors, int rows);
+TileFn tile_function(Product product, int vectors, int rows);
 
 // Packs `vectors` * VL columns into [words][vectors][VL]; vector v holds columns first[v] .. first[v] + count[v] - 1,
 // and zeros in its other lanes. T is float or bf16.
@@ -50,13 +63,16 @@ struct PackColumns {
   int64_t part = K, part_ld = K;  // pack_columns: k stands in row (k / part) * part_ld + k % part of w
 };
 template <class T>
-void pack_rows(const PackColumns&, word* out);  // column c is contiguous along k: w[c * ld + k]
+void pack_rows(const PackColumns&, Product, word* out);  // column c is contiguous along k: w[c * ld + k]
 template <class T>
-void pack_columns(const PackColumns&, word* out);  // k is the slow index: w[k * ld + c]
+void pack_columns(const PackColumns&, Product, word* out);  // k is the slow index: w[k * ld + c]
 
-template <class T>
-SEQFUSE_INLINE int64_t words_of(int64_t K) {
-  return uses_dot<T> ? (K + 1) / 2 : K;
+// words of weights for K terms of the sum, and of the state, whose last word may be padding (weights there are 0)
+SEQFUSE_INLINE int64_t weight_words(Product product, int64_t K) {
+  return product == Product::floats ? K : (K + 1) / 2;
+}
+SEQFUSE_INLINE int64_t operand_words(Product product, int64_t K) {
+  return product == Product::widened_pairs ? K + (K & 1) : weight_words(product, K);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -28,6 +28,11 @@ SEQFUSE_INLINE Slice slice_of(const Plan& p, int64_t worker, int64_t B, int64_t 
   return {{0, B}, part(blocks, worker, p.workers)};
 }
 
+// Rows of the largest slice.
+SEQFUSE_INLINE int64_t rows_each(const Plan& p, int64_t B) {
+  return p.by_batch ? ceil_div(B, p.workers) : B;
+}
+
 // Unit blocks are multiplied in groups of at most `most`, as even as can be.
 SEQFUSE_INLINE int64_t groups_in(Range blocks, int64_t most) {
   return ceil_div(blocks.size(), most);
