@@ -163,7 +163,7 @@ def test_packed_sequences_run_on_the_kernel():
         def call(m, x):
             packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
             out, state = m(packed)
-            return pad_packed_sequence(out, batch_first=True)[0], *(state if kind is nn.LSTM else [state])
+            return pad_packed_sequence(out, batch_first=True)[0], *(state if isinstance(state, tuple) else [state])
 
         exact, theirs = call(copy.deepcopy(module).double(), x.double()), call(module, x)
         for got, truth, pytorch in zip(call(seqfuse.fuse(module), x), exact, theirs, strict=True):
