@@ -3,6 +3,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 namespace seqfuse {
@@ -62,14 +63,23 @@ double step_ns(DType dtype, int64_t B, int64_t H, int64_t G) {
   return reading > multiplying ? reading : multiplying;
 }
 
+// Whether each core keeps so much in its second-level cache beside everything else.
+static bool fits_l2(int64_t bytes) {
+  long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  size = found;
+#endif
+  return bytes <= (size > 0 ? size : 1 << 20) / 4 * 3;
+}
+
 // Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/recurrent.md).
 // Splitting the batch needs no barrier and moves no state between cores, so it comes first wherever the rows left to
 // each worker still hide the reading of all of w_hh.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
   const double step = step_ns(dtype, B, H, G);
-  const bool fits_l2 = weight_bytes(dtype, H, G) <= 768 * 1024;
-  const int64_t rows = fits_l2 ? 2 : 4;
+  const int64_t rows = fits_l2(weight_bytes(dtype, H, G)) ? 2 : 4;
   if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
     if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
     return {threads < B ? threads : B, true};

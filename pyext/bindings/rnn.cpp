@@ -39,7 +39,6 @@ Extent extent_of(Args& a, int64_t cell, const Tensor& seq, const Tensor& h0, con
   return e;
 }
 
-// gates: the values saved for each unit. The tensors that an RnnForward points to, where this file made them.
 template <class Launch>
 Outputs forward(int64_t cell, const Tensor& xg_in, const Tensor& h0_in, const Maybe& c0_in, const Tensor& w_in,
                 const Maybe& b_in, const Options& given, Flags flags, Launch launch) {
