@@ -1,6 +1,7 @@
 """LSTMCell, GRUCell and RNNCell against torch.nn's in float64."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,43 @@ def test_double_backward(cell):
         got = second(seqfuse.fuse(module), torch.float32)
     for a, b, c in zip(got, exact, theirs, strict=True):
         assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_ensemble_by_vmap(cell):
+    modules = [seqfuse.fuse(CELLS[cell](3, 5)) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(modules)
+    x = torch.randn(4, 3)
+
+    def loss(p, b, module=modules[0]):
+        h = torch.func.functional_call(module, (p, b), (x,))
+        return (h[0] if cell == "lstm" else h).square().sum()
+
+    with seqfuse.backend("cpu"):
+        together = torch.vmap(loss)(parameters, buffers)
+        inside = torch.vmap(torch.func.grad(loss))(parameters, buffers)
+        together.sum().backward()
+        for i, module in enumerate(modules):
+            alone = loss(dict(module.named_parameters()), {}, module)
+            alone.backward()
+            assert_accurate(together[i], alone.double(), alone)
+            for name, p in module.named_parameters():
+                for g in (inside[name][i], parameters[name].grad[i]):
+                    assert_accurate(g, p.grad.double(), p.grad, what=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_copies_pickles_and_state_dict_both_ways(cell):
+    module, x = CELLS[cell](3, 5), torch.randn(4, 3)
+    fused = seqfuse.fuse(CELLS[cell](3, 5))
+    fused.load_state_dict(module.state_dict())
+    module.load_state_dict(fused.state_dict())
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        for a, b in zip(twin(x), fused(x), strict=True):
+            assert torch.equal(a, b)
+    exported = torch.export.export(fused, (x,)).module()
+    for a, b in zip(exported(x), fused(x), strict=True):
+        assert_accurate(a, b.detach().double(), b.detach())
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -155,28 +155,31 @@ def test_edited_weights_are_seen():
     assert_accurate(module(x)[0], plain(x)[0].double())
 
 
-def test_packed_sequences_pass_through():
+def test_packed_sequences_run_on_the_kernel():
     x, lengths = torch.randn(3, 7, 6), torch.tensor([5, 7, 2])
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
         module = kind(6, 10, batch_first=True, bidirectional=True)
 
-        def call(m):
+        def call(m, x):
             packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
             out, state = m(packed)
-            return pad_packed_sequence(out, batch_first=True)[0], state
+            return pad_packed_sequence(out, batch_first=True)[0], *(state if isinstance(state, tuple) else [state])
 
-        y, state = call(module)
-        got, last = call(seqfuse.fuse(module))
-        assert torch.equal(got, y)
-        torch.testing.assert_close(last, state, rtol=0, atol=0)
+        exact, theirs = call(copy.deepcopy(module).double(), x.double()), call(module, x)
+        for got, truth, pytorch in zip(call(seqfuse.fuse(module), x), exact, theirs, strict=True):
+            assert_accurate(got, truth, pytorch)
+        assert seqfuse.explain(module)[0].backend == "cpu"
 
 
-def test_proj_size_and_float64_go_to_torch():
-    module = nn.LSTM(6, 10, proj_size=4)
+def test_proj_size_runs_on_the_kernel_and_float64_goes_to_torch():
+    module = nn.LSTM(6, 10, proj_size=5)
     x = torch.randn(4, 3, 6)
-    expected, (h, c) = module(x)
-    got, (h2, c2) = seqfuse.fuse(module)(x)
-    assert torch.equal(got, expected) and torch.equal(h, h2) and torch.equal(c, c2)
+    exact, theirs = copy.deepcopy(module).double()(x.double()), module(x)
+    got = seqfuse.fuse(module)(x)
+    assert_accurate(got[0], exact[0], theirs[0])
+    for g, e, t in zip(got[1], exact[1], theirs[1], strict=True):
+        assert_accurate(g, e, t)
+    assert seqfuse.explain(module)[0].backend == "cpu"
     double = nn.GRU(6, 10).double()
     expected = double(x.double())[0]
     assert torch.equal(seqfuse.fuse(double)(x.double())[0], expected)

@@ -337,7 +337,9 @@ def weights(G=4, H=6, width=4):
             ValueError,
             "h0 must have shape [1, 2, 6]",
         ),
-        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:3]]), ValueError, "got 3 tensors"),
+        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:1]]), ValueError, "got 1 tensors"),
+        (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, [weights()[0][:3]]), ValueError, "w_hr must be 2-D"),
+        (lambda: seqfuse.ops.gru(torch.randn(3, 2, 4), None, [weights(3)[0][:3]]), ValueError, "got 3 tensors"),
         (lambda: seqfuse.ops.lstm(torch.randn(3, 2, 4), None, weights(), dropout=2), ValueError, "dropout must be in"),
         (
             lambda: seqfuse.ops.rnn(torch.randn(3, 2, 4), None, weights(1), nonlinearity="gelu"),

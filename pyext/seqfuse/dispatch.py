@@ -23,6 +23,10 @@ def _never_refuses(case) -> None:
     return None
 
 
+def _no_path(case) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one op.
@@ -33,6 +37,8 @@ class Backend:
     prefers(case): None, or one sentence that says why `auto` passes it over all the same. Not asked while torch.compile
     traces, where sizes may be symbolic and a choice by size would force a recompilation.
     note: what the user should know of it (a kernel that has not run on real hardware says so here).
+    path(case): which of several ways inside the backend the call takes (a kernel's tier, the library behind PyTorch's
+    op), or "". Stands before the reason of the choice. Not asked while torch.compile traces.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Backend:
     supports: Callable[[Any], str | None] = _never_refuses
     prefers: Callable[[Any], str | None] = _never_refuses
     note: str = ""
+    path: Callable[[Any], str] = _no_path
 
 
 class Choice(NamedTuple):
@@ -140,6 +147,11 @@ def select(op: str, case: Any) -> Choice:
 
 def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
     backends = _ops[op]
+
+    def because(backend, reason):
+        path = "" if compiling else backend.path(case)
+        return f"{path}: {reason}" if path else reason
+
     if name != "auto":
         _check_name(name)
         if name not in backends:
@@ -147,17 +159,18 @@ def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
         why_not = backends[name].supports(case)
         if why_not is not None:
             raise RuntimeError(f"backend {name!r} can't run {op} here: {why_not}")
-        return Choice(op, name, "asked for by name")
+        return Choice(op, name, because(backends[name], "asked for by name"))
     wanted = None if compiling else tuned.lookup(op, case)
     if wanted in backends and backends[wanted].supports(case) is None:
-        return Choice(op, wanted, "measured fastest on this machine (bench --tune)")
+        return Choice(op, wanted, because(backends[wanted], "measured fastest on this machine (bench --tune)"))
     refused = []
     for candidate in backends.values():
         why_not = candidate.supports(case)
         if why_not is None and not compiling:
             why_not = candidate.prefers(case)
         if why_not is None:
-            return Choice(op, candidate.name, candidate.note or "the first that fits", tuple(refused))
+            reason = because(candidate, candidate.note or "the first that fits")
+            return Choice(op, candidate.name, reason, tuple(refused))
         refused.append((candidate.name, why_not))
     reasons = "; ".join(f"{n}: {why}" for n, why in refused)
     raise RuntimeError(f"no backend can run {op} here ({reasons})")

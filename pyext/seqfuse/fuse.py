@@ -6,6 +6,7 @@ whole list; a later op adds a line.
 """
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -76,11 +77,19 @@ def fuse(
 
 
 def unfuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Turn every module that fuse replaced (or seqfuse.nn made) back into torch's, in place; returns `model`."""
+    """Turn every module that fuse replaced (or seqfuse.nn made) back into torch's, in place; returns `model`.
+
+    A module with something that torch.nn has not (zoneout, heads, ...) stays what it is, with a warning.
+    """
     rules = {rule.fused: rule for rule in RULES}
-    for _, module in _modules(model, "unfuse"):
+    for path, module in _modules(model, "unfuse"):
         rule = rules.get(_plain_class(module))
-        if rule is not None:
+        beyond = getattr(module, "beyond_torch", tuple)()
+        if rule is not None and beyond:
+            where = path or "the model"
+            warnings.warn(f"unfuse: {where} stays a {rule.fused.__name__} of seqfuse: torch.nn has no {beyond[0]}",
+                          stacklevel=2)  # fmt: skip
+        elif rule is not None:
             _change_class(module, rule.original)
             explanation.forget(module)
             rule.after_unfuse(module)

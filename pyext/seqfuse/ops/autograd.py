@@ -3,6 +3,12 @@
 import torch
 
 
+def traced() -> bool:
+    """Whether torch.compile, torch.export or a transform of torch.func looks at this call: then the values of tensors
+    decide nothing, and nothing is done in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def apply(function, *args):
     """function.apply(*args) without what it costs to look for keyword arguments.
 
@@ -10,7 +16,7 @@ def apply(function, *args):
     measured, three times as much as the rest of the call. Ours pass every argument by position, so the base class's
     apply does; torch.func's transforms and Dynamo need the full one.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 

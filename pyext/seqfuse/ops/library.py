@@ -89,3 +89,24 @@ def register_op(name: str, schema: str, fake, launch) -> None:
     _triton.impl(name, launch, "CPU")  # the interpreter
     torch.library.register_fake(f"seqfuse_triton::{name}", fake, lib=_triton)
     register_fake(name, fake)
+
+
+def register_vmap(name: str) -> None:
+    """torch.vmap over the op of this name: one call for each member, stacked. Its GEMMs outside become batched ones."""
+    if native.missing() is None:
+        torch.library.register_vmap(f"seqfuse::{name}", _member_by_member("seqfuse", name))
+    if hasattr(torch.ops.seqfuse_triton, name):
+        torch.library.register_vmap(f"seqfuse_triton::{name}", _member_by_member("seqfuse_triton", name), lib=_triton)
+
+
+def _member_by_member(namespace, name):
+    def rule(info, in_dims, *args):
+        op = getattr(getattr(torch.ops, namespace), name)
+        members = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        out = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+        return out, (0,) * len(out)
+
+    return rule

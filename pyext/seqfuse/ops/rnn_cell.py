@@ -12,8 +12,8 @@ from torch import _VF
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients
-from seqfuse.ops.rnn_layer import CELLS
+from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.rnn_scan import CELLS
 
 
 class CellCase(NamedTuple):
@@ -66,7 +66,7 @@ def _run(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
         c = x.new_zeros(x.shape[0], H) if cell == "lstm" else None
     elif c is h:  # Dynamo takes no tensor twice
         c = h.clone()
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    grad = torch.is_grad_enabled() and (traced() or any(t is not None and t.requires_grad for t in tensors))
     case = CellCase(cell, x.device.type, x.dtype, x.shape[0], H, grad)
     name = dispatch.select("rnn_cell", case).backend
     if name == "torch":
@@ -112,6 +112,8 @@ def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
 
 class RnnCellFunction(torch.autograd.Function):
     """Autograd of the CPU kernel. gates is an output only so that it can be saved."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save):
@@ -186,6 +188,8 @@ def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out):
 
 library.register_fake("rnn_cell_fwd", _fake_fwd)
 library.register_fake("rnn_cell_bwd", _fake_bwd)
+for _name in ("rnn_cell_fwd", "rnn_cell_bwd"):
+    library.register_vmap(_name)
 
 
 def _never(*_):

@@ -9,124 +9,237 @@ Only the scan h_{t-1} -> h_t is sequential. Everything else is a GEMM over the w
 so there are no atomics and the result is deterministic. Contract of the scan: csrc/include/seqfuse/rnn.h
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from seqfuse import dispatch, reference
-from seqfuse.ops import library
-from seqfuse.ops.autograd import apply, differentiable_gradients
+from seqfuse import reference
+from seqfuse.ops import rnn_ragged
+from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.rnn_gradients import (
+    bias_gradient,
+    checkpoints,
+    dw_hh,
+    flat_rows,
+    from_rows,
+    over_rows,
+    peephole_gradient,
+    recomputed_scan_gradients,
+)
+from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, batch_major
+from seqfuse.reference import PLAIN
 
-CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqfuse/rnn.h: enum class Cell
+
+class ScanCall(NamedTuple):
+    """How one layer and direction is run. save: keep what a backward pass needs. want_cells: c after each step is an
+    output. recompute: keep y and a few c only, and run the scan again in the backward pass."""
+
+    cell: str
+    backend: str
+    reverse: bool = False
+    save: bool = False
+    want_cells: bool = False
+    recompute: bool = False
 
 
-def rnn_layer(name, cell, x, h0, c0, weights, reverse):
-    """Run one layer and direction on the backend `name`.
+def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
+    """Run one layer and direction.
 
-    x: [T, B, I], time-major or a view of batch-major memory. h0, c0: [B, H] or None.
-    weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh).
-    Returns (y [T, B, H] in x's layout, h_n [B, H], c_n [B, H] or None).
+    x: [T, B, I], time-major or a view of batch-major memory; or rows [N, I] of sequences of options.lengths (CPU).
+    h0, c0: [B, H] or None. weights: (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh); with w_ih None x is [.., G*H], the
+    input's part of the gates with its bias.
+    Returns (y [T, B, H] in x's layout or [N, H], h_n [B, H], c_n [B, H] or None, cells like y if call.want_cells).
     """
     w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
-    if name == "reference":
-        return _reference(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, h_n, c_n, _, _ = apply(RnnLayerFunction, *tensors, cell, reverse, save, name)
-    return y, h_n, c_n if cell == "lstm" else None
+    if call.backend == "reference":
+        return _reference(call, tensors, options)
+    save = torch.is_grad_enabled() and (traced() or _any_requires_grad((*tensors, options.peephole)))
+    # torch.compile decides by itself what to keep; a plain RNN keeps nothing but y anyway
+    recompute = call.recompute and save and not traced() and (call.cell in ("gru", "lstm") or _zoneout(options))
+    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute)
+    # as literals: with dynamic=True Dynamo would make a symbol of a float that comes from elsewhere
+    fused = (None, None, None, None, None, None, 0.0, 0.0) if options is PLAIN else options[:FUSED_OPTIONS]
+    y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *fused)
+    return y, h_n, c_n if call.cell == "lstm" else None, cells if call.want_cells else None
 
 
-def _reference(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse):
-    h0, c0 = _initial(cell, x, w_hh, h0, c0)
-    return reference.rnn_scan(cell, F.linear(x, w_ih, b_ih), h0, c0, w_hh, b_hh, reverse)[:3]
+def projected_layer(call, x, h0, c0, weights, options=PLAIN):
+    """`rnn_layer` of an LSTM whose h is w_hr @ (o tanh(c)); weights as there, then w_hr [P, H]; h0, y, h_n: P wide.
+
+    The fused scans know no projection and need none: with W' = w_hh @ w_hr [4H, H] the scan of a plain LSTM over
+    o tanh(c) is the same computation, if w_hh @ h0 is added to the first step's gates. y is one GEMM afterwards.
+    """
+    *weights, w_hr = weights
+    w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
+    if call.backend == "reference":
+        return rnn_layer(call, x, h0, c0, weights, options._replace(projection=w_hr))
+    if w_ih is not None:
+        x = F.linear(x, w_ih, b_ih)
+    if h0 is not None:
+        x = _add_to_first_step(x, F.linear(h0, w_hh), call.reverse, options)
+    y, h_n, c_n, cells = rnn_layer(call, x, None, c0, (None, w_hh @ w_hr, None, b_hh), options)
+    y, h_n = F.linear(y, w_hr), F.linear(h_n, w_hr)
+    if h0 is not None and options.lengths is not None and x.dim() == 3:  # an empty sequence leaves the initial state
+        h_n = torch.where((options.lengths == 0)[:, None], h0, h_n)
+    return y, h_n, c_n, cells
 
 
-def _initial(cell, x, w_hh, h0, c0):
-    zeros = None
-    if h0 is None or (c0 is None and cell == "lstm"):
-        zeros = x.new_zeros(x.shape[1], w_hh.shape[1])
-    return zeros if h0 is None else h0, (zeros if c0 is None else c0) if cell == "lstm" else None
+def _add_to_first_step(xg, add, reverse, options):
+    lengths, resets = options.lengths, options.resets
+    if xg.dim() == 2:
+        first = rnn_ragged.Ragged(lengths, 0).first_rows(reverse)
+        if resets is not None:
+            add = torch.where(resets[first][:, None], 0.0, add)
+        return xg.index_add(0, first, add)
+    ragged = rnn_ragged.Ragged(xg.new_full(xg.shape[1:2], xg.shape[0], dtype=torch.int64), xg.shape[0])
+    first = (ragged if lengths is None else ragged._replace(lengths=lengths)).first_steps(reverse)
+    first = first if resets is None else first & ~resets
+    return torch.where(first[..., None], xg + add, xg)
 
 
-def _batch_major(x):
-    """Whether x [T, B, I] is a view of contiguous [B, T, I] memory (and not also time-major)."""
-    return not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+def _any_requires_grad(tensors):
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
-def _plain():
-    """The options of a plain scan. As literals: with dynamic=True, Dynamo makes a symbol of a float from elsewhere."""
-    return None, None, None, None, None, None, 0.0, 0.0
+def _zoneout(options):
+    return options.zone_h is not None or options.zoneout_h != 0.0
 
 
-def _rows(x, batch_major):
-    """[T, B, X] -> [T*B, X], in the order that copies nothing for a tensor of that layout."""
-    return (x.transpose(0, 1) if batch_major else x).reshape(-1, x.shape[-1])
+def _reference(call, tensors, options):
+    """The same by the reference, differentiable twice."""
+    if tensors[0].dim() == 2:  # rows: the reference is padded
+        ragged = rnn_ragged.rows_of(options.lengths, int(options.lengths.max()))
+        padded = {n: ragged.pad(t) for n in ("resets", "zone_h", "zone_c") if (t := getattr(options, n)) is not None}
+        options = options._replace(**padded)
+        y, h_n, c_n, cells = _reference(call, (ragged.pad(tensors[0]), *tensors[1:]), options)
+        return ragged.pack(y), h_n, c_n, None if cells is None else ragged.pack(cells)
+
+    def run(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+        projection = options.projection
+        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options.lengths, None if projection is None else len(projection))
+        xg = x if w_ih is None else F.linear(x, w_ih, b_ih)
+        return reference.rnn_scan(call.cell, xg, h0, c0, w_hh, b_hh, call.reverse, options)
+
+    if call.recompute and torch.is_grad_enabled() and not traced():
+        y, h_n, c_n, cells = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y, h_n, c_n, cells = run(*tensors)
+    return y, h_n, c_n, cells if call.want_cells else None
 
 
-def _sequence(rows, like, batch_major):
-    """The inverse of _rows."""
-    T, B = like.shape[:2]
-    return rows.view(B, T, -1).transpose(0, 1) if batch_major else rows.view(T, B, -1)
+def _initial(cell, x, h0, c0, w_hh, lengths, width=None):
+    """The initial state, zeros where None. width: of h, if it is not that of the gates."""
+    if h0 is not None and (c0 is not None or cell != "lstm"):
+        return h0, c0 if cell == "lstm" else None
+    batch = x.shape[1] if x.dim() == 3 else lengths.shape[0]
+    H = w_hh.shape[0] // reference.GATES[cell]
+    if h0 is None:
+        h0 = x.new_zeros(batch, H if width is None else width)
+    if cell != "lstm":
+        return h0, None
+    return h0, (h0 if h0.shape[1] == H else x.new_zeros(batch, H)) if c0 is None else c0
 
 
 class RnnLayerFunction(torch.autograd.Function):
-    """Autograd of every backend of the scan. gates and cells are outputs only so that they can be saved."""
+    """Autograd of every backend of the scan. gates and cells are outputs so that they can be saved; cells also for the
+    caller, if wanted. With recompute the place of gates is taken by c at the checkpoints."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, reverse, save, name):
-        batch_major = _batch_major(x)
-        xg = _sequence(F.linear(_rows(x, batch_major), w_ih, b_ih), x, batch_major)  # (T, B, G*H)
-        h0, c0 = _initial(cell, x, w_hh, h0, c0)
-        return SCAN[name].fwd(cell, xg, h0, c0, w_hh, b_hh, *_plain(), reverse, save, False)
+    def forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, call, *options):
+        h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options[0])
+        xg = _input_gates(x, w_ih, b_ih)
+        keeps = call.want_cells or (call.recompute and call.cell == "lstm")
+        out = SCAN[call.backend].fwd(
+            call.cell, xg, h0, c0, w_hh, b_hh, *options, call.reverse, call.save and not call.recompute, keeps
+        )
+        if not call.recompute or call.cell != "lstm":
+            return out
+        y, h_n, c_n, _, cells = out
+        return y, h_n, c_n, checkpoints(cells, call.reverse), cells if call.want_cells else cells.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, reverse, save, name = inputs
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, call, *options = inputs
         y, _, c_n, gates, cells = output
-        ctx.mark_non_differentiable(gates, cells)
-        if cell != "lstm":
+        if call.want_cells:
+            ctx.mark_non_differentiable(gates)
+        else:
+            ctx.mark_non_differentiable(gates, cells)
+        if call.cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         ctx.set_materialize_grads(False)
-        if save:
-            ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells)
-        ctx.cell, ctx.reverse, ctx.name = cell, reverse, name
+        if call.save:
+            cells = cells if not call.recompute else None
+            ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, *options[:6])
+        ctx.call, ctx.zoneouts = call, options[6:]
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells = ctx.saved_tensors
-        cell, reverse, needs = ctx.cell, ctx.reverse, ctx.needs_input_grad
-        dc_n = dc_n if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
-        if dy is None and dh_n is None and dc_n is None:
-            return (None,) * 11
+    def backward(ctx, dy, dh_n, dc_n, _gates, dcells):
+        call, needs = ctx.call, ctx.needs_input_grad
+        if call.cell != "lstm":
+            dc_n = None  # torch.compile hands in zeros for the empty placeholder
+        if not call.want_cells:
+            dcells = None
+        if dy is None and dh_n is None and dc_n is None and dcells is None:
+            return (None,) * (8 + FUSED_OPTIONS)
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, *masks = ctx.saved_tensors
+        options = (*masks, *ctx.zoneouts)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-            return *_differentiable_backward(cell, reverse, inputs, (dy, dh_n, dc_n)), None, None, None, None
-        first_h, first_c = _initial(cell, x, w_hh, h0, c0)
-        dxg, dan, dh0, dc0, db_hh = SCAN[ctx.name].bwd(
-            cell, dy, dh_n, dc_n, None, y, gates, cells, first_h, first_c, w_hh, *_plain(), reverse
-        )
-        batch_major = _batch_major(dxg)
-        d_rows = _rows(dxg, batch_major)  # (T*B, G*H)
-        dx = dw_ih = dw_hh = db_ih = None
+            return _differentiable_backward(call, inputs, options, (dy, dh_n, dc_n, dcells))
+        first = _initial(call.cell, x, h0, c0, w_hh, options[0])
+        grads, peephole = (dy, dh_n, dc_n, dcells), options[3]
+        dpeephole = None
+        if call.recompute:
+            xg = _input_gates(x, w_ih, b_ih)
+            xg = xg.clone() if w_ih is None else xg  # it will be overwritten
+            dxg, dan, dh0, dc0, db_hh, dpeephole = recomputed_scan_gradients(
+                call, grads, xg, y, gates, *first, (w_hh, b_hh), options
+            )
+        else:
+            dxg, dan, dh0, dc0, db_hh = SCAN[call.backend].bwd(
+                call.cell, *grads, y, gates, cells, *first, w_hh, *options, call.reverse
+            )
+            if peephole is not None and needs[11]:
+                dpeephole = peephole_gradient(dxg, gates, cells, c0, call.reverse, options, peephole.dtype)
+        layout = batch_major(dxg)
+        d_rows = flat_rows(dxg, layout)  # (T*B, G*H)
+        dx = dw_ih = dw = db_ih = None
         if needs[0]:
-            dx = _sequence(d_rows @ w_ih, x, batch_major)
+            dx = dxg if w_ih is None else from_rows(d_rows @ w_ih, x, layout)
         if needs[3]:
-            dw_ih = d_rows.t() @ _rows(x, batch_major)
+            dw_ih = over_rows(d_rows, flat_rows(x, layout))
         if needs[4]:
-            dw_hh = _dw_hh(cell, dxg, dan, y, h0, reverse, batch_major)
-        if needs[5]:
-            db_ih = db_hh.to(x.dtype)
-            if cell == "gru":  # the n gate's two biases have different gradients
-                H = w_hh.shape[1]
-                db_n = d_rows[:, 2 * H :].sum(0, dtype=torch.float32)
-                db_ih = torch.cat([db_hh[: 2 * H], db_n]).to(x.dtype)
+            dw = dw_hh(call, dxg, dan, y, h0, w_hh, options)
+        if needs[5] or needs[6]:
+            if call.cell == "gru":  # the n gate's two biases have different gradients
+                H = y.shape[-1]
+                db_rz = bias_gradient(d_rows[:, : 2 * H], db_hh[: 2 * H])
+                db_ih = torch.cat([db_rz, bias_gradient(d_rows[:, 2 * H :])]).to(x.dtype)
+                db_hh = torch.cat([db_rz, bias_gradient(flat_rows(dan, layout), db_hh[2 * H :])]).to(x.dtype)
+            else:
+                db_ih = db_hh = bias_gradient(d_rows, db_hh).to(x.dtype)
         return (
             dx,
             dh0 if needs[1] else None,
             dc0 if needs[2] else None,
             dw_ih,
-            dw_hh,
-            db_ih,
-            db_hh.to(x.dtype) if needs[6] else None,
+            dw,
+            db_ih if needs[5] else None,
+            db_hh if needs[6] else None,
+            None,
+            None,
+            None,
+            None,
+            dpeephole if needs[11] else None,
             None,
             None,
             None,
@@ -134,108 +247,18 @@ class RnnLayerFunction(torch.autograd.Function):
         )
 
 
-def _dw_hh(cell, dxg, dan, y, h0, reverse, batch_major):
-    """sum over t of da_t^T @ h_{t-1}, as GEMMs over the whole sequence. a's gradient is dxg, but dan for a GRU's n."""
-    before = y[1:] if reverse else y[:-1]  # h_{t-1} of every step but the first one that ran
-    first, rest = (-1, slice(0, -1)) if reverse else (0, slice(1, None))
-
-    def product(d):  # d: (T, B, X) -> (X, H)
-        w = _rows(d[rest], batch_major).t() @ _rows(before, batch_major)
-        return w if h0 is None else torch.addmm(w, d[first].t(), h0)
-
-    if cell != "gru":
-        return product(dxg)
-    H = y.shape[-1]
-    return torch.cat([product(dxg[..., : 2 * H]), product(dan)])
+def _input_gates(x, w_ih, b_ih):
+    if w_ih is None:
+        return x
+    if x.is_contiguous():
+        return F.linear(x, w_ih, b_ih)  # (T, B, G*H) or (N, G*H)
+    layout = batch_major(x)
+    return from_rows(F.linear(flat_rows(x, layout), w_ih, b_ih), x, layout)
 
 
-def _differentiable_backward(cell, reverse, inputs, grads):
+def _differentiable_backward(call, inputs, options, grads):
     """The backward pass through the reference, for create_graph=True."""
-    return differentiable_gradients(_reference(cell, *inputs, reverse), grads, inputs)
-
-
-def _scan_of(namespace):
-    def fwd(cell, *args):
-        return getattr(torch.ops, namespace).rnn_scan_fwd(CELLS[cell], *args)
-
-    def bwd(cell, *args):
-        return getattr(torch.ops, namespace).rnn_scan_bwd(CELLS[cell], *args)
-
-    return dispatch.Backend(namespace, fwd, bwd)
-
-
-# "cpu" and "cuda" are one torch op: torch's dispatcher goes by the tensors' device
-SCAN = {"cpu": _scan_of("seqfuse"), "cuda": _scan_of("seqfuse"), "triton": _scan_of("seqfuse_triton")}
-
-
-def _empty_rows(like, width, dtype=None):
-    """An empty [T, B, width], or packed [N, width]."""
-    return like.new_empty(*like.shape[:-1], width, dtype=dtype)
-
-
-def _empty_like_layout(like, width):
-    if like.dim() == 3 and _batch_major(like):
-        T, B = like.shape[:2]
-        return like.new_empty(B, T, width).transpose(0, 1)
-    return _empty_rows(like, width)
-
-
-def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, *options):
-    *_, zone_h, _zone_c, zoneout_h, _zoneout_c, _reverse, save, want_cells = options
-    B, H = h0.shape
-    lstm = cell == CELLS["lstm"]
-    saved = 4 if cell >= CELLS["gru"] else int(zone_h is not None or zoneout_h != 0)
-    gates = _empty_rows(xg, saved * H) if save and saved else xg.new_empty(0)
-    kept = lstm and (save or want_cells)
-    cells = _empty_rows(xg, H, torch.float32) if kept else xg.new_empty(0, dtype=torch.float32)
-    return _empty_like_layout(xg, H), h0.new_empty(B, H), h0.new_empty((B, H) if lstm else (0,)), gates, cells
-
-
-def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options):
-    B, H = h0.shape
-    dan = _empty_like_layout(y, H) if cell == CELLS["gru"] else y.new_empty(0)
-    dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
-    db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
-    return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
-
-
-def _launch(name, before):
-    """The Triton launcher of an op, which takes the plain scan: `before` arguments, then the options, then the rest."""
-    names = {number: cell for cell, number in CELLS.items()}
-    launch = library.launcher("rnn", name)
-
-    def call(cell, *args):
-        options, rest = args[before : before + 8], args[before + 8 :]
-        if options != _plain():
-            raise ValueError("the Triton launchers run the plain scan only, without options")
-        if name == "rnn_scan_fwd":
-            *rest, want_cells = rest
-            plain = args[:before]
-            extra = want_cells and not rest[-1]
-        else:
-            plain, extra = args[:3] + args[4:before], args[3] is not None  # dcells
-        if extra:
-            raise ValueError("the Triton launchers neither return cells without save nor take dcells")
-        return launch(names[cell], *plain, *rest)
-
-    return call
-
-
-_OPTIONS = (
-    "Tensor? lengths, Tensor? resets, Tensor? hidden_mask, Tensor? peephole, Tensor? zone_h, Tensor? zone_c,"
-    " float zoneout_h, float zoneout_c, bool reverse"
-)
-library.register_op(
-    "rnn_scan_fwd",
-    f"(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, {_OPTIONS}, bool save, bool want_cells)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_fwd,
-    _launch("rnn_scan_fwd", 5),
-)
-library.register_op(
-    "rnn_scan_bwd",
-    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells,"
-    f" Tensor h0, Tensor? c0, Tensor w_hh, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-    _launch("rnn_scan_bwd", 10),
-)
+    call = call._replace(recompute=False)
+    y, h_n, c_n, cells = _reference(call, inputs, reference.ScanOptions(*options))
+    *found, dpeephole = differentiable_gradients((y, h_n, c_n, cells), grads, (*inputs, options[3]))
+    return *found, None, None, None, None, dpeephole, None, None, None, None

@@ -25,6 +25,8 @@ class ScanOptions(NamedTuple):
         before in the blend (its expectation, in evaluation).
     norm: LSTM: (gain [4H] of the product with w_hh, gain [H] and bias [H] of c on its way to h), layer normalisation
         as in Ba, Kiros, Hinton 2016 (arXiv:1607.06450), eq. 20 to 22; xg comes in normalised.
+    projection: [P, H], LSTM: h is its product with what the cell shows, so h0, y, w_hh's columns, hidden_mask and
+        zone_h have the width P, c keeps H (Sak, Senior, Beaufays 2014, arXiv:1402.1128).
     """
 
     lengths: torch.Tensor | None = None
@@ -36,6 +38,7 @@ class ScanOptions(NamedTuple):
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
     norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    projection: torch.Tensor | None = None
 
 
 PLAIN = ScanOptions()
@@ -100,6 +103,8 @@ def rnn_scan(cell, xg, h0, c0, w_hh, b_hh, reverse, options=PLAIN):
         masked = before_h if options.hidden_mask is None else before_h * options.hidden_mask
         a = recurrent_product(masked, w_hh, b_hh, options.norm)
         new_h, new_c = rnn_cell(cell, x, a, before_h, before_c, options)
+        if options.projection is not None:
+            new_h = F.linear(new_h, options.projection)
         new_h = _zoneout(new_h, before_h, None if options.zone_h is None else options.zone_h[t], options.zoneout_h)
         if new_c is not None:
             zone = None if options.zone_c is None else options.zone_c[t]

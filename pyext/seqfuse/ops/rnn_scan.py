@@ -1,0 +1,86 @@
+"""The scan of one layer and direction as registered ops, one pair for each backend.
+
+Contract: csrc/include/seqfuse/rnn.h; meaning: reference/rnn.py. The options of a scan are the first eight fields of
+reference.ScanOptions, in their order; layer normalisation and projection are the reference's alone.
+"""
+
+import torch
+
+from seqfuse import dispatch
+from seqfuse.ops import library
+
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqfuse/rnn.h: enum class Cell
+FUSED_OPTIONS = 8  # how many of ScanOptions the fused scans take
+
+
+def _scan_of(namespace):
+    def fwd(cell, *args):
+        return getattr(torch.ops, namespace).rnn_scan_fwd(CELLS[cell], *args)
+
+    def bwd(cell, *args):
+        return getattr(torch.ops, namespace).rnn_scan_bwd(CELLS[cell], *args)
+
+    return dispatch.Backend(namespace, fwd, bwd)
+
+
+# "cpu" and "cuda" are one torch op: torch's dispatcher goes by the tensors' device
+SCAN = {"cpu": _scan_of("seqfuse"), "cuda": _scan_of("seqfuse"), "triton": _scan_of("seqfuse_triton")}
+
+
+def batch_major(x):
+    """Whether x [T, B, I] is a view of contiguous [B, T, I] memory (and not also time-major)."""
+    return x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+
+
+def _empty_like_layout(like, width):
+    if batch_major(like):
+        T, B = like.shape[:2]
+        return like.new_empty(B, T, width).transpose(0, 1)
+    return like.new_empty(*like.shape[:-1], width)
+
+
+def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h,
+              zoneout_c, reverse, save, want_cells):  # fmt: skip
+    B, H = h0.shape
+    lead, lstm = xg.shape[:-1], cell == CELLS["lstm"]
+    width = 4 * H if cell >= CELLS["gru"] else H if zone_h is not None or zoneout_h != 0.0 else 0
+    gates = xg.new_empty((*lead, width) if save and width else (0,))
+    cells = xg.new_empty((*lead, H) if lstm and (save or want_cells) else (0,), dtype=torch.float32)
+    return _empty_like_layout(xg, H), h0.new_empty(B, H), h0.new_empty((B, H) if lstm else (0,)), gates, cells
+
+
+def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options_and_reverse):
+    B, H = h0.shape
+    dan = _empty_like_layout(y, H) if cell == CELLS["gru"] else y.new_empty(0)
+    dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
+    db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
+    return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
+
+
+def _launch(name):
+    names = {number: cell for cell, number in CELLS.items()}
+    launch = library.launcher("rnn", name)
+    return lambda cell, *args: launch(names[cell], *args)
+
+
+_OPTIONS = (
+    "Tensor? lengths, Tensor? resets, Tensor? hidden_mask, Tensor? peephole, Tensor? zone_h, Tensor? zone_c,"
+    " float zoneout_h, float zoneout_c"
+)
+
+library.register_op(
+    "rnn_scan_fwd",
+    f"(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, {_OPTIONS}, bool reverse, bool save,"
+    " bool want_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    _launch("rnn_scan_fwd"),
+)
+library.register_op(
+    "rnn_scan_bwd",
+    "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells,"
+    f" Tensor h0, Tensor? c0, Tensor w_hh, {_OPTIONS}, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+    _launch("rnn_scan_bwd"),
+)
+for _name in ("rnn_scan_fwd", "rnn_scan_bwd"):
+    library.register_vmap(_name)
