@@ -4,8 +4,8 @@ What the kernels compute, and the memory traffic they are allowed, is at the hea
 rnn_persistent.py; which of them runs, and with which tiles, is decided in rnn_plan.py; what the options mean is in
 rnn_options.py. Interpreted and compiled; never yet run on a GPU.
 
-The arguments are those of the torch ops rnn_scan_fwd and rnn_scan_bwd, with the cell by its name. Nothing here waits for
-the GPU: lengths are read on the device only.
+The arguments are those of the torch ops rnn_scan_fwd and rnn_scan_bwd, with the cell by its name. Nothing here waits
+for the GPU: lengths are read on the device only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def _options(device, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c) -> Options:
     if lengths is not None and lengths.device != device:
-        raise ValueError(f"lengths are on {lengths.device}, the sequences on {device}; the Triton kernels read them there")
+        raise ValueError(
+            f"lengths are on {lengths.device}, the sequences on {device}; the Triton kernels read them there"
+        )
     rows = [None if v is None else v.contiguous() for v in (lengths, hidden_mask, peephole)]
     return Options(
         rows[0], _bytes(resets), rows[1], rows[2], _bytes(zone_h), _bytes(zone_c), zoneout_h or None, zoneout_c or None
@@ -85,7 +87,9 @@ class _Scan:
         first = sequences[0]
         reach = max(s.stride(1) for s in sequences if s is not None) + 4 * self.hidden  # and the gates' width
         facts = common.capability(first.device), common.sm_count(first.device)
-        return plan(self.cell, first.dtype, self.batch, self.hidden, *facts, reach, self.heads, self.options.given, persistent)
+        return plan(
+            self.cell, first.dtype, self.batch, self.hidden, *facts, reach, self.heads, self.options.given, persistent
+        )
 
     def constants(self, tiles: Tiles, *sequences: torch.Tensor | None) -> dict:
         """The compile-time arguments of every kernel. ALIGN: how wide loads may be, the largest power of two up to 16
@@ -130,8 +134,8 @@ def _last_state(y: torch.Tensor, h0: torch.Tensor, lengths: torch.Tensor | None,
 
 
 def _exchange(h0: torch.Tensor, options: Options, first: int) -> torch.Tensor:
-    """[2, B, H]: h on its way into the product. One half is read while the other one is written; the first step, `first`,
-    reads the first half."""
+    """[2, B, H]: h on its way into the product. One half is read while the other one is written; the first step,
+    `first`, reads the first half."""
     h = h0
     if options.resets is not None:
         h = h.masked_fill(options.resets[first].bool()[:, None], 0.0)

@@ -1,7 +1,7 @@
 """The recurrent cells' pointwise mathematics, forward and backward, and loads and stores of their gates.
 
-The counterpart in C++ is csrc/common/gates.h; the mathematics is in csrc/include/seqfuse/rnn.h. The four gates travel as
-a tuple, in torch.nn's order; a cell with fewer repeats one of its own. p: the three peephole rows, if there are any.
+The counterpart in C++ is csrc/common/gates.h; the mathematics is in csrc/include/seqfuse/rnn.h. The four gates travel
+as a tuple, in torch.nn's order; a cell with fewer repeats one of its own. p: the three peephole rows, if there are any.
 """
 
 from __future__ import annotations

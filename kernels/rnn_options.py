@@ -178,8 +178,8 @@ def load_before(o, ptr, t, T, stride_t, offs, first_ptr, own, ends, mask, REVERS
 
 @triton.jit
 def forward_gates(CELL: tl.constexpr, o, x, a, h, state, keep, zones, live, p):
-    """One step of all cells. h, state: fp32, before the step; h counts only with lengths or zoneout, and for a GRU it is
-    the state. Returns (h and state after it, what y and cells show of them, four values for backward)."""
+    """One step of all cells. h, state: fp32, before the step; h counts only with lengths or zoneout, and for a GRU it
+    is the state. Returns (h and state after it, what y and cells show of them, four values for backward)."""
     h_left, state_left = h, state
     if o.resets is not None:
         h = tl.where(keep, h, 0.0)
@@ -205,7 +205,8 @@ def forward_gates(CELL: tl.constexpr, o, x, a, h, state, keep, zones, live, p):
 def forward_store(
     G: tl.constexpr, y, cell, s, y_ptr, y_offs, gates_ptr, cells_ptr, first_row, row, units, H, mask, live
 ):  # fmt: skip
-    """The stores of every tier. first_row + row: rows of gates and cells seen as [T * B, ..], the scalar part 64-bit."""
+    """The stores of every tier. first_row + row: rows of gates and cells seen as [T * B, ..], the scalar part
+    64-bit."""
     tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask)
     if gates_ptr is not None:
         S: tl.constexpr = 1 if G == 1 else 4

@@ -2,18 +2,20 @@
 
 Interpreted (one program a group) and compiled for sm_80 ... sm_120; never yet run on a GPU.
 
-The mathematics, the tiles and the step body are those of rnn_step.py. A group is the programs of one (batch tile, head):
-they exchange h (backward: da) through global memory at every step, and wait for each other there and nowhere else:
+The mathematics, the tiles and the step body are those of rnn_step.py. A group is the programs of one (batch tile,
+head): they exchange h (backward: da) through global memory at every step, and wait for each other there and nowhere
+else:
 
     arrive    bar.sync, then one thread adds 1 to the group's counter with release semantics
-    wait_for  one thread adds 0 with acquire semantics until all programs of the group have arrived at this step, bar.sync
+    wait_for  one thread adds 0 with acquire semantics until all programs of the group have arrived at this step,
+              bar.sync
 
 h has two buffers: a program that writes one has waited for all to have read it, the step before. da is dxg itself, new
-memory at every step. All programs must be resident at once, or those that wait would keep the others out: the plan counts
-them (rnn_plan.py), and the cooperative launch makes the driver refuse instead of hanging.
+memory at every step. All programs must be resident at once, or those that wait would keep the others out: the plan
+counts them (rnn_plan.py), and the cooperative launch makes the driver refuse instead of hanging.
 
-w_hh is read once. Per step a program may read BLOCK_B W e of h (backward G BLOCK_B W e of da) from L2, and what the step
-tier moves besides w_hh. c, a GRU's h, and what passes w_hh by stay in registers, in fp32.
+w_hh is read once. Per step a program may read BLOCK_B W e of h (backward G BLOCK_B W e of da) from L2, and what the
+step tier moves besides w_hh. c, a GRU's h, and what passes w_hh by stay in registers, in fp32.
 
 A product is split over k among SPLIT warps, whose sums meet in shared memory: a tile of 16 rows has too few columns for
 them, and one warp's chain of dependent tensor-core instructions would be SPLIT times as long.
@@ -61,8 +63,8 @@ def forward_persistent_kernel(
     CELL: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr, CARRY: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """On program (unit tile, batch tile, head). h_io [2, B, H]: the exchange, its first half as the first step needs it.
-    counter: zero, 32 apart. BLOCK_K >= W. The rest as in forward_step_kernel."""
+    """On program (unit tile, batch tile, head). h_io [2, B, H]: the exchange, its first half as the first step needs
+    it. counter: zero, 32 apart. BLOCK_K >= W. The rest as in forward_step_kernel."""
     H, W, xg_t, xg_b = aligned(H, ALIGN), aligned(W, ALIGN), aligned(xg_t, ALIGN), aligned(xg_b, ALIGN)
     y_t, y_b = aligned(y_t, ALIGN), aligned(y_b, ALIGN)
     first = tl.program_id(1).to(tl.int64) * BLOCK_B
@@ -109,17 +111,15 @@ def forward_persistent_kernel(
         x = load4(xg_ptr + t * xg_t, xg_own, H, live, G)
         keep = load_keep(o, t * B + first + row, here)
         zones = load_zones(CELL, o, t * B + first, own, H, live)
-        next_keep = load_keep(
-            o, (t + ahead) * B + first + row, only(running(o, rows, t + ahead, ends), T - 1 - step)
-        )
+        next_keep = load_keep(o, (t + ahead) * B + first + row, only(running(o, rows, t + ahead, ends), T - 1 - step))
         wait_for(counter_ptr, step * tl.num_programs(0))
         into = _load_exchange(h_io_ptr + turn * (B * H), row * H + start, k, rows, W)
         acc = tl.sum(tl.dot(into, w, input_precision="ieee"), 0)
         turn = 1 - turn
         new, state = forward_body(
             CELL, G, o, acc, b, x, h, state, keep, zones, live, next_keep,
-            h_io_ptr + turn * (B * H), y_ptr + t * y_t, y_own, gates_ptr, cells_ptr, counter_ptr, t * B + first, row, units, H, own,
-            mask, p, hidden_mask, BLOCK_B, BLOCK_H,
+            h_io_ptr + turn * (B * H), y_ptr + t * y_t, y_own, gates_ptr, cells_ptr, counter_ptr, t * B + first, row,
+            units, H, own, mask, p, hidden_mask, BLOCK_B, BLOCK_H,
         )  # fmt: skip
         if CARRY:
             h = state if CELL == "gru" else new.to(tl.float32)
@@ -167,8 +167,8 @@ def backward_persistent_kernel(
     CELL: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """On program (unit tile, batch tile, head). dh, dc: the gradients of the last state, then of the first one; the rest
-    as in backward_step_kernel."""
+    """On program (unit tile, batch tile, head). dh, dc: the gradients of the last state, then of the first one; the
+    rest as in backward_step_kernel."""
     H, W, dxg_t, dxg_b = aligned(H, ALIGN), aligned(W, ALIGN), aligned(dxg_t, ALIGN), aligned(dxg_b, ALIGN)
     dy_t, dy_b, y_t, y_b = aligned(dy_t, ALIGN), aligned(dy_b, ALIGN), aligned(y_t, ALIGN), aligned(y_b, ALIGN)
     first = tl.program_id(1).to(tl.int64) * BLOCK_B

@@ -1,8 +1,8 @@
 """Which recurrent kernel runs, and with which tiles: one pure function, so that it can be read and tested on paper.
 
-    tile        one program a (batch tile, head) for the whole scan; no program waits for another
-    persistent  one launch for the whole scan; the programs of a (batch tile, head) wait for each other at every step
-    step        one launch a time step
+tile        one program a (batch tile, head) for the whole scan; no program waits for another
+persistent  one launch for the whole scan; the programs of a (batch tile, head) wait for each other at every step
+step        one launch a time step
 """
 
 from __future__ import annotations
@@ -60,24 +60,25 @@ class LaunchPlan:
         return f"{self.tier}: {tiles}, {self.programs} programs ({self.reason})"
 
 
-def _tile_tiles(gates: int, wide: bool, width: int, shared: int, options: int) -> Tiles | None:
+def _tile_tiles(gates: int, wide: bool, width: int, capability: tuple[int, int], options: int) -> Tiles | None:
     """Tiles of the tile tier, or None where w_hh does not fit on one multiprocessor."""
     block_h = max(16, common.next_power_of_2(width))
     itemsize = 4 if wide else 2
     on_chip = gates * block_h * block_h * itemsize + _TILE_ROWS * block_h * 4  # w_hh, and a scratch tile for layouts
     largest = _TILE_MAX_H[gates][wide]
-    if block_h > largest or on_chip > shared:
+    if block_h > largest or on_chip > common.shared_memory(capability):
         return None
     if block_h == largest and width * itemsize % 16:  # narrow loads need addresses, and the largest tile has no
         return None  # registers left for them: it spills 40 to 160 bytes a thread
-    if block_h == largest and gates == 4 and wide and options > 2:  # likewise, 16 to 40 bytes
-        return None
+    if block_h == largest and gates == 4 and options > 2 and (wide or common.arch(capability) < 90):
+        return None  # likewise, 8 to 40 bytes
     # Eight columns are a tensor core's narrowest, so more warps than that would repeat each other's work. Fewer than
     # four spill: every thread then holds too much of the gates.
     warps = min(8, max(4, block_h // 8))
-    # Left alone, ptxas spills a few bytes to make room for a second program on a multiprocessor. Only the largest tile,
-    # an LSTM's, comes out worse when told that it may use every register.
-    registers = 0 if gates == 4 and block_h == 128 else common.max_registers(warps)
+    # Left alone, ptxas spills a few bytes to make room for a second program on a multiprocessor. Only the largest
+    # tiles, an LSTM's, and an RNN's with options, come out worse when told that they may use every register.
+    greedy = block_h == 128 if gates == 4 else block_h == 256 and options > 0
+    registers = 0 if greedy else common.max_registers(warps)
     return Tiles(_TILE_ROWS, block_h, 0, warps, 0, registers)
 
 
@@ -162,13 +163,13 @@ def plan(
 ) -> LaunchPlan:
     """The launch plan of a scan of `batch` sequences and `hidden` units (both >= 1) on a GPU with these facts.
 
-    reach: elements of memory between two neighbouring sequences of the batch, at most; offsets inside a tile of the tile
-    and persistent tiers have 32 bits. heads: blocks of a block-diagonal w_hh. options: how many a scan has. persistent: whether programs may wait for
-    each other; None: where PROVED says so.
+    reach: elements of memory between two neighbouring sequences of the batch, at most; offsets inside a tile of the
+    tile and persistent tiers have 32 bits. heads: blocks of a block-diagonal w_hh. options: how many a scan has.
+    persistent: whether programs may wait for each other; None: where PROVED says so.
     """
     gates, width = GATES[cell], hidden // heads
     wide = dtype == torch.float32
-    tiles = _tile_tiles(gates, wide, width, common.shared_memory(capability), options)
+    tiles = _tile_tiles(gates, wide, width, capability, options)
     name = str(dtype).removeprefix("torch.")
     w_hh = f"w_hh of {gates} x {width} x {width} {name}"
     near = reach * _TILE_ROWS < 2**31

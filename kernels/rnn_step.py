@@ -3,13 +3,15 @@
 Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
 
     forward   a_t = h_{t-1} @ w_hh^T + b_hh, then the cell (rnn_cells.py) with its options (rnn_options.py)
-    backward  dh_t = dy_t + da_{t+1} @ w_hh + what passes w_hh by, then the gates' gradients da_t; steps in opposite order
+    backward  dh_t = dy_t + da_{t+1} @ w_hh + what passes w_hh by, then the gates' gradients da_t; steps in opposite
+              order
 
-A program has one [BLOCK_B, BLOCK_H] tile of (batch rows, units of one head): it multiplies its rows with the w_hh rows of
-all gates of its units in one dot, then does the gates. It may read per step G H^2 e bytes of w_hh over all programs (from
-L2), and per unit G e of xg; it may write e of h twice, and when training 4 e of gates and 4 of the cell; plus what the
-options cost. What is exchanged between programs is h as it enters the next product (reset and masked already), in the
-compute dtype, and da, which is dxg itself. c, a GRU's h, accumulators and gradients carried past w_hh are fp32.
+A program has one [BLOCK_B, BLOCK_H] tile of (batch rows, units of one head): it multiplies its rows with the w_hh rows
+of all gates of its units in one dot, then does the gates. It may read per step G H^2 e bytes of w_hh over all programs
+(from L2), and per unit G e of xg; it may write e of h twice, and when training 4 e of gates and 4 of the cell; plus
+what the options cost. What is exchanged between programs is h as it enters the next product (reset and masked
+already), in the compute dtype, and da, which is dxg itself. c, a GRU's h, accumulators and gradients carried past w_hh
+are fp32.
 """
 
 from __future__ import annotations
@@ -203,8 +205,8 @@ def backward_step_kernel(
     LAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Step t, on program (unit tile, batch tile, head). t_after: the step walked before this one, negative at the start.
-    LAST: there is no step t, only the gradient of the initial state.
+    """Step t, on program (unit tile, batch tile, head). t_after: the step walked before this one, negative at the
+    start. LAST: there is no step t, only the gradient of the initial state.
 
     y: what the scan carried, h or an LSTM's cells, and `first` [B, H] what it started from. dh, dc [B, H] fp32: what is
     carried past w_hh. CARRY: dh is (a GRU, lengths, zoneout), not only from the last step."""

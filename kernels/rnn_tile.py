@@ -3,11 +3,12 @@
 Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
 
     forward   a_t = h_{t-1} @ w_hh^T + b_hh, then the cell (rnn_cells.py) with its options (rnn_options.py)
-    backward  dh_t = dy_t + da_{t+1} @ w_hh + what passes w_hh by, then the gates' gradients da_t; steps in opposite order
+    backward  dh_t = dy_t + da_{t+1} @ w_hh + what passes w_hh by, then the gates' gradients da_t; steps in opposite
+              order
 
-h, c and w_hh stay on chip: w_hh is read once, and per step only xg, y and what backward needs move, plus a byte for each
-unit under a zoneout mask. No program waits for another one. What is a sum over the whole sequence (dw_hh, db_hh) comes
-after the loop. c, a GRU's h and accumulators are fp32; h and da enter the products in the compute dtype.
+h, c and w_hh stay on chip: w_hh is read once, and per step only xg, y and what backward needs move, plus a byte for
+each unit under a zoneout mask. No program waits for another one. What is a sum over the whole sequence (dw_hh, db_hh)
+comes after the loop. c, a GRU's h and accumulators are fp32; h and da enter the products in the compute dtype.
 """
 
 from __future__ import annotations

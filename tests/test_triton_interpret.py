@@ -29,8 +29,8 @@ TIERS = ("step", "tile", "persistent")
 def tiles(tier: str) -> rnn_plan.LaunchPlan:
     """A plan of the smallest tiles, so that small tensors already take several of them and several trips of loops.
 
-    The persistent tier's program holds all units (of a head, up to 32): programs run one after another here, and one that
-    waited for a later one would wait forever.
+    The persistent tier's program holds all units (of a head, up to 32): programs run one after another here, and one
+    that waited for a later one would wait forever.
     """
     smallest = {
         "step": rnn_plan.Tiles(16, 16, 16, 1, 1),
@@ -94,16 +94,19 @@ def test_layer_norm_any(m, n, dtype, residual, weight, bias, seed):
     checks.layer_norm(m, n, dtype, "cpu", residual=residual, ds=residual, weight=weight, bias=bias, seed=seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("t,b,h", [(1, 1, 1), (4, 17, 20), (3, 2, 32)], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "t,b,h,dtype",
+    [(1, 1, 1, torch.float32), (3, 17, 20, torch.float32), (3, 2, 32, torch.float16)],
+    ids=lambda v: str(v),
+)
 def test_rnn_scan(cell, tier, t, b, h, dtype):
     checks.rnn_scan(cell, t, b, h, dtype, "cpu", plan=tiles(tier))
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -126,20 +129,20 @@ def test_rnn_scan_planned(cell, h):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["rnn_relu", "lstm"])
 def test_rnn_inference_saves_nothing_and_agrees(cell, tier):
     checks.rnn_inference(cell, 3, 4, 21, torch.float32, "cpu", plan=tiles(tier))
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["gru", "rnn_relu"])
 def test_rnn_nan_propagates(cell, tier):
     checks.rnn_nan(cell, torch.float32, "cpu", plan=tiles(tier))
 
 
 def units(tier):
     """Units of a head: in the step tier more than one tile of them."""
-    return 20 if tier == "step" else 11
+    return 18 if tier == "step" else 11
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -148,29 +151,29 @@ def units(tier):
 )
 def test_rnn_option(cell, option, tier):
     dtype = torch.float32 if cell == "gru" else torch.float16
-    checks.rnn_scan(cell, 4, 6, units(tier), dtype, "cpu", plan=tiles(tier), options=(option,))
+    checks.rnn_scan(cell, 3, 6, units(tier), dtype, "cpu", plan=tiles(tier), options=(option,))
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_rnn_all_options(cell, tier, reverse):
-    """Two batch tiles, three heads, and every option at once."""
-    options = checks.options_of(cell)
+    """Two heads, two batch tiles (in the step tier two unit tiles), and every option at once."""
+    options, b = checks.options_of(cell), 5 if tier == "step" else 17
     checks.rnn_scan(
-        cell, 4, 17, units(tier), torch.float32, "cpu", plan=tiles(tier), options=options, reverse=reverse,
+        cell, 3, b, units(tier), torch.float32, "cpu", plan=tiles(tier), options=options, reverse=reverse,
         batch_major=True,
     )  # fmt: skip
 
 
-PAIRS = [(cell, pair) for cell in ("gru", "lstm") for pair in itertools.combinations(checks.options_of(cell), 2)]
+PAIRS = tuple(enumerate(itertools.combinations(checks.LSTM_OPTIONS, 2)))
 
 
-@pytest.mark.parametrize("number,cell,pair", [(i, *p) for i, p in enumerate(PAIRS)], ids=lambda v: str(v))
-def test_rnn_pair_of_options(number, cell, pair):
-    """The tiers and directions take turns."""
-    tier = TIERS[number % 3]
-    reverse = bool(number // 3 % 2)
+@pytest.mark.parametrize("number,pair", PAIRS, ids=lambda v: "-".join(v) if isinstance(v, tuple) else None)
+def test_rnn_pair_of_options(number, pair):
+    """The cells, tiers and directions take turns."""
+    cell = "gru" if number % 2 and set(pair) <= set(checks.OPTIONS) else "lstm"
+    tier, reverse = TIERS[number % 3], bool(number // 3 % 2)
     checks.rnn_scan(cell, 3, 3, units(tier), torch.float32, "cpu", plan=tiles(tier), options=pair, reverse=reverse)
 
 
@@ -204,16 +207,18 @@ def test_rnn_says_what_it_does_not_take():
     with pytest.raises(ValueError, match="not packed"):
         rnn.rnn_scan_fwd("gru", xg, h0, None, w, None, lengths=torch.tensor([3, 2]))
     with pytest.raises(ValueError, match="lengths are on meta, the sequences on cpu"):
-        rnn.rnn_scan_fwd("gru", xg[:, None], h0, None, w, None, lengths=torch.zeros(1, dtype=torch.int64, device="meta"))
+        rnn.rnn_scan_fwd(
+            "gru", xg[:, None], h0, None, w, None, lengths=torch.zeros(1, device="meta")
+        )
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     cell=st.sampled_from(CELLS),
     tier=st.sampled_from(TIERS),
     t=st.integers(1, 4),
     b=st.integers(1, 18),
-    h=st.integers(1, 32),
+    h=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
     reverse=st.booleans(),
     batch_major=st.booleans(),

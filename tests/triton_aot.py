@@ -45,6 +45,10 @@ class Job:
     def __str__(self) -> str:
         return f"{self.label} {self.kernel} sm_{self.arch}"
 
+    def named_constants(self) -> dict[str, object]:
+        names = [name for name, _ in self.signature]
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Resources:

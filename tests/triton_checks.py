@@ -137,7 +137,7 @@ def _rnn_inputs(cell, t, b, h, dtype, device, seed, *, bias=True, batch_major=Fa
         return make() if name in options else None
 
     g = rnn_plan.GATES[cell]
-    width, h = h, h * (3 if "heads" in options else 1)
+    width, h = h, h * (2 if "heads" in options else 1)
     xg = _sequence(rand(t, b, g * h), batch_major)
     h0 = rand(b, h, scale=0.5)
     c0 = rand(b, h) if cell == "lstm" else None
@@ -191,7 +191,7 @@ def rnn_scan(
     cell, t, b, h, dtype, device, *, plan, reverse=False, batch_major=False, bias=True,
     dy=True, dh_n=True, dc_n=True, strided_dy=False, seed=0, repeat=False, options=(),
 ):  # fmt: skip
-    """Forward and backward of one scan against the reference. h: units of one head (there are 3 with "heads")."""
+    """Forward and backward of one scan against the reference. h: units of one head (there are 2 with "heads")."""
     scan = _rnn_inputs(cell, t, b, h, dtype, device, seed, bias=bias, batch_major=batch_major, options=options)
     rand, o, lstm = scan.rand, scan.options, cell == "lstm"
     h = scan.h0.shape[1]
@@ -220,7 +220,20 @@ def rnn_scan(
         out = scan.fwd(cell, reverse, True, False, plan)
         y, _, _, gates, cells = out
         back = rnn.rnn_scan_bwd(
-            cell, grad_y, grad_h, grad_c, grad_cells, y, gates, cells, scan.h0, scan.c0, scan.w_hh, *o[:8], reverse, plan
+            cell,
+            grad_y,
+            grad_h,
+            grad_c,
+            grad_cells,
+            y,
+            gates,
+            cells,
+            scan.h0,
+            scan.c0,
+            scan.w_hh,
+            *o[:8],
+            reverse,
+            plan,
         )
         return *out, *back
 
