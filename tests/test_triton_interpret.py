@@ -207,9 +207,7 @@ def test_rnn_says_what_it_does_not_take():
     with pytest.raises(ValueError, match="not packed"):
         rnn.rnn_scan_fwd("gru", xg, h0, None, w, None, lengths=torch.tensor([3, 2]))
     with pytest.raises(ValueError, match="lengths are on meta, the sequences on cpu"):
-        rnn.rnn_scan_fwd(
-            "gru", xg[:, None], h0, None, w, None, lengths=torch.zeros(1, device="meta")
-        )
+        rnn.rnn_scan_fwd("gru", xg[:, None], h0, None, w, None, lengths=torch.zeros(1, device="meta"))
 
 
 @settings(max_examples=16, deadline=None, derandomize=True)
