@@ -17,6 +17,7 @@ TL_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
@@ -124,5 +125,16 @@ def max_registers(warps: int) -> int:
     return min(255, 65536 // (32 * warps))
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, maxnreg: int | None = None, **constants) -> None:
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int = 4,
+    maxnreg: int | None = None,
+    cooperative: bool = False,
+    **constants,
+) -> None:
+    """cooperative: the driver starts all programs at once, or none and raises: they may then wait for each other."""
+    if cooperative and not interpreting():
+        constants["launch_cooperative_grid"] = True
     kernel[grid](*args, num_warps=num_warps, num_stages=2, maxnreg=maxnreg, enable_fp_fusion=True, **constants)

@@ -5,6 +5,7 @@ limit, and tensor-core or asynchronous-copy instructions where they are meant to
 """
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton_aot as aot
 
-from seqfuse.kernels import common, layer_norm, rnn, rnn_kernels
+from seqfuse.kernels import common, layer_norm, rnn, rnn_persistent, rnn_plan, rnn_step, rnn_tile
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler in this process"
@@ -34,19 +35,42 @@ def layer_norm_call(m, n, dtype, param_dtype=None, residual=True):
     return call
 
 
-def rnn_call(cell, batch, hidden, dtype, save=True):
-    def call():
-        meta = {"dtype": dtype, "device": "meta"}
-        g = rnn.GATES[cell]
-        xg, w, b = torch.empty(3, batch, g * hidden, **meta), torch.empty(g * hidden, hidden, **meta), None
-        b = torch.empty(g * hidden, **meta)
-        h0 = torch.empty(batch, hidden, **meta)
-        c0 = h0 if cell == "lstm" else None
-        y, _, _, gates, cells = rnn.rnn_scan_fwd(cell, xg, h0, c0, w, b, False, save)
-        if save:
-            rnn.rnn_scan_bwd(cell, y, h0, c0, y, gates, cells, h0, c0, w, False)
+LSTM_OPTIONS = ("lengths", "resets", "hidden_mask", "peephole", "zone_h", "zone_c")
+GRU_OPTIONS = ("lengths", "resets", "hidden_mask", "zone_h")
 
-    return call
+
+def rnn_call(cell, batch, hidden, dtype, save=True, options=(), heads=1, persistent=False):
+    """persistent: as if the persistent tier had been proved on every architecture."""
+
+    def call():
+        def empty(*shape, dtype=dtype):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        g, t = rnn.GATES[cell], 3
+        shapes = {
+            "lengths": empty(batch, dtype=torch.int64),
+            "resets": empty(t, batch, dtype=torch.bool),
+            "hidden_mask": empty(batch, hidden),
+            "peephole": empty(3, hidden),
+            "zone_h": empty(t, batch, hidden, dtype=torch.bool),
+            "zone_c": empty(t, batch, hidden, dtype=torch.bool),
+            "zoneout_h": 0.1,
+            "zoneout_c": 0.1,
+        }
+        o = {name: shapes[name] for name in options}
+        xg, w, b = empty(t, batch, g * hidden), empty(g * hidden, hidden // heads), empty(g * hidden)
+        h0 = empty(batch, hidden)
+        c0 = h0 if cell == "lstm" else None
+        y, _, _, gates, cells = rnn.rnn_scan_fwd(cell, xg, h0, c0, w, b, **o, save=save)
+        if save:
+            dcells = cells if options and cell == "lstm" else None
+            rnn.rnn_scan_bwd(cell, y, h0, c0, dcells, y, gates, cells, h0, c0, w, **o)
+
+    def proved():
+        with mock.patch.object(rnn_plan, "PROVED", frozenset(ARCHS)):
+            call()
+
+    return proved if persistent else call
 
 
 def table():
@@ -69,6 +93,12 @@ def table():
     yield "rnn-fp32-128", rnn_call("rnn_relu", 32, 128, FP32), (89,)
     yield "gru-bf16-5", rnn_call("gru", 1, 5, BF16), (90,)
     yield "lstm-bf16-128-inference", rnn_call("lstm", 32, 128, BF16, save=False), (90,)
+    yield "lstm-bf16-128-options", rnn_call("lstm", 32, 128, BF16, options=LSTM_OPTIONS), (90,)
+    yield "lstm-bf16-128-two-options", rnn_call("lstm", 32, 128, BF16, options=("lengths", "zone_h")), (80,)
+    yield "gru-bf16-128-options", rnn_call("gru", 32, 128, BF16, options=GRU_OPTIONS), (90,)
+    yield "rnn-bf16-256-options", rnn_call("rnn_tanh", 32, 256, BF16, options=GRU_OPTIONS), (90,)
+    yield "lstm-fp32-64-options", rnn_call("lstm", 32, 64, FP32, options=("lengths", "zoneout_h")), (90,)
+    yield "gru-fp16-512-heads8", rnn_call("gru", 32, 512, FP16, heads=8), (120,)
     # step tier
     yield "lstm-bf16-1024-b16", rnn_call("lstm", 16, 1024, BF16), (80, 90, 120)
     yield "gru-bf16-1024-b64", rnn_call("gru", 64, 1024, BF16), (89, 90)
@@ -76,6 +106,20 @@ def table():
     yield "rnn-bf16-301-b64", rnn_call("rnn_relu", 64, 301, BF16), (80,)
     yield "lstm-fp32-512-b1", rnn_call("lstm", 1, 512, FP32), (90,)
     yield "gru-fp32-512-b32", rnn_call("gru", 32, 512, FP32), (80,)
+    yield "lstm-bf16-1024-options", rnn_call("lstm", 16, 1024, BF16, options=LSTM_OPTIONS), (90,)
+    yield "gru-bf16-512-heads2", rnn_call("gru", 16, 512, BF16, heads=2), (90,)
+    # persistent tier
+    yield "lstm-bf16-512-persistent", rnn_call("lstm", 16, 512, BF16, persistent=True), ARCHS
+    yield "lstm-bf16-1024-persistent", rnn_call("lstm", 16, 1024, BF16, persistent=True), (90,)
+    yield (
+        "lstm-bf16-1024-options-persistent",
+        rnn_call("lstm", 16, 1024, BF16, options=LSTM_OPTIONS, persistent=True),
+        (90,),
+    )
+    yield "gru-bf16-768-options-persistent", rnn_call("gru", 16, 768, BF16, options=GRU_OPTIONS, persistent=True), (80,)
+    yield "rnn-bf16-1024-b64-persistent", rnn_call("rnn_tanh", 64, 1024, BF16, persistent=True), (90,)
+    yield "lstm-fp16-512-b128-persistent", rnn_call("lstm", 128, 512, FP16, persistent=True), (90,)
+    yield "gru-bf16-604-heads2-persistent", rnn_call("gru", 16, 604, BF16, heads=2, persistent=True), (90,)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +134,10 @@ def failures(compiled, wrong):
 
 def test_every_kernel_is_compiled(compiled):
     """Jitted functions are kernels, named so, or helpers that a kernel calls."""
-    names = {n for m in (layer_norm, rnn_kernels) for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
+    modules = (layer_norm, rnn_tile, rnn_step, rnn_persistent)
+    names = {n for m in modules for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
     kernels = {n for n in names if n.endswith("_kernel")}
-    assert len(kernels) == 10
+    assert len(kernels) == 12
     for arch in ARCHS:
         assert {job.kernel for job in compiled if job.arch == arch} == kernels, f"not all for sm_{arch}"
 
@@ -138,6 +183,40 @@ def test_step_kernels_copy_asynchronously(compiled):
         aligned = "301" not in job.label  # 16-bit rows of odd length: a copy would be of two bytes
         if job.kernel == "forward_step_kernel" and aligned and "cp.async" not in got.ptx:
             return "no cp.async"
+
+    assert not failures(compiled, wrong)
+
+
+def test_persistent_kernels_fit_as_planned(compiled):
+    """The plan counts resident programs by shared memory and 256 registers a thread: no kernel may need more."""
+
+    def wrong(job, got):
+        if "persistent" not in job.kernel:
+            return None
+        c = job.named_constants()
+        tiles = rnn_plan.Tiles(c["BLOCK_B"], c["BLOCK_H"], c["BLOCK_K"], job.num_warps, 0)
+        planned = rnn_plan.persistent_shared(c["G"], tiles, job.kernel.startswith("backward"))
+        if got.shared > planned or not job.cooperative:
+            return f"{got.shared} bytes of shared memory, planned {planned}; cooperative: {job.cooperative}"
+
+    assert not failures(compiled, wrong)
+
+
+def test_persistent_kernels_wait_before_they_read(compiled):
+    """In the time loop: acquire, then the loads of what others wrote, past the L1, then release; w_hh before it."""
+
+    def wrong(job, got):
+        if "persistent" not in job.kernel:
+            return None
+        before, header, loop = got.ptx.partition("Loop Header: Depth=1")
+        order = [loop.find(text) for text in ("gpu.acquire", "ld.global.cg", "gpu.release")]
+        if not header or -1 in order or order != sorted(order):
+            return f"acquire, read, release at {order} of the loop"
+        if "gpu.acquire" in before or "ld.global.cg" in before:
+            return "an exchange outside of the loop"
+        wide = "604" not in job.label  # heads of 302 units: the loads of w_hh are as narrow as those of the gates
+        if wide and ("ld.global.v4.b32" not in before or "ld.global.v4.b32" in loop):
+            return "w_hh is not loaded once, before the loop"
 
     assert not failures(compiled, wrong)
 

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from seqfuse.kernels import common
-from seqfuse.kernels.rnn_plan import GATES, plan
+from seqfuse.kernels import common, rnn_plan
+from seqfuse.kernels.rnn_plan import GATES, persistent_shared, plan, refusal, resident
 
 # name -> compute capability, multiprocessors
 GPUS = {"H100": ((9, 0), 132), "H200": ((9, 0), 132), "A100": ((8, 0), 108), "RTX 4060": ((8, 9), 24)}
@@ -62,6 +62,62 @@ def test_plan(gpu, cell, dtype, batch, hidden, expected):
     assert result.reason in str(result)
 
 
+TOO_MANY = "programs that wait for each other need more than"
+
+
+@pytest.mark.parametrize(
+    "gpu,cell,dtype,batch,hidden,heads,expected",
+    [
+        ("H100", "lstm", BF16, 16, 512, 1, "persistent: fwd [b16 h8 k512 warps4] bwd [b16 h8 k512 warps4], 64"),
+        ("H200", "lstm", BF16, 16, 1024, 1, "persistent: fwd [b16 h8 k1024 warps8] bwd [b16 h8 k1024 warps8], 128 "),
+        # two programs a multiprocessor, then wider ones
+        ("H100", "lstm", BF16, 64, 512, 1, "persistent: fwd [b16 h8 k512 warps4] bwd [b16 h8 k512 warps4], 256"),
+        ("H100", "lstm", BF16, 128, 512, 1, "persistent: fwd [b16 h16 k512 warps4] bwd [b16 h16 k512 warps4], 256 "),
+        ("H100", "lstm", BF16, 144, 512, 1, f"288 {TOO_MANY} 132 multiprocessors"),
+        ("A100", "lstm", BF16, 16, 512, 1, "persistent: fwd [b16 h8 k512 warps4] bwd [b16 h8 k512 warps4], 64"),
+        ("A100", "gru", BF16, 16, 768, 1, "persistent: fwd [b16 h8 k1024 warps8] bwd [b16 h8 k1024 warps8], 96"),
+        ("A100", "lstm", BF16, 16, 1024, 1, f"64 {TOO_MANY} 108 multiprocessors"),
+        ("RTX 4060", "lstm", BF16, 16, 128, 1, "persistent: fwd [b16 h8 k128 warps4] bwd [b16 h8 k128 warps4], 16"),
+        ("RTX 4060", "lstm", BF16, 16, 512, 1, f"32 {TOO_MANY} 24 multiprocessors"),
+        # a barrier for each head
+        ("H100", "gru", BF16, 16, 1024, 4, "persistent: fwd [b16 h8 k256 warps4] bwd [b16 h8 k256 warps4], 128"),
+        ("H100", "lstm", FP32, 16, 512, 1, "the persistent tier holds 16-bit weights only"),
+        ("H100", "lstm", BF16, 16, 1025, 1, "the persistent tier ends at 1024 units"),
+        # what needs no barrier has none
+        ("H100", "lstm", BF16, 16, 512, 4, "tile: fwd [b16 h128 warps8] bwd [b16 h128 warps8], 4"),
+    ],
+)  # fmt: skip
+def test_persistent_plan(gpu, cell, dtype, batch, hidden, heads, expected):
+    result = plan(cell, dtype, batch, hidden, *GPUS[gpu], heads=heads, persistent=True)
+    assert expected in str(result)
+    assert result.tier == ("step" if "persistent tier" in expected or TOO_MANY in expected else expected.split(":")[0])
+
+
+def test_kernels_that_wait_are_chosen_where_they_are_proved(monkeypatch):
+    case = ("lstm", BF16, 16, 512, *GPUS["H100"])
+    assert not rnn_plan.PROVED, "an architecture needs a record of the run on hardware in docs/triton.md"
+    assert plan(*case).tier == "step"
+    assert plan(*case).reason.endswith("the persistent tier would take 64 programs, and has not been proved on sm_90")
+    assert plan(*case, persistent=True).tier == "persistent"
+    monkeypatch.setattr(rnn_plan, "PROVED", frozenset({90}))
+    assert plan(*case).tier == "persistent"
+    assert plan(*case, persistent=False).tier == "step"
+    assert plan("lstm", BF16, 16, 512, *GPUS["A100"]).tier == "step"
+
+
+def test_options_that_the_largest_tiles_have_no_registers_for():
+    assert plan("lstm", FP32, 16, 64, *GPUS["H100"], options=2).tier == "tile"
+    assert plan("lstm", FP32, 16, 64, *GPUS["H100"], options=3).tier == "step"
+    assert plan("lstm", FP32, 16, 32, *GPUS["H100"], options=6).tier == "tile"
+    assert plan("lstm", BF16, 16, 128, *GPUS["A100"], options=3).tier == "step"
+    assert plan("lstm", BF16, 16, 128, *GPUS["H100"], options=6).tier == "tile"
+
+
+def test_refusal():
+    assert refusal() is None
+    assert "not packed" in refusal(packed=True) and "layer normalisation" in refusal(norm=True)
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("cell", GATES)
 def test_plans_are_sound_everywhere(gpu, cell):
@@ -72,6 +128,13 @@ def test_plans_are_sound_everywhere(gpu, cell):
                 result = plan(cell, dtype, batch, hidden, capability, sm_count)
                 assert result == plan(cell, dtype, batch, hidden, capability, sm_count)
                 assert result.tier in ("tile", "step") and result.programs > 0
+                waiting = plan(cell, dtype, batch, hidden, capability, sm_count, persistent=True)
+                if waiting.tier == "persistent":  # all programs at once, or they would wait forever
+                    for tiles, backward in ((waiting.forward, False), (waiting.backward, True)):
+                        room = resident(GATES[cell], tiles, backward, capability)
+                        assert waiting.programs <= room * sm_count and tiles.block_k >= hidden
+                        memory = persistent_shared(GATES[cell], tiles, backward)
+                        assert room * memory <= common.shared_memory(capability)
                 for tiles in (result.forward, result.backward):
                     sizes = [tiles.block_b, tiles.block_h, tiles.warps, tiles.block_k or 1]
                     assert all(v & (v - 1) == 0 for v in sizes), "a tile that Triton refuses"

@@ -35,14 +35,19 @@ class Job:
     arch: int
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[str, ...]
+    signature: tuple[tuple[str, str | tuple], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    divisible: tuple[tuple[int, ...], ...]
     num_warps: int
     maxnreg: int | None
+    cooperative: bool
 
     def __str__(self) -> str:
         return f"{self.label} {self.kernel} sm_{self.arch}"
+
+    def named_constants(self) -> dict[str, object]:
+        names = [name for name, _ in self.signature]
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +59,33 @@ class Resources:
 
 
 def _specialise(kernel, args: tuple, constants: dict) -> tuple[dict, dict, list]:
-    """Signature, constants and 16-divisible arguments, as triton.jit derives them from a call."""
-    signature, consts, divisible = {}, {}, []
+    """Signature, constants and 16-divisible arguments, as triton.jit derives them from a call; the latter two by path:
+    (argument,), or (argument, field) inside a named tuple."""
+    consts, divisible = {}, []
+
+    def kind(value, path, is_constexpr, specialise):
+        if is_constexpr or value is None:
+            consts[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return type(value)(*(kind(v, (*path, i), False, specialise) for i, v in enumerate(value)))
+        if isinstance(value, torch.Tensor):
+            divisible.append(path)  # torch's allocations are aligned
+            return f"*{common.TL_DTYPES[value.dtype]}".replace("uint", "u").replace("int", "i")
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1 and specialise:
+            consts[path] = 1
+            return "constexpr"
+        if value % 16 == 0 and specialise:
+            divisible.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[name], consts[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{common.TL_DTYPES[value.dtype]}"
-            divisible.append(name)  # torch's allocations are aligned
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], consts[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(name)
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        specialise = not parameter.do_not_specialize
+        signature[parameter.name] = kind(values[parameter.name], (i,), parameter.is_constexpr, specialise)
     return signature, consts, divisible
 
 
@@ -79,12 +93,12 @@ def record(label: str, arch: int, call: Callable[[], object], sm_count: int = 13
     """The distinct launches of `call`, which runs a launcher on meta tensors, on a GPU of this architecture."""
     jobs: dict[Job, None] = {}
 
-    def note(kernel, grid, *args, num_warps=4, maxnreg=None, **constants):
+    def note(kernel, grid, *args, num_warps=4, maxnreg=None, cooperative=False, **constants):
         assert all(isinstance(n, int) and n > 0 for n in grid), grid
         signature, consts, divisible = _specialise(kernel, args, constants)
         job = Job(
             label, arch, kernel.__module__, kernel.__name__, tuple(signature.items()), tuple(consts.items()),
-            tuple(divisible), num_warps, maxnreg,
+            tuple(divisible), num_warps, maxnreg, cooperative,
         )  # fmt: skip
         jobs[job] = None
 
@@ -114,10 +128,10 @@ def compile_job(job: Job) -> Resources:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
-    names = list(kernel.arg_names)
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible}
+    attrs = {path: [["tt.divisibility", 16]] for path in job.divisible}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attrs)
     options = {"num_warps": job.num_warps, "num_stages": 2, "maxnreg": job.maxnreg, "enable_fp_fusion": True}
+    options |= {"launch_cooperative_grid": job.cooperative}
     binary = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
     registers, stack = _read_cubin(binary.asm["cubin"])
     return Resources(registers, stack, binary.metadata.shared, binary.asm["ptx"])
