@@ -89,7 +89,7 @@ class TestRegistry:
             assert {f"{op}/{n}" for n in ("T64-B32-H512", "T128-B16-H256", "T256-B1-H512", "T64-B4-H320")} <= ids
 
     def test_find(self):
-        assert registry.find(["gru", "lstm", "rnn"]) == registry.find(["recurrent"])
+        assert registry.find(["gru", "lstm", "rnn", "rnn_cell"]) == registry.find(["recurrent"])
         assert {c.op for c in registry.find(["norms", "gru"])} == {"layer_norm", "gru"}
         assert registry.find(["gru", "recurrent"]) == registry.find(["recurrent"])
         for name in registry.SUITES:

@@ -15,8 +15,8 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;        // elements a worker should have, or waking it costs more than it saves
-constexpr int64_t kStreamBytes = 4 << 20;  // larger results leave the caches anyway (measured: docs/layer_norm.md)
+constexpr int64_t kGrain = 1 << 14;    // elements a worker should have, or waking it costs more than it saves
+constexpr int64_t kCached = 24 << 20;  // bytes that a usual third-level cache keeps from one call to the next
 
 int workers(int64_t rows, int64_t cols, int threads) {
   const int64_t useful = (rows * cols + kGrain - 1) / kGrain;
@@ -25,9 +25,12 @@ int workers(int64_t rows, int64_t cols, int threads) {
   return n < 1 ? 1 : int(n);
 }
 
+// Whether a result goes past the caches: where a call's `tensors` [rows, cols] together would not stay there anyway, so
+// that fetching lines only to overwrite them, and driving out what is still wanted, is for nothing.
 template <class T>
-bool streams(const void* out, int64_t rows, int64_t cols) {
-  return rows * cols * int64_t(sizeof(T)) > kStreamBytes && can_stream(out, cols * int64_t(sizeof(T)));
+bool streams(const void* out, int tensors, int64_t rows, int64_t cols) {
+  const int64_t row = cols * int64_t(sizeof(T));
+  return tensors * rows * row > kCached && can_stream(out, row);
 }
 
 struct Statistics {
@@ -211,13 +214,14 @@ void with_switches(F f, bool value, Rest... rest) {
 template <class T, class P>
 void forward(const LayerNormForward& a, const Parallel& p) {
   with_switches([&]<bool Residual, bool Stream>() { forward<T, P, Residual, Stream>(a, p); }, a.residual != nullptr,
-                streams<T>(a.y, a.rows, a.cols) && (!a.residual || can_stream(a.sum, a.cols * int64_t(sizeof(T)))));
+                streams<T>(a.y, a.residual ? 4 : 2, a.rows, a.cols) &&
+                    (!a.residual || can_stream(a.sum, a.cols * int64_t(sizeof(T)))));
 }
 
 template <class T, class P>
 void backward(const LayerNormBackward& a, const Parallel& p) {
   with_switches([&]<bool Params, bool Sum, bool Stream>() { backward<T, P, Params, Sum, Stream>(a, p); },
-                a.dweight || a.dbias, a.dsum != nullptr, streams<T>(a.dx, a.rows, a.cols));
+                a.dweight || a.dbias, a.dsum != nullptr, streams<T>(a.dx, a.dsum ? 4 : 3, a.rows, a.cols));
 }
 
 }  // namespace

@@ -95,12 +95,14 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     _check_name(name)
     before, _forced = _forced, name
-    _changed()
+    if before != name:
+        _changed()
     try:
         yield
     finally:
+        if _forced != before:
+            _changed()
         _forced = before
-        _changed()
 
 
 def forced_backend() -> str:

@@ -165,7 +165,7 @@ class _Recurrent(nn.Module):
         if options is not None:
             extras = in_force(options, self._is_lstm, self.training, bool(self.proj_size)) + extras
         case = RecurrentCase(cell, weight.device.type, weight.dtype, 64, 32, self.input_size, self.hidden_size,
-                             self.num_layers, self.bidirectional, self.training, extras)  # fmt: skip
+                             self.num_layers, self.bidirectional, self.training, extras, self.heads)  # fmt: skip
         return cell.split("_")[0], case
 
     def _check_input(self, input):

@@ -195,6 +195,7 @@ def _case(cell, x, steps_and_batch, states, weights, stack, extent, extras=()):
         stack.bidirectional,
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         extras,
+        options.heads,
     )
 
 

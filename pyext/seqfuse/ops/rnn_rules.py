@@ -23,6 +23,7 @@ class RecurrentCase(NamedTuple):
     bidirectional: bool
     grad: bool
     extras: tuple[str, ...] = ()
+    heads: int = 1
 
     def shape_class(self) -> str:
         def power(n):
@@ -140,15 +141,16 @@ def _cpu_path(case):
 
 
 def _triton_path(case):
-    return f"Triton, {_triton_tier(case.cell, case.dtype, case.B, case.hidden_size, case.device)}"
+    options = sum(e in _IN_THE_SCAN and e not in ("heads", "recompute") for e in case.extras)
+    return f"Triton, {_triton_tier(case.cell, case.dtype, case.B, case.hidden_size, case.device, case.heads, options)}"
 
 
 @functools.lru_cache(1024)
-def _triton_tier(cell, dtype, batch, hidden, device):
+def _triton_tier(cell, dtype, batch, hidden, device, heads, options):
     from seqfuse.kernels import common, rnn  # imported here: Triton may be missing, and is slow to import
 
     facts = common.capability(torch.device(device)), common.sm_count(torch.device(device))
-    return f"{rnn.plan(cell, dtype, batch, hidden, *facts).tier} tier"
+    return f"{rnn.plan(cell, dtype, batch, hidden, *facts, heads=heads, options=options).tier} tier"
 
 
 def _never(*_):
