@@ -205,17 +205,24 @@ library.register_op(
 )
 
 
-def small(numel: int, dtype: torch.dtype, residual: bool) -> bool:
-    """Whether PyTorch's own op was measured faster on a CPU: reaching our kernel costs more than it saves."""
-    limit = 262_144 if dtype == torch.float32 else 131_072
-    return numel < (limit // 2 if residual else limit)
-
-
-SMALL = "at this size PyTorch's own call costs less than ours does to reach its kernel"
+# Elements from which our kernel was measured faster on a CPU than PyTorch's own op, by (float32?, residual?, gradients?):
+# below, reaching it costs more than it saves (two threads, AVX2: docs/layer_norm.md).
+_WORTH_IT = {
+    (True, False, False): 98_304,
+    (True, False, True): 262_144,
+    (True, True, False): 16_384,
+    (True, True, True): 98_304,
+    (False, False, False): 49_152,
+    (False, False, True): 65_536,
+    (False, True, False): 16_384,
+    (False, True, True): 32_768,
+}
 
 
 def _cpu_prefers(case: LayerNormCase) -> str | None:
-    return SMALL if small(case.rows * case.cols, case.dtype, case.residual) else None
+    if case.rows * case.cols >= _WORTH_IT[case.dtype == torch.float32, case.residual, case.grad]:
+        return None
+    return "at this size PyTorch's own call costs less than ours does to reach its kernel"
 
 
 dispatch.register(
