@@ -20,10 +20,19 @@ class Ceilings:
 
     @functools.cache  # noqa: B019  one object a run
     def gemm(self, dtype: str) -> float:
-        """FLOP/s of a large square matrix product."""
-        n = self.gemm_size
-        a, b = (torch.randn(n, n, device=self.device).to(DTYPES[dtype]) for _ in range(2))
-        return 2.0 * n**3 / self._best(lambda: torch.mm(a, b))
+        """FLOP/s of a large square matrix product; of a smaller one where a large one takes seconds (bfloat16 on a CPU
+        without instructions for it)."""
+        n = 256
+
+        def product():
+            a, b = (torch.randn(n, n, device=self.device).to(DTYPES[dtype]) for _ in range(2))
+            return self._best(lambda: torch.mm(a, b))
+
+        small = product()
+        if self.device == "cuda" or small * (self.gemm_size / n) ** 3 < 1.0:
+            n = self.gemm_size
+            return 2.0 * n**3 / product()
+        return 2.0 * n**3 / small
 
     @functools.cache  # noqa: B019
     def copy(self, moved: int) -> float:

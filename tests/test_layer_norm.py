@@ -128,7 +128,7 @@ def test_large_offset_does_not_cancel(isa, odd):
 
 
 def test_large_results_go_past_the_caches(isa):
-    """What exceeds the third-level cache takes stores of its own: rows that fill whole vectors, and rows that do not."""
+    """What exceeds the caches takes stores of its own: rows that fill whole vectors, and rows that do not."""
     for cols in (1024, 1001):
         for dtype in (torch.float32, torch.bfloat16):
             check(*sample((27 << 20) // (4 * cols * dtype.itemsize), cols, dtype, residual=True), "cpu")

@@ -9,6 +9,7 @@ from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqfuse import dispatch, explanation, ops
+from seqfuse.ops.products import widened
 from seqfuse.ops.recurrent import WHOLE, Extent, Stack, packed_sequence
 from seqfuse.ops.rnn_extras import NO_OPTIONS, check_probability, in_force, projection_in_force
 from seqfuse.ops.rnn_rules import SHORT, SHORT_STEPS, RecurrentCase, torch_path
@@ -143,6 +144,8 @@ class _Recurrent(nn.Module):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not input.is_cpu or not dispatch.may_shortcut():
             return False
         if input.shape[1 if self.batch_first else 0] >= SHORT_STEPS or torch.is_autocast_enabled("cpu"):
+            return False
+        if widened(input):  # PyTorch's own runs its bfloat16 products in a plain loop here
             return False
         return not torch._C._are_functorch_transforms_active() and self._recurrent_options() is None
 

@@ -13,6 +13,7 @@ from torch import _VF
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.products import addmm, linear, matmul
 from seqfuse.ops.rnn_scan import CELLS
 
 
@@ -117,7 +118,7 @@ class RnnCellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save):
-        xg, a = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)  # (B, G*H) each
+        xg, a = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)  # (B, G*H) each
         return torch.ops.seqfuse.rnn_cell_fwd(CELLS[cell], xg, a, h if cell == "gru" else None, c, save)
 
     @staticmethod
@@ -147,15 +148,15 @@ class RnnCellFunction(torch.autograd.Function):
         )
         da = da if gru else dxg
         if needs[1]:
-            dh = torch.addmm(dh, da, w_hh) if gru else da @ w_hh
+            dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
         db_ih = dxg.sum(0) if needs[5] else None
         db_hh = da.sum(0) if needs[6] else None
         return (
-            dxg @ w_ih if needs[0] else None,
+            matmul(dxg, w_ih) if needs[0] else None,
             dh if needs[1] else None,
             dc if needs[2] else None,
-            dxg.t() @ x if needs[3] else None,
-            da.t() @ h if needs[4] else None,
+            matmul(dxg.t(), x) if needs[3] else None,
+            matmul(da.t(), h) if needs[4] else None,
             db_ih,
             db_hh,
             None,

@@ -5,6 +5,7 @@ All of it works on padded sequences [T, B, X] and on rows [N, X] (see rnn_ragged
 
 import torch
 
+from seqfuse.ops.products import addmm, matmul, widened
 from seqfuse.ops.rnn_ragged import Ragged
 from seqfuse.ops.rnn_scan import SCAN, batch_major
 
@@ -62,13 +63,15 @@ def over_rows(a, b):
     """a^T @ b, [X, Y], for a [rows, X] and b [rows, Y]; over very many rows in pieces, whose sums are then added up."""
     rows, small = a.shape[0], a.shape[1] * b.shape[1] <= 65_536  # of larger ones the pieces would need much memory
     if rows < LONG or not small:
-        return a.t() @ b
+        return matmul(a.t(), b)
     piece = 512
     whole = rows // piece * piece
+    if widened(a):
+        return over_rows(a.float(), b.float()).to(a.dtype)
     parts = torch.bmm(
         a[:whole].reshape(-1, piece, a.shape[1]).transpose(1, 2), b[:whole].reshape(-1, piece, b.shape[1])
     )
-    return parts.sum(0) + a[whole:].t() @ b[whole:]
+    return parts.sum(0) + matmul(a[whole:].t(), b[whole:])
 
 
 def bias_gradient(d_rows, by_scan=None):
@@ -93,7 +96,7 @@ def dw_hh(call, dxg, dan, y, h0, w_hh, options):
             w = _by_heads(flat_rows(d[rest], layout), states, H, heads)
             if h0 is None:
                 return w
-            return torch.addmm(w, d[first].t(), h0) if heads == 1 else w + _by_heads(d[first], h0, H, heads)
+            return addmm(w, d[first].t(), h0) if heads == 1 else w + _by_heads(d[first], h0, H, heads)
     else:
         before = state_before(y, h0, call.reverse, lengths, resets)
         if hidden_mask is not None:
@@ -115,7 +118,10 @@ def _by_heads(d, states, H, heads):
         return over_rows(d, states)
     d = d.reshape(d.shape[0], d.shape[1] // H, heads, H // heads)  # (rows, gate, head, unit)
     states = states.reshape(states.shape[0], heads, H // heads)
-    return torch.einsum("rgnu,rnk->gnuk", d, states).reshape(-1, H // heads)
+    kind = d.dtype
+    if widened(d):
+        d, states = d.float(), states.float()
+    return torch.einsum("rgnu,rnk->gnuk", d, states).reshape(-1, H // heads).to(kind)
 
 
 def peephole_gradient(dxg, gates, cells, c0, reverse, options, dtype):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from seqfuse import reference
 from seqfuse.ops import rnn_ragged
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.products import linear, matmul
 from seqfuse.ops.rnn_gradients import (
     bias_gradient,
     checkpoints,
@@ -77,11 +78,11 @@ def projected_layer(call, x, h0, c0, weights, options=PLAIN):
     if call.backend == "reference":
         return rnn_layer(call, x, h0, c0, weights, options._replace(projection=w_hr))
     if w_ih is not None:
-        x = F.linear(x, w_ih, b_ih)
+        x = linear(x, w_ih, b_ih)
     if h0 is not None:
-        x = _add_to_first_step(x, F.linear(h0, w_hh), call.reverse, options)
-    y, h_n, c_n, cells = rnn_layer(call, x, None, c0, (None, w_hh @ w_hr, None, b_hh), options)
-    y, h_n = F.linear(y, w_hr), F.linear(h_n, w_hr)
+        x = _add_to_first_step(x, linear(h0, w_hh), call.reverse, options)
+    y, h_n, c_n, cells = rnn_layer(call, x, None, c0, (None, matmul(w_hh, w_hr), None, b_hh), options)
+    y, h_n = linear(y, w_hr), linear(h_n, w_hr)
     if h0 is not None and options.lengths is not None and x.dim() == 3:  # an empty sequence leaves the initial state
         h_n = torch.where((options.lengths == 0)[:, None], h0, h_n)
     return y, h_n, c_n, cells
@@ -214,7 +215,7 @@ class RnnLayerFunction(torch.autograd.Function):
         d_rows = flat_rows(dxg, layout)  # (T*B, G*H)
         dx = dw_ih = dw = db_ih = None
         if needs[0]:
-            dx = dxg if w_ih is None else from_rows(d_rows @ w_ih, x, layout)
+            dx = dxg if w_ih is None else from_rows(matmul(d_rows, w_ih), x, layout)
         if needs[3]:
             dw_ih = over_rows(d_rows, flat_rows(x, layout))
         if needs[4]:
@@ -251,9 +252,9 @@ def _input_gates(x, w_ih, b_ih):
     if w_ih is None:
         return x
     if x.is_contiguous():
-        return F.linear(x, w_ih, b_ih)  # (T, B, G*H) or (N, G*H)
+        return linear(x, w_ih, b_ih)  # (T, B, G*H) or (N, G*H)
     layout = batch_major(x)
-    return from_rows(F.linear(flat_rows(x, layout), w_ih, b_ih), x, layout)
+    return from_rows(linear(flat_rows(x, layout), w_ih, b_ih), x, layout)
 
 
 def _differentiable_backward(call, inputs, options, grads):

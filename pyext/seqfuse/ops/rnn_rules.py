@@ -7,6 +7,7 @@ import torch
 
 from seqfuse import dispatch, native
 from seqfuse.ops import library
+from seqfuse.ops.products import SLOW_BF16
 
 
 class RecurrentCase(NamedTuple):
@@ -97,6 +98,8 @@ def _cpu_prefers(case):
         return None  # what is left is the reference, a Python loop
     if "packed_sequence" in case.extras:
         return None  # torch's packed path is a loop over steps
+    if SLOW_BF16 and case.dtype == torch.bfloat16:
+        return None  # PyTorch's own runs its products in a plain loop here
     if not case.grad and case.T < SHORT_STEPS:
         return SHORT
     if case.grad and case.T < {"lstm": 1, "gru": 2}.get(case.cell, 4):
