@@ -205,7 +205,7 @@ library.register_op(
 )
 
 
-# Elements from which our kernel was measured faster on a CPU than PyTorch's own op, by (float32?, residual?, gradients?).
+# Elements from which our kernel was measured faster on a CPU than PyTorch's op, by (float32?, residual?, gradients?).
 # Below, reaching it costs more than it saves (two threads, AVX2: docs/layer_norm.md).
 _WORTH_IT = {
     (True, False, False): 98_304,
