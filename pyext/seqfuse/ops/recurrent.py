@@ -13,7 +13,7 @@ from seqfuse.ops import checks, rnn_extras, rnn_ragged
 from seqfuse.ops.autograd import traced
 from seqfuse.ops.layer_norm import layer_norm
 from seqfuse.ops.rnn_extras import NO_OPTIONS, RecurrentOptions
-from seqfuse.ops.rnn_layer import ScanCall, projected_layer, rnn_layer
+from seqfuse.ops.rnn_layer import Joined, ScanCall, projected_layer, rnn_layer
 from seqfuse.ops.rnn_ragged import Ragged
 from seqfuse.ops.rnn_rules import RecurrentCase
 
@@ -314,9 +314,13 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
     over_input = options.variational()[0] if stack.training else 0.0
     plain = options is NO_OPTIONS and ragged is None and resets is None
     projected = len(weights[0]) in (3, 5)
+    # both directions' y are kept once, joined; what looks into the graph, or has its own idea of y, keeps them apart
+    joins = case.bidirectional and case.grad and not (projected or traced())
+    joins = joins and name != "reference" and not torch._C._are_functorch_transforms_active()
     last_h, last_c, cells = [], [], []
     for layer in range(case.layers):
         outputs, cells = [], []
+        joined = (Joined(), Joined()) if joins else (None, None)
         want_cells = extent.cells and layer == case.layers - 1
         if over_input:
             mask = rnn_extras.keep_mask((case.B, x.shape[-1]), over_input, x)
@@ -325,7 +329,7 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
             k = layer * directions + direction
             h = None if h0 is None else h0[k]
             c = None if c0 is None else c0[k]
-            call = ScanCall(case.cell, name, direction == 1, False, want_cells, options.recompute)
+            call = ScanCall(case.cell, name, direction == 1, False, want_cells, options.recompute, joined[direction])
             if plain and not projected:
                 y, h_n, c_n, cell_states = rnn_layer(call, x, h, c, weights[k])
             else:
@@ -335,6 +339,9 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
             last_c.append(c_n)
             cells.append(cell_states)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)  # (T, B, D*H)
+        if joins:
+            for direction, place in enumerate(joined):
+                place.put(x, direction * case.hidden_size, case.hidden_size)
         if stack.training and stack.dropout > 0.0 and layer < case.layers - 1:
             x = rnn_extras.between_layers(x, stack.dropout, case.T, ragged)
     c_n = torch.stack(last_c) if case.cell == "lstm" else None

@@ -33,9 +33,26 @@ from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, batch_major
 from seqfuse.reference import PLAIN
 
 
+class Joined:
+    """Where one direction of a two-way layer finds its y again in the backward pass: in the concatenation of both,
+    which is kept anyway, so that a y of its own need not be."""
+
+    def put(self, whole, first, width):
+        self.whole, self.version = whole.detach(), whole._version
+        self.columns = slice(first, first + width)
+
+    def take(self):
+        if self.whole._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                "output of a bidirectional recurrent layer"
+            )
+        return self.whole[..., self.columns]
+
+
 class ScanCall(NamedTuple):
     """How one layer and direction is run. save: keep what a backward pass needs. want_cells: c after each step is an
-    output. recompute: keep y and a few c only, and run the scan again in the backward pass."""
+    output. recompute: keep y and a few c only, and run the scan again in the backward pass. joined: where y is kept."""
 
     cell: str
     backend: str
@@ -43,6 +60,7 @@ class ScanCall(NamedTuple):
     save: bool = False
     want_cells: bool = False
     recompute: bool = False
+    joined: Joined | None = None
 
 
 def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
@@ -60,7 +78,7 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
     save = torch.is_grad_enabled() and (traced() or _any_requires_grad((*tensors, options.peephole)))
     # torch.compile decides by itself what to keep; a plain RNN keeps nothing but y anyway
     recompute = call.recompute and save and not traced() and (call.cell in ("gru", "lstm") or _zoneout(options))
-    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute)
+    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute, call.joined)
     # as literals: with dynamic=True Dynamo would make a symbol of a float that comes from elsewhere
     fused = (None, None, None, None, None, None, 0.0, 0.0) if options is PLAIN else options[:FUSED_OPTIONS]
     y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *fused)
@@ -179,6 +197,7 @@ class RnnLayerFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if call.save:
             cells = cells if not call.recompute else None
+            y = y if call.joined is None else None
             ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, *options[:6])
         ctx.call, ctx.zoneouts = call, options[6:]
 
@@ -193,6 +212,8 @@ class RnnLayerFunction(torch.autograd.Function):
             return (None,) * (8 + FUSED_OPTIONS)
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, *masks = ctx.saved_tensors
         options = (*masks, *ctx.zoneouts)
+        if call.joined is not None:
+            y = call.joined.take()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
             return _differentiable_backward(call, inputs, options, (dy, dh_n, dc_n, dcells))
