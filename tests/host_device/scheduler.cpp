@@ -23,6 +23,8 @@ namespace seqfuse::dev::host {
 
 uint64_t seed = 1;
 int multiprocessors = 3;
+int capability = 90;
+int resident_clusters = 8;
 long launches = 0;
 Position here{};
 
@@ -36,6 +38,7 @@ struct Fibre {
   char* stack;
   void* fake_stack = nullptr;  // AddressSanitizer's, while the fibre does not run
   int collectives = 0;         // warp operations so far
+  int64_t phase = -1;          // of the cluster barrier at which it has arrived and not yet waited
   const char* waiting = nullptr;
   bool done = false;
 };
@@ -59,12 +62,15 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Fibre*> waiting;
   std::map<const void*, Allocation> memory;
+  int left = 0;  // threads that have left the kernel
 };
 
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Fibre> fibres;
   std::vector<Fibre*> ready, waiting;
+  size_t arrived = 0, dynamic_bytes = 0;
+  int64_t phase = 0;
 };
 
 Cluster* cluster = nullptr;
@@ -113,6 +119,8 @@ void entry() {
   after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*kernel)();
   running->done = true;
+  if (running->phase >= 0) fail("a thread left the kernel between cluster_arrive and cluster_wait");
+  cluster->blocks[size_t(here.rank)].left++;
   before_switch(nullptr, scheduler_stack, scheduler_stack_bytes);  // null: this stack is finished
   swap_context(&running->context, &scheduler);
 }
@@ -170,6 +178,7 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   Cluster c;
   c.blocks.resize(size_t(grid.cluster));
   c.fibres.resize(size_t(grid.cluster) * size_t(threads));
+  c.dynamic_bytes = size_t(grid.shared);
   cluster = &c;
   for (size_t i = 0; i < c.fibres.size(); i++) {
     Fibre& f = c.fibres[i];
@@ -210,7 +219,9 @@ void fail(const char* format, ...) {
 void run(Grid grid, int threads, const std::function<void()>& body) {
   if (threads < kWarp || threads > 1024 || threads % kWarp) fail("%d threads in a block", threads);
   if (grid.x < 1 || grid.y < 1 || grid.y > 65535 || grid.x > 0x7fffffff) fail("a grid that no GPU accepts");
-  if (grid.cluster < 1 || grid.x % grid.cluster) fail("the grid is no multiple of its cluster size");
+  if (grid.shared < 0 || grid.shared > 232448) fail("%ld bytes of dynamic shared memory", long(grid.shared));
+  if (grid.cluster < 1 || grid.cluster > 16 || grid.x % grid.cluster)
+    fail("the grid is no multiple of its cluster size");
   launches++;
   random_state = seed * 0x100000001b3u + uint64_t(launches);
   kernel = &body;
@@ -225,8 +236,22 @@ void block_barrier() {
   arrive(block().waiting, size_t(here.threads), "a block barrier");
 }
 
-void cluster_barrier() {
-  arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier");
+void cluster_arrive() {
+  if (running->phase >= 0) fail("cluster_arrive twice without cluster_wait");
+  running->phase = cluster->phase;
+  if (++cluster->arrived < cluster->fibres.size()) return;
+  cluster->arrived = 0, cluster->phase++;
+  cluster->ready.insert(cluster->ready.end(), cluster->waiting.begin(), cluster->waiting.end());
+  cluster->waiting.clear();
+}
+
+void cluster_wait() {
+  if (running->phase < 0) fail("cluster_wait without cluster_arrive");
+  if (running->phase == cluster->phase) {
+    cluster->waiting.push_back(running);
+    wait("a cluster barrier");
+  }
+  running->phase = -1;
 }
 
 const Slot* exchange(const char* operation, const void* data, size_t bytes) {
@@ -257,8 +282,16 @@ void* shared_memory(const void* key, size_t bytes) {
   return allocation(block(), key, bytes).memory.get();
 }
 
+void* dynamic_memory(size_t bytes) {
+  if (bytes != cluster->dynamic_bytes)
+    fail("the kernel uses %zu bytes of dynamic shared memory, its launch asked for %zu", bytes, cluster->dynamic_bytes);
+  static const char key = 0;
+  return shared_memory(&key, bytes);
+}
+
 void* peer_memory(void* own, int rank) {
   if (rank < 0 || rank >= here.cluster) fail("no block %d in a cluster of %d", rank, here.cluster);
+  if (cluster->blocks[size_t(rank)].left == here.threads) fail("block %d of the cluster has left the kernel", rank);
   for (auto& [key, a] : block().memory) {
     const ptrdiff_t offset = static_cast<char*>(own) - static_cast<char*>(a.memory.get());
     if (offset < 0 || size_t(offset) >= a.bytes) continue;
