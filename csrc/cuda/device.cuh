@@ -10,8 +10,11 @@
 //   barrier()                                   all threads of the block; none may have left the kernel
 //   cluster_rank() cluster_size() cluster_barrier() cluster_peer(pointer, rank)
 //                                               blocks of a cluster, their shared memory (sm_90, persistent kernels)
-//   cluster_arrive() cluster_wait()             the two halves of cluster_barrier(): what a thread wrote before it
-//                                               arrives, every thread of the cluster sees after it has waited
+//   Arrivals                                    8 bytes in shared memory that count what other blocks send, in phases
+//   arrivals_init(a)                            by one thread, before a cluster barrier
+//   arrivals_expect(a, bytes)                   by one thread a phase: it ends when that much has come, early or late
+//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended; what was sent is
+//   seen send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
 //   kClusters                                   false where the architecture has none: such kernels are empty there
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
 //   dynamic_shared<S>()                         the same, of the size that the launch asked for (Grid::shared)
@@ -42,6 +45,10 @@ struct f16 {
 
 struct alignas(16) Bits16 {
   uint32_t word[4];
+};
+
+struct alignas(8) Arrivals {
+  uint64_t state;
 };
 
 // x * y blocks, in clusters of `cluster` neighbours along x, each with `shared` bytes of dynamic shared memory

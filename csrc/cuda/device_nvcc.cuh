@@ -46,11 +46,8 @@ SEQFUSE_DEVICE int cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return int(size);
 }
-SEQFUSE_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-SEQFUSE_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+SEQFUSE_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // p points into this block's shared memory; the result into the same place of block `rank` of the cluster
 template <class S>
@@ -58,6 +55,36 @@ SEQFUSE_DEVICE S* cluster_peer(S* p, int rank) {
   uint64_t peer;
   asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<S*>(peer);
+}
+
+// Arrivals is an mbarrier that one thread arrives at; the rest of its phase is bytes.
+SEQFUSE_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+SEQFUSE_DEVICE void arrivals_init(Arrivals& a) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&a))
+               : "memory");
+}
+SEQFUSE_DEVICE void arrivals_expect(Arrivals& a, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&a)), "r"(bytes)
+               : "memory");
+}
+SEQFUSE_DEVICE void arrivals_wait(Arrivals& a, int parity) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(&a)), "r"(parity)
+        : "memory");
+}
+// No fence: the bytes are counted where they arrive, when they have arrived.
+SEQFUSE_DEVICE void send_16(void* p, const Bits16& b, Arrivals* a) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   shared_address(p)),
+               "r"(b.word[0]), "r"(b.word[1]), "r"(b.word[2]), "r"(b.word[3]), "r"(shared_address(a))
+               : "memory");
 }
 #else
 // declared, so that kernels can name them; kClusters keeps them from being called
@@ -68,17 +95,16 @@ SEQFUSE_DEVICE int cluster_rank() {
 SEQFUSE_DEVICE int cluster_size() {
   return 1;
 }
-SEQFUSE_DEVICE void cluster_arrive() {}
-SEQFUSE_DEVICE void cluster_wait() {}
+SEQFUSE_DEVICE void cluster_barrier() {}
 template <class S>
 SEQFUSE_DEVICE S* cluster_peer(S* p, int) {
   return p;
 }
+SEQFUSE_DEVICE void arrivals_init(Arrivals&) {}
+SEQFUSE_DEVICE void arrivals_expect(Arrivals&, int) {}
+SEQFUSE_DEVICE void arrivals_wait(Arrivals&, int) {}
+SEQFUSE_DEVICE void send_16(void*, const Bits16&, Arrivals*) {}
 #endif
-SEQFUSE_DEVICE void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
 
 template <class S>
 SEQFUSE_DEVICE S& shared() {

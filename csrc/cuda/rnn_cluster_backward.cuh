@@ -15,20 +15,27 @@
 //   bypasses
 //      w_hh; then the cell's gradients in fp32; da, rounded to the dtype, goes to shared memory               [barrier]
 //   3. product: 2 G k-tiles x K / 64 column tiles a warp
-//   4. accumulators, 16 bytes a lane, go to the block that owns the column tile                        [cluster arrive]
-//   5. dxg and dan go to global memory while the other blocks arrive                                     [cluster wait]
+//   4. accumulators, 16 bytes a lane, go to the block that owns the column tile, its own not excepted
+//   5. dxg and dan go to global memory, meanwhile the partial sums of the other blocks arrive                  [wait]
 // db_hh is summed in registers; each half of a cluster's rows leaves one row of `partial` for column_sum.
 //
 // Memory traffic allowed: w_hh once per cluster; dy, gates, cells (and y for RNN and GRU) once, dxg and dan once.
 // Nothing that a step needs from another step or block goes through global memory.
 //
-// Synchronisation. `part` is double-buffered: step i writes part[(i + 1) % 2] of the blocks it has partial sums for,
-// and reads part[i % 2] of its own.
-// - Writes of step i are read in step i + 1, after the cluster barrier of step i (release at arrive, acquire at wait).
-// - A block may still read part[(i + 1) % 2] in step i - 1 only, before it arrives there; whoever writes it in step i
-//   has passed that barrier.
-// - The first barrier says that every block has started. After the last one nobody writes into another block.
-// - `da` is written after the cluster barrier of step i - 1, behind which nobody reads that step's any more.
+// Synchronisation, as in the forward pass by counted bytes (st.async) instead of barriers. `part` is double-buffered:
+// step i sends into part[(i + 1) % 2] of the blocks it has partial sums for, and reads part[i % 2] of its own.
+// - What step i sends is read in step i + 1, after the wait for its last byte (release at complete_tx, acquire at
+// wait).
+// - A block reads part[(i + 1) % 2] for the last time in step i - 1, before the block barrier behind which it sends.
+// Whoever
+//   sends in step i has received from it in step i - 1. So nothing is overwritten before it is read.
+// - In the same way the count of step i + 2, on the same mbarrier, cannot begin before all threads have seen step i's
+// end.
+// - `da` is double-buffered because a warp may go on to the next step while another still multiplies; the barrier of
+// that
+//   next step keeps it from going on further.
+// - The cluster barrier before the loop says that every block has started and has set up its mbarriers. A block leaves
+//   when all that was sent to it has come.
 // Every sum has an order that depends on the shape only: results are the same bits every time.
 #pragma once
 #include "cuda/rnn_cluster.cuh"
@@ -61,7 +68,8 @@ struct BackwardShared {
     Float2 half[2];
     static SEQFUSE_DEVICE int place(int half) { return half ^ (dev::lane() / 8 % 2); }
   };
-  Bits16 da[2 * G * dev::kWarp];  // A fragments: [k-tile][lane]
+  Bits16 da[2][2 * G * dev::kWarp];  // A fragments: [buffer][k-tile][lane]
+  dev::Arrivals arrivals[2];         // of the two buffers of part
   union {
     Sums part[2][K / kBlockUnits][kBlockUnits / 8][dev::kWarp];  // [buffer][from block][tile][lane]
     WeightSlice<K> weights;                                      // before the first step
@@ -164,6 +172,7 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
     }
     if (Options && cut) dh[0] = dh[1] = 0.0f;
   };
+  if (dev::thread() == 0) dev::arrivals_init(s.arrivals[0]), dev::arrivals_init(s.arrivals[1]);
   dev::cluster_barrier();
 
   for (int64_t i = 0; i < shape.steps; i++, t += shape.direction) {
@@ -223,16 +232,18 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
 #pragma unroll
     for (int g = 0; g < G; g++) {
       words[g] = me.count ? dev::narrow_pair<T>(da[g][0], me.count > 1 ? da[g][1] : 0.0f) : 0u;
-      s.da[(2 * g + me.tile / 2) * dev::kWarp + lane].word[me.word()] = words[g];
+      s.da[i % 2][(2 * g + me.tile / 2) * dev::kWarp + lane].word[me.word()] = words[g];
 #pragma unroll
       for (int e = 0; e < 2; e++) db[g][e] += e < me.count ? da[g][e] : 0.0f;
     }
+    dev::Arrivals& arrivals = s.arrivals[(i + 1) % 2];
+    if (dev::thread() == 0) dev::arrivals_expect(arrivals, me.blocks * kGroupRows * kBlockUnits * 4);
     dev::barrier();
 
     float acc[kColumnTiles][4] = {};
 #pragma unroll
     for (int k = 0; k < 2 * G; k++) {
-      const Bits16 a = s.da[k * dev::kWarp + lane];
+      const Bits16 a = s.da[i % 2][k * dev::kWarp + lane];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n++) dev::mma_m16n8k16<T>(acc[n], a.word, w[k][n]);
     }
@@ -243,9 +254,9 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
       const bool swapped = Sums::place(0) != 0;
       const Bits16 bits{{dev::as_bits(swapped ? acc[n][2] : acc[n][0]), dev::as_bits(swapped ? acc[n][3] : acc[n][1]),
                          dev::as_bits(swapped ? acc[n][0] : acc[n][2]), dev::as_bits(swapped ? acc[n][1] : acc[n][3])}};
-      dev::store_16(dev::cluster_peer(&s.part[(i + 1) % 2][me.rank][tile % (kBlockUnits / 8)][lane], owner), bits);
+      Sums* const to = &s.part[(i + 1) % 2][me.rank][tile % (kBlockUnits / 8)][lane];
+      dev::send_16(dev::cluster_peer(to, owner), bits, dev::cluster_peer(&arrivals, owner));
     }
-    dev::cluster_arrive();
     if (me.count) {
 #pragma unroll
       for (int g = 0; g < G; g++) {
@@ -258,7 +269,7 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
         }
       }
     }
-    dev::cluster_wait();
+    dev::arrivals_wait(arrivals, int(i / 2 % 2));
     now = next;
   }
 

@@ -7,22 +7,31 @@
 //   3. the two warps of a tile exchange half of their partial sums (row halves) through shared memory      [barrier]
 //   4. cell: two (row, unit) elements a thread, in fp32
 //   5. the block's 16 x 32 new h, 1 KB, goes to its own next buffer, then 16 bytes at a time into the same place of
-//      every other block of the cluster through distributed shared memory                [barrier, cluster arrive]
-//   6. y, gates and cells go to global memory while the other blocks arrive                              [cluster wait]
+//      every other block of the cluster through distributed shared memory                                [barrier]
+//   6. y, gates and cells go to global memory, meanwhile the h of the other blocks arrives                     [wait]
 //
 // Shared-memory bytes of a step (LSTM, K = 512): 64 KB of fragments read by 8 warps, 8 + 8 KB of partial sums, 15 KB
 // sent and received. Splitting k over more warps would move more partial sums, over one warp would not fit registers.
 // Memory traffic allowed: w_hh, h0, c0 and b_hh once per cluster; xg once; y, gates and cells once. Nothing that a step
 // needs from another step or block goes through global memory.
 //
-// Synchronisation. h is double-buffered: step i reads h[i % 2] and every block writes into h[(i + 1) % 2] of all.
-// - Writes of step i are read in step i + 1, after the cluster barrier of step i (release at arrive, acquire at wait).
-// - A block may still read h[(i + 1) % 2] in step i - 1 only; whoever writes there in step i has passed the cluster
-//   barrier of step i - 1, at which that block arrived after its product.
-// - The first barrier also says that every block of the cluster has started and holds h0. In the last step nobody
-//   writes into another block, so that a block may leave at once.
-// - `part` is written between the cluster barrier of step i - 1 and the first barrier of step i, read before the
-// second. The contraction is added up in an order that depends on the shape only: results are the same bits every time.
+// Synchronisation. h is double-buffered: step i reads h[i % 2] and every block sends into h[(i + 1) % 2] of all others.
+// There is no barrier of the cluster in the loop, only data: st.async counts its bytes into an mbarrier of the
+// receiver, and a block goes on when all of the others' h is there. (barrier.cluster with release and acquire compiles
+// to a MEMBAR.ALL.GPU a step, which would wait for the stores of y and gates too.)
+// - What step i sends is read in step i + 1, after the wait for its last byte (release at complete_tx, acquire at
+// wait).
+// - A block reads h[(i + 1) % 2] for the last time in step i - 1, before it sends its own h of that step (a block
+// barrier
+//   lies between). Whoever sends in step i has received that. So nothing is overwritten before it is read.
+// - In the same way the count of step i + 2, on the same mbarrier, cannot begin before all threads have seen step i's
+// end.
+// - The cluster barrier before the loop says that every block has started, holds h0 and has set up its mbarriers. In
+// the
+//   last step nobody sends, and a block leaves when all that was sent to it has come.
+// - `part` is written before the first barrier of a step and read before the second.
+//
+// The contraction is added up in an order that depends on the shape only: results are the same bits every time.
 #pragma once
 #include "cuda/rnn_cluster.cuh"
 
@@ -49,6 +58,7 @@ struct ForwardShared {
     WeightSlice<K> weights;            // before the first step
   };
   Float2 part[kClusterWarps][G][dev::kWarp];
+  dev::Arrivals arrivals[2];  // of the two buffers of h
 };
 
 constexpr int kTurn = 4;  // k-tiles of a warp between two looks at H
@@ -120,6 +130,7 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
     s.h[0][v] = bits;
     s.h[1][v] = Bits16{};
   }
+  if (dev::thread() == 0) dev::arrivals_init(s.arrivals[0]), dev::arrivals_init(s.arrivals[1]);
   dev::cluster_barrier();
 
   for (int64_t i = 0; i < shape.steps; i++, t += shape.direction) {
@@ -191,12 +202,14 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
     if (more) {
       Bits16* const to = s.h[(i + 1) % 2] + me.rank * 2 * dev::kWarp;  // the block's two k-tiles
       to[me.tile / 2 * dev::kWarp + lane].word[me.word()] = me.count && !next.flags.reset ? word : 0u;
+      if (dev::thread() == 0)
+        dev::arrivals_expect(s.arrivals[(i + 1) % 2], (me.blocks - 1) * kGroupRows * kBlockUnits * 2);
       dev::barrier();
       const int v = dev::thread() % (2 * dev::kWarp);
       const Bits16 bits = to[v];
       for (int peer = dev::thread() / (2 * dev::kWarp); peer < me.blocks; peer += kClusterThreads / (2 * dev::kWarp))
-        if (peer != me.rank) dev::store_16(dev::cluster_peer(&to[v], peer), bits);
-      dev::cluster_arrive();
+        if (peer != me.rank)
+          dev::send_16(dev::cluster_peer(&to[v], peer), bits, dev::cluster_peer(&s.arrivals[(i + 1) % 2], peer));
     }
     if (me.count) {
       const bool active = now.flags.active;
@@ -213,7 +226,7 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
           if (e < me.count) *p.cells.at(t, me.row, me.unit + e) = active ? c[e] : 0.0f;
       }
     }
-    if (more) dev::cluster_wait();
+    if (more) dev::arrivals_wait(s.arrivals[(i + 1) % 2], int(i / 2 % 2));
     now = next;
   }
   if (!me.count) return;

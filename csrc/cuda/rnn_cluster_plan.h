@@ -14,10 +14,11 @@ struct ClusterShared {
   int64_t forward, backward;  // dynamic shared memory of a block, bytes
 };
 
-// One gate's weights (larger than h, twice) and the partial sums; da, and the partial dh of every block, twice
+// One gate's weights (larger than h, twice) and the partial sums; da and the partial dh of every block, both twice;
+// and two mbarriers
 inline ClusterShared cluster_shared(Cell cell, int64_t extent) {
   const int64_t G = gates_of(cell);
-  return {32 * (extent + 8) * 2 + 8 * G * 256, 2 * G * 512 + 2 * (extent / 32) * 2048};
+  return {32 * (extent + 8) * 2 + 8 * G * 256 + 16, 2 * 2 * G * 512 + 16 + 2 * (extent / 32) * 2048};
 }
 
 struct RnnClusterPlan {

@@ -33,8 +33,11 @@ using Slot = unsigned char[kSlotBytes];
 
 void run(Grid grid, int threads, const std::function<void()>& body);  // every thread of every block calls body()
 void block_barrier();
-void cluster_arrive();
-void cluster_wait();
+void cluster_barrier();
+void arrivals_init(const void* a);
+void arrivals_expect(const void* a, int bytes);
+void arrivals_wait(const void* a, int parity);
+void send(void* p, const Bits16& bits, const void* a);  // arrives some time later
 // shows `bytes` at `data` to the warp and returns all 32 lanes' slots; `operation` must be the same in all lanes
 const Slot* exchange(const char* operation, const void* data, size_t bytes);
 void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -80,15 +83,20 @@ inline int cluster_size() {
   return host::here.cluster;
 }
 constexpr bool kClusters = true;
-inline void cluster_arrive() {
-  host::cluster_arrive();
-}
-inline void cluster_wait() {
-  host::cluster_wait();
-}
 inline void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
+  host::cluster_barrier();
+}
+inline void arrivals_init(Arrivals& a) {
+  host::arrivals_init(&a);
+}
+inline void arrivals_expect(Arrivals& a, int bytes) {
+  host::arrivals_expect(&a, bytes);
+}
+inline void arrivals_wait(Arrivals& a, int parity) {
+  host::arrivals_wait(&a, parity);
+}
+inline void send_16(void* p, const Bits16& bits, Arrivals* a) {
+  host::send(p, bits, a);
 }
 template <class S>
 S* cluster_peer(S* p, int rank) {

@@ -38,7 +38,6 @@ struct Fibre {
   char* stack;
   void* fake_stack = nullptr;  // AddressSanitizer's, while the fibre does not run
   int collectives = 0;         // warp operations so far
-  int64_t phase = -1;          // of the cluster barrier at which it has arrived and not yet waited
   const char* waiting = nullptr;
   bool done = false;
 };
@@ -65,12 +64,26 @@ struct Block {
   int left = 0;  // threads that have left the kernel
 };
 
+struct Phases {  // of an Arrivals
+  int64_t bytes = 0, ended = 0;
+  bool expected = false;
+  std::vector<Fibre*> waiting;
+};
+
+struct Message {  // on its way from block to block
+  void* to;
+  Bits16 bits;
+  const void* arrivals;
+  int rank;  // of the receiver
+};
+
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Fibre> fibres;
   std::vector<Fibre*> ready, waiting;
-  size_t arrived = 0, dynamic_bytes = 0;
-  int64_t phase = 0;
+  size_t dynamic_bytes = 0;
+  std::map<const void*, Phases> arrivals;
+  std::vector<Message> messages;
 };
 
 Cluster* cluster = nullptr;
@@ -119,7 +132,6 @@ void entry() {
   after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*kernel)();
   running->done = true;
-  if (running->phase >= 0) fail("a thread left the kernel between cluster_arrive and cluster_wait");
   cluster->blocks[size_t(here.rank)].left++;
   before_switch(nullptr, scheduler_stack, scheduler_stack_bytes);  // null: this stack is finished
   swap_context(&running->context, &scheduler);
@@ -168,6 +180,8 @@ char* stack(size_t index) {
   return stacks[index];
 }
 
+void deliver(const Message&);
+
 void prepare(Fibre* f) {
   getcontext(&f->context);
   f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
@@ -189,11 +203,20 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
     c.ready.push_back(&f);
   }
   for (Block& b : c.blocks) b.warps.resize(size_t(threads / kWarp));
-  while (!c.ready.empty()) {
-    std::swap(c.ready[random_below(c.ready.size())], c.ready.back());
-    Fibre* next = c.ready.back();
+  while (!c.ready.empty() || !c.messages.empty()) {
+    // a message is as likely to be next as any fibre, so that it may come early or late
+    const uint64_t next = random_below(c.ready.size() + c.messages.size());
+    if (next >= c.ready.size()) {
+      std::swap(c.messages[next - c.ready.size()], c.messages.back());
+      const Message message = c.messages.back();
+      c.messages.pop_back();
+      deliver(message);
+      continue;
+    }
+    std::swap(c.ready[next], c.ready.back());
+    Fibre* fibre = c.ready.back();
     c.ready.pop_back();
-    resume(next);
+    resume(fibre);
   }
   std::map<std::string, int> places;
   for (const Fibre& f : c.fibres)
@@ -236,22 +259,65 @@ void block_barrier() {
   arrive(block().waiting, size_t(here.threads), "a block barrier");
 }
 
-void cluster_arrive() {
-  if (running->phase >= 0) fail("cluster_arrive twice without cluster_wait");
-  running->phase = cluster->phase;
-  if (++cluster->arrived < cluster->fibres.size()) return;
-  cluster->arrived = 0, cluster->phase++;
-  cluster->ready.insert(cluster->ready.end(), cluster->waiting.begin(), cluster->waiting.end());
-  cluster->waiting.clear();
+void cluster_barrier() {
+  arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier");
 }
 
-void cluster_wait() {
-  if (running->phase < 0) fail("cluster_wait without cluster_arrive");
-  if (running->phase == cluster->phase) {
-    cluster->waiting.push_back(running);
-    wait("a cluster barrier");
-  }
-  running->phase = -1;
+namespace {
+Phases& phases_of(const void* a) {
+  const auto found = cluster->arrivals.find(a);
+  if (found == cluster->arrivals.end()) fail("an Arrivals that was not initialised");
+  return found->second;
+}
+
+void end_phase_if_complete(Phases& p) {
+  if (!p.expected || p.bytes) return;
+  p.expected = false, p.ended++;
+  cluster->ready.insert(cluster->ready.end(), p.waiting.begin(), p.waiting.end());
+  p.waiting.clear();
+}
+
+int rank_of(const void* p) {
+  for (size_t rank = 0; rank < cluster->blocks.size(); rank++)
+    for (const auto& [key, a] : cluster->blocks[rank].memory) {
+      const ptrdiff_t offset = static_cast<const char*>(p) - static_cast<const char*>(a.memory.get());
+      if (offset >= 0 && size_t(offset) < a.bytes) return int(rank);
+    }
+  fail("send_16 to an address outside the cluster's shared memory");
+}
+
+void deliver(const Message& m) {
+  if (cluster->blocks[size_t(m.rank)].left) fail("a message reaches block %d, which is leaving the kernel", m.rank);
+  *static_cast<Bits16*>(m.to) = m.bits;
+  Phases& p = phases_of(m.arrivals);
+  p.bytes -= sizeof(Bits16);
+  end_phase_if_complete(p);
+}
+}  // namespace
+
+void arrivals_init(const void* a) {
+  if (cluster->arrivals.count(a)) fail("an Arrivals that was initialised twice");
+  cluster->arrivals[a];
+}
+
+void arrivals_expect(const void* a, int bytes) {
+  Phases& p = phases_of(a);
+  if (p.expected) fail("arrivals_expect before the phase has ended");
+  p.expected = true, p.bytes += bytes;
+  end_phase_if_complete(p);
+}
+
+void arrivals_wait(const void* a, int parity) {
+  Phases& p = phases_of(a);
+  if (p.ended % 2 != parity) return;
+  p.waiting.push_back(running);
+  wait("arrivals");
+}
+
+void send(void* p, const Bits16& bits, const void* a) {
+  const int rank = rank_of(p);
+  if (rank_of(a) != rank) fail("send_16: the bytes and their count go to different blocks");
+  cluster->messages.push_back({p, bits, a, rank});
 }
 
 const Slot* exchange(const char* operation, const void* data, size_t bytes) {
