@@ -177,6 +177,12 @@ int self(const Job& j) {
                        number("second") != 0);
   if (j.op == "ring")
     return dev::launch(&ring, {number("blocks"), 1, kCluster}, kThreads, nullptr, in, out, number("first") != 0);
+  if (j.op == "relay") {
+    const auto mistake = RelayMistake(number("mistake"));
+    const int64_t shared = int64_t(sizeof(RelayShared)) - (mistake == RelayMistake::dynamic_size ? 16 : 0);
+    const dev::Grid grid{number("blocks"), 1, kCluster, shared};
+    return dev::launch(&relay, grid, kThreads, nullptr, in, out, number("rounds"), mistake);
+  }
   if (j.op == "group_sum")
     return dev::launch(&group_sum, {number("blocks")}, kThreads, nullptr, in, out, number("group"), number("rounds"));
   if (j.op == "mistaken")

@@ -224,6 +224,8 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   std::string report;
   for (const auto& [place, count] : places) report += "; " + std::to_string(count) + " threads " + place;
   if (!places.count("have left the kernel") || places.size() > 1) fail("block %d%s", int(first_x), report.c_str());
+  for (const auto& [address, p] : c.arrivals)
+    if (p.bytes || p.expected) fail("an Arrivals is left with %ld bytes to come", long(p.bytes));
   cluster = nullptr;
 }
 
