@@ -1,5 +1,5 @@
 """The cluster-persistent recurrent kernels, executed on the CPU by the host side of the device layer under
-AddressSanitizer and UBSan, against the float64 truth: all cells, both 16-bit types, options, odd sizes, and the plan."""
+AddressSanitizer and UBSan, against the float64 truth: cells, both 16-bit types, options, odd sizes, and the plan."""
 
 import shutil
 import sys
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_cuda_on_host import CELLS, FLOATS, check_recurrent, recurrent_on_host, recurrent_sample
 from test_rnn_scan import by_reference, case
 
+from seqfuse import native
 from seqfuse.testing import assert_accurate
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -272,3 +273,59 @@ def test_an_option_that_the_kernel_lacks_is_refused(host):
         run_with_options(host, "lstm", tensors, options, grads, False, torch.bfloat16)
     with pytest.raises(Failed, match="returned 801"):
         check_recurrent(host, "lstm", 2, 2, 8, FLOATS["fp32"], kernels="rnn_cluster")
+
+
+# The plan
+
+
+def plan(*args):
+    if native.missing() is not None:
+        pytest.skip(native.missing())
+    from seqfuse import _C
+
+    return _C.rnn_cluster_plan(*args)
+
+
+def test_plan_of_what_fits():
+    found = plan(CELLS["lstm"], DTYPES[torch.bfloat16], 200, 512, 90, 6)
+    assert found["refusal"] is None
+    assert (found["blocks"], found["groups"], found["waves"], found["extent"]) == (16, 13, 3, 512)
+    found = plan(CELLS["gru"], DTYPES[torch.float16], 1, 70, 90, 40)
+    assert (found["blocks"], found["groups"], found["waves"], found["extent"]) == (3, 1, 1, 256)
+    assert found["text"] == "one launch: 1 clusters of 3 blocks, 40 at a time (1 waves), extent 256"
+
+
+@pytest.mark.parametrize(
+    "dtype,H,capability,resident,words",
+    [
+        (torch.bfloat16, 64, 80, 9, "has 8.0"),
+        (torch.bfloat16, 64, 120, 9, "has 12.0"),
+        (torch.float32, 64, 90, 9, "not float32"),
+        (torch.bfloat16, 513, 90, 9, "512 hidden units at most, not 513"),
+        (torch.bfloat16, 512, 90, 0, "no room for a cluster of 16 blocks"),
+    ],
+)
+def test_plan_says_why_not(dtype, H, capability, resident, words):
+    found = plan(CELLS["lstm"], DTYPES[dtype], 16, H, capability, resident)
+    assert words in found["refusal"] and found["text"] == f"one launch a step: {found['refusal']}"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_plan_for_the_current_device(host, backward):
+    def text(**changes):
+        numbers = {"cell": 3, "dtype": 1, "B": 40, "H": 70, "options": 0, "backward": backward}
+        numbers |= {"capability": 90, "resident": 2, "allow": 1} | changes
+        return bytes(host("rnn_cluster_plan", numbers, {}, {"text": (120, torch.uint8)})["text"]).decode().strip()
+
+    assert text() == "one launch: 3 clusters of 3 blocks, 2 at a time (2 waves), extent 256"
+    assert "switched off" in text(allow=0)
+    assert "no room" in text(resident=0)
+    assert "has 8.9" in text(capability=89)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("H", [256, 512])
+def test_shared_memory_fits_the_architecture(cell, H):
+    found = plan(CELLS[cell], DTYPES[torch.bfloat16], 16, H, 90, 1)
+    assert found["shared_forward"] <= 48 * 1024  # nothing to ask for
+    assert found["shared_backward"] <= 232448  # of a block on sm_90

@@ -25,7 +25,8 @@
 //   widen(T) narrow<T>(float)                   T is float, bf16 or f16; rounds to nearest even
 //   exp tanh rsqrt multiply                     fp32; multiply(a, b) is never fused into a later addition
 //   launch(kernel, grid, threads, stream, args) returns a cudaError_t as int
-//   multiprocessors() capability()              of the current device; capability is 10 * major + minor
+//   multiprocessors() capability() current_device()
+//                                               of the current device; capability is 10 * major + minor
 //   resident_clusters(kernel, grid, threads)    how many clusters of such a launch the device can hold at once
 #pragma once
 #include <cstdint>

@@ -31,7 +31,7 @@ int backward(const RnnBackward& a, float* partial, void* stream) {
   p.dh0 = static_cast<T*>(a.dh0), p.dc0 = static_cast<T*>(a.dc0);
   p.partial = a.db_hh ? partial : nullptr;
   const int error = launch_clusters<Options>(&rnn_cluster_backward<C, T, K, Options>, p, a.options, a.B,
-                                             sizeof(BackwardShared<kGates<C>, K>), stream);
+                                             cluster_shared(a.cell, K).backward, stream);
   if (error || !a.db_hh) return error;
   const ColumnSum sum{partial, a.db_hh, partial_rows(a.B), kGates<C> * a.H};
   return launch_column_sums<float>(sum, sum, 1, stream);
@@ -55,7 +55,7 @@ int64_t rnn_backward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H, b
   return with_cluster_instance(cell, dtype, H, options, [&]<Cell C, class T, int K, bool Options>() {
     const int blocks = int((H + kBlockUnits - 1) / kBlockUnits);
     return dev::resident_clusters(&rnn_cluster_backward<C, T, K, Options>,
-                                  {blocks, 1, blocks, sizeof(BackwardShared<kGates<C>, K>)}, kClusterThreads);
+                                  {blocks, 1, blocks, cluster_shared(cell, K).backward}, kClusterThreads);
   });
 }
 

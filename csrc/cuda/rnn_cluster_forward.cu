@@ -1,4 +1,9 @@
-// The launch of rnn_cluster_forward.cuh. Contract: seqfuse/rnn.h
+// The launch of rnn_cluster_forward.cuh, contract: seqfuse/rnn.h. Also the plan for the current device.
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "cuda/rnn_cluster_forward.cuh"
 #include "cuda/rnn_cluster_launch.cuh"
 
@@ -21,7 +26,7 @@ int forward(const RnnForward& a, void* stream) {
   p.w_hh = static_cast<const T*>(a.w_hh), p.b_hh = static_cast<const T*>(a.b_hh);
   p.h_n = static_cast<T*>(a.h_n), p.c_n = static_cast<T*>(a.c_n);
   return launch_clusters<Options>(&rnn_cluster_forward<C, T, K, Options>, p, a.options, a.B,
-                                  sizeof(ForwardShared<kGates<C>, K>), stream);
+                                  cluster_shared(a.cell, K).forward, stream);
 }
 
 }  // namespace
@@ -37,8 +42,40 @@ int64_t rnn_forward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H, bo
   return with_cluster_instance(cell, dtype, H, options, [&]<Cell C, class T, int K, bool Options>() {
     const int blocks = int((H + kBlockUnits - 1) / kBlockUnits);
     return dev::resident_clusters(&rnn_cluster_forward<C, T, K, Options>,
-                                  {blocks, 1, blocks, sizeof(ForwardShared<kGates<C>, K>)}, kClusterThreads);
+                                  {blocks, 1, blocks, cluster_shared(cell, K).forward}, kClusterThreads);
   });
 }
+
+namespace cuda {
+namespace {
+
+std::atomic<bool> allowed{true};
+
+// what the driver says costs some microseconds, and does not change
+int64_t resident(Cell cell, DType dtype, int64_t H, bool options, bool backward) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Cell, DType, int64_t, bool, bool>, int64_t> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, fresh] = known.try_emplace({dev::current_device(), cell, dtype, H, options, backward}, 0);
+  if (fresh)
+    entry->second = backward ? rnn_backward_clusters_resident_cuda(cell, dtype, H, options)
+                             : rnn_forward_clusters_resident_cuda(cell, dtype, H, options);
+  return entry->second;
+}
+
+}  // namespace
+
+void rnn_cluster_allow(bool value) {
+  allowed = value;
+}
+
+RnnClusterPlan rnn_cluster_plan_here(Cell cell, DType dtype, int64_t B, int64_t H, bool options, bool backward) {
+  RnnClusterPlan plan = rnn_cluster_shape(cell, dtype, B, H, dev::capability());
+  if (plan.refusal.empty() && !allowed) plan.refusal = "the cluster kernel is switched off";
+  if (!plan.refusal.empty()) return plan;
+  return rnn_cluster_plan(cell, dtype, B, H, dev::capability(), resident(cell, dtype, H, options, backward));
+}
+
+}  // namespace cuda
 
 }  // namespace seqfuse

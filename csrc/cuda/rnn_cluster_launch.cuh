@@ -19,14 +19,6 @@ inline bool pairs_fit(int64_t H, std::initializer_list<const void*> pointers, st
   return fit;
 }
 
-// the name of an option in use that these kernels don't have; null: there is none
-inline const char* cluster_option_refused(const RnnOptions& o) {
-  if (o.packed) return "a packed sequence";
-  if (o.hidden_mask) return "hidden_mask";
-  if (o.peephole) return "peephole";
-  return o.heads > 1 ? "w_hh with heads" : nullptr;
-}
-
 template <class T, class Pointer>
 Sequence<T> sequence_of(Pointer* data, Strides strides) {
   return {static_cast<T*>(data), strides};

@@ -1,5 +1,5 @@
-// Whether and how the cluster-persistent recurrent kernel runs a scan: a pure function, so that it can be tested and
-// printed where there is no GPU.
+// Whether and how the cluster-persistent recurrent kernel runs a scan: pure functions, so that they can be tested and
+// printed where there is no GPU; and the same for the current device (rnn_cluster_forward.cu).
 #pragma once
 #include <cstdio>
 #include <string>
@@ -73,5 +73,20 @@ inline RnnClusterPlan rnn_cluster_plan(Cell cell, DType dtype, int64_t B, int64_
   plan.waves = (plan.groups + resident - 1) / resident;
   return plan;
 }
+
+// the name of an option in use that these kernels don't have; null: there is none
+inline const char* cluster_option_refused(const RnnOptions& o) {
+  if (o.packed) return "a packed sequence";
+  if (o.hidden_mask) return "hidden_mask";
+  if (o.peephole) return "peephole";
+  return o.heads > 1 ? "w_hh with heads" : nullptr;
+}
+
+// For the current device. `options`: whether anything of RnnOptions, or dcells, is in use. The answers of the driver
+// are kept, a plan costs no more than a look-up.
+RnnClusterPlan rnn_cluster_plan_here(Cell, DType, int64_t B, int64_t H, bool options, bool backward);
+
+// For tests and benchmarks: false makes every plan of rnn_cluster_plan_here a refusal.
+void rnn_cluster_allow(bool);
 
 }  // namespace seqfuse::cuda

@@ -199,6 +199,9 @@ int launch(void (*kernel)(P...), Grid grid, int threads, void*, const A&... args
 inline int multiprocessors() {
   return host::multiprocessors;
 }
+inline int current_device() {
+  return 0;
+}
 inline int capability() {
   return host::capability;
 }

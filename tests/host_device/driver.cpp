@@ -13,6 +13,7 @@
 #include <sstream>
 #include <string>
 
+#include "cuda/rnn_cluster_plan.h"
 #include "self_test.cuh"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
@@ -167,6 +168,18 @@ int rnn_backward(const Job& j, bool cluster) {
   return rnn_backward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, true), nullptr);
 }
 
+// the plan's sentence, for what the job says the device is
+int plan_here(const Job& j) {
+  host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
+  cuda::rnn_cluster_allow(j.integer("allow"));
+  const auto plan = cuda::rnn_cluster_plan_here(Cell(j.integer("cell")), DType(j.integer("dtype")), j.integer("B"),
+                                                j.integer("H"), j.integer("options"), j.integer("backward"));
+  std::string text = plan.text();
+  text.resize(j.buffers.at("text").bytes, ' ');
+  std::memcpy(j.pointer("text"), text.data(), text.size());
+  return 0;
+}
+
 int self(const Job& j) {
   using namespace self_test;
   const auto* in = j.pointer<const float>("in");
@@ -213,6 +226,8 @@ int main(int argc, char** argv) {
     error = rnn_forward(job, job.op != "rnn_forward");
   else if (job.op == "rnn_backward" || job.op == "rnn_cluster_backward")
     error = rnn_backward(job, job.op != "rnn_backward");
+  else if (job.op == "rnn_cluster_plan")
+    error = plan_here(job);
   else
     error = self(job);
   if (error) host::fail("%s returned %d", job.op.c_str(), error);

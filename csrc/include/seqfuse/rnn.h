@@ -135,7 +135,7 @@ int rnn_backward_cuda(const RnnBackward&, void* workspace, void* stream);
 // shared memory. Compute capability 9.0, 16-bit dtypes, H <= 512; of the options lengths, resets, zoneout and dcells,
 // but not packed, hidden_mask, peephole and heads. Does not wait for a device that is busy: clusters that find no room
 // yet start later. Forward needs no workspace. Anything else returns a cudaError_t, as a launch on a device that holds
-// no such cluster does; ask rnn_cluster_plan_cuda() first.
+// no such cluster does; ask for the plan first (cuda/rnn_cluster_plan.h).
 int64_t rnn_workspace_cluster_cuda(Cell, int64_t B, int64_t H);  // of backward
 int rnn_forward_cluster_cuda(const RnnForward&, void* stream);
 int rnn_backward_cluster_cuda(const RnnBackward&, void* workspace, void* stream);
