@@ -72,21 +72,25 @@ def test_mistakes_of_clusters_are_caught(host, mistake, words):
 # The plain scan
 
 # T, B, H: size one; odd; one block, full and not; rows in two clusters; several blocks, tails in units
-SIZES = [(1, 1, 1), (4, 3, 7), (5, 2, 24), (3, 5, 32), (3, 17, 40), (3, 33, 64), (4, 2, 70)]
+SIZES = [(1, 1, 1), (4, 3, 7), (3, 5, 32), (3, 17, 40), (2, 33, 64), (4, 2, 70)]
 
 
 def check(host, *args, **options):
     check_recurrent(host, *args, kernels="rnn_cluster", **options)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "T{}-B{}-H{}".format(*s))
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_scan(host, cell, size, dtype):
-    check(host, cell, *size, HALVES[dtype])
+def test_scan(host, cell, size):
+    check(host, cell, *size, torch.bfloat16)
 
 
-@pytest.mark.parametrize("cell,H", [("rnn_tanh", 130), ("gru", 161), ("lstm", 160), ("lstm", 270)])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_scan_in_fp16(host, cell):
+    check(host, cell, 3, 3, 40, torch.float16)
+
+
+@pytest.mark.parametrize("cell,H", [("rnn_tanh", 270), ("gru", 161), ("lstm", 270)])
 def test_scan_in_larger_clusters(host, cell, H):
     check(host, cell, 2, 3, H, torch.bfloat16)
 
@@ -133,12 +137,12 @@ def test_without_bias(host):
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_a_long_sequence_keeps_its_state_in_fp32(host, cell):
-    check(host, cell, 40, 2, 8, torch.bfloat16)
+    check(host, cell, 24, 2, 8, torch.bfloat16)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
 def test_scan_is_the_same_for_every_schedule(host, cell):
-    tensors, grads = recurrent_sample(cell, 6, 18, 70, torch.bfloat16)
+    tensors, grads = recurrent_sample(cell, 4, 2, 70, torch.bfloat16)
     first, *others = (
         recurrent_on_host(host, cell, tensors, grads, False, torch.bfloat16, seed=seed, kernels="rnn_cluster")
         for seed in (1, 2, 3)
@@ -238,7 +242,7 @@ def test_each_option(host, cell, reverse):
         check_options(host, cell, 5, 4, 20, [option], reverse=reverse)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     cell=st.sampled_from(["rnn_tanh", "gru", "lstm"]),
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 70)),
