@@ -188,6 +188,43 @@ void prepare(Fibre* f) {
   makecontext(&f->context, entry, 0);
 }
 
+// Under an even seed all fibres are equally likely to be next, and stay close together. Under an odd one some blocks
+// and some warps of a block run ahead of others for a while: what must hold back the fast ones is put to the test.
+class Unevenness {
+ public:
+  Unevenness(int blocks, int warps) : warps_(warps), speeds_(size_t(blocks * warps)) {}
+
+  uint64_t pick(const Cluster& c) {
+    const uint64_t n = c.ready.size() + c.messages.size();
+    uint64_t best = random_below(n);
+    if (seed % 2 == 0) return best;
+    if (picks_++ % 4096 == 0) draw();
+    for (int i = 0; i < 15; i++) {
+      const uint64_t other = random_below(n);
+      if (speed(c, other) > speed(c, best)) best = other;
+    }
+    return best;
+  }
+
+ private:
+  void draw() {
+    uint64_t block = 0;
+    for (size_t i = 0; i < speeds_.size(); i++) {
+      if (i % size_t(warps_) == 0) block = random_below(8);
+      speeds_[i] = block + random_below(8);
+    }
+  }
+  uint64_t speed(const Cluster& c, uint64_t i) const {
+    if (i >= c.ready.size()) return speeds_[size_t(c.messages[i - c.ready.size()].rank * warps_)];
+    const Position& p = c.ready[i]->position;
+    return speeds_[size_t(p.rank * warps_ + p.thread / kWarp)];
+  }
+
+  int warps_;
+  uint64_t picks_ = 0;
+  std::vector<uint64_t> speeds_;
+};
+
 void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   Cluster c;
   c.blocks.resize(size_t(grid.cluster));
@@ -203,9 +240,10 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
     c.ready.push_back(&f);
   }
   for (Block& b : c.blocks) b.warps.resize(size_t(threads / kWarp));
+  Unevenness uneven(grid.cluster, threads / kWarp);
   while (!c.ready.empty() || !c.messages.empty()) {
     // a message is as likely to be next as any fibre, so that it may come early or late
-    const uint64_t next = random_below(c.ready.size() + c.messages.size());
+    const uint64_t next = uneven.pick(c);
     if (next >= c.ready.size()) {
       std::swap(c.messages[next - c.ready.size()], c.messages.back());
       const Message message = c.messages.back();
