@@ -163,3 +163,63 @@ def test_the_layers_clusters_compile(tmp_path):
     run([*command, "-x", "cu", "tests/host_device/self_test.cuh", "-o", tmp_path / "self.ptx"])
     ring = next(body for name, body in bodies((tmp_path / "self.ptx").read_text()).items() if "ring" in name)
     assert "barrier.cluster.arrive" in ring and "mapa" in ring
+
+
+CLUSTER = {"rnn_cluster_forward.cu": "forward", "rnn_cluster_backward.cu": "backward"}
+GATES = {"0": 1, "2": 3, "3": 4}  # by the number of the cell
+
+
+def functions(sass):
+    """Kernel name -> [(address, instruction)]."""
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) ?;", part)
+        found[part.split()[0]] = [(int(address, 16), text) for address, text in lines]
+    return found
+
+
+def opcode(text):
+    return re.sub(r"^@!?U?P\w+ +", "", text).split()[0]
+
+
+def time_loop(instructions):
+    """The opcodes of the longest loop that holds a matrix product."""
+    best = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            body = [opcode(t) for a, t in instructions if int(target[1], 16) <= a <= address]
+            if any(o.startswith("HMMA") for o in body) and len(body) > len(best):
+                best = body
+    return best
+
+
+@pytest.mark.parametrize("source", CLUSTER)
+def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
+    """In the machine code: every product of the kernel lies in the time loop, and too few loads to fetch w_hh again."""
+    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled[source][0]])
+    kernels = {n: code for n, code in functions(sass).items() if "rnn_cluster" in n}
+    assert len(kernels) == 24  # cells x dtypes x extents x options
+    for name, code in kernels.items():
+        cell, extent, options = re.search(r"CellE(\d).*Li(\d+)ELb(\d)", name).groups()
+        gates, body = GATES[cell], time_loop(code)
+        fragments = gates * int(extent) // 32
+        assert sum(o.startswith("HMMA") for o in body) == fragments, name
+        assert sum(opcode(t).startswith("HMMA") for _, t in code) == fragments, name
+        # a pair is one load of 4 bytes or two of 2, in two places: what the step before left may be in two arrays
+        pairs = gates if CLUSTER[source] == "forward" else {"0": 2, "2": 6, "3": 6}[cell]
+        flags = 5 + 2 if options == "1" else 0  # bytes of masks, dcells
+        loads = sum(o.startswith("LDG") for o in body)
+        assert loads <= 3 * pairs + 2 + flags, f"{name}: {loads} loads from global memory a step"
+        # fragments come from shared memory 16 bytes a lane; w_hh would be twice as many again
+        tiles = int(extent) // 32 if CLUSTER[source] == "forward" else 2 * gates
+        assert sum(o == "LDS.128" for o in body) <= tiles + 1, name
+        # blocks exchange by counted bytes: no fence and no barrier of the cluster in the loop
+        assert any(o.startswith("STAS") for o in body) and any(o.startswith("SYNCS") for o in body), name
+        assert not any(o.startswith(("MEMBAR", "UCGABAR", "LDL", "STL")) for o in body), name
+
+
+@pytest.mark.parametrize("source", CLUSTER)
+def test_the_cluster_kernels_are_empty_where_there_are_no_clusters(compiled, source):
+    old = [k for k in compiled[source][1] if "rnn_cluster" in k.name and k.architecture == "sm_80"]
+    assert len(old) == 24 and all(k.registers <= 16 for k in old)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from host_device.runner import DTYPES, Failed, HostDevice, Layout
+from host_device.runner import DTYPES, Failed, Layout, host_device
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
-    return HostDevice(tmp_path_factory.mktemp("host_device"))
+    return host_device(tmp_path_factory.mktemp)
 
 
 # The host side itself: it computes what a GPU would, and it catches each kind of mistake.
@@ -299,8 +299,10 @@ def saved_values(cell, t, found, reverse):
     found["cells"] = torch.stack(cells[::-1] if reverse else cells)
 
 
-def recurrent_on_host(host, cell, tensors, grads, reverse, dtype, layout="time", save=True, offset=0, seed=1):
-    """All that forward and backward of the CUDA kernels write."""
+def recurrent_on_host(
+    host, cell, tensors, grads, reverse, dtype, layout="time", save=True, offset=0, seed=1, kernels="rnn"
+):
+    """All that forward and backward of the CUDA kernels write. kernels: "rnn", one launch a step, or "rnn_cluster"."""
     T, B, X = tensors["xg"].shape
     H = tensors["h0"].shape[1]
     t = {n: v.to(dtype) for n, v in tensors.items()}
@@ -321,7 +323,7 @@ def recurrent_on_host(host, cell, tensors, grads, reverse, dtype, layout="time",
     inputs = {**t, "xg": lay["xg"].store(t["xg"])}
     saved = (["gates"] if cell in ("gru", "lstm") else []) + (["cells"] if cell == "lstm" else [])
     states = {"h_n": (B * H, dtype)} | ({"c_n": (B * H, dtype)} if cell == "lstm" else {})
-    found = call("rnn_forward", inputs, {"y": 0, **states, **(dict.fromkeys(saved) if save else {})})
+    found = call(f"{kernels}_forward", inputs, {"y": 0, **states, **(dict.fromkeys(saved) if save else {})})
     if save:
         inputs = {n: t.get(n) for n in ("h0", "c0", "w_hh")} | {n: found[n] for n in ("y", *saved)}
         inputs |= {f"d{n}": None if g is None else g.to(dtype) for n, g in grads.items()}
@@ -330,7 +332,7 @@ def recurrent_on_host(host, cell, tensors, grads, reverse, dtype, layout="time",
         outputs = {"dxg": 0, "dh0": (B * H, dtype), "db_hh": (X, torch.float32)}
         outputs |= {"dan": 0} if cell == "gru" else {}
         outputs |= {"dc0": (B * H, dtype)} if cell == "lstm" else {}
-        found |= call("rnn_backward", {n: v for n, v in inputs.items() if v is not None}, outputs)
+        found |= call(f"{kernels}_backward", {n: v for n, v in inputs.items() if v is not None}, outputs)
     small = {"h_n", "c_n", "dh0", "dc0"}
     return {n: lay[n].view(v) if n in lay else v.view(B, H) if n in small else v for n, v in found.items()}
 

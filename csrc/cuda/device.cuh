@@ -10,14 +10,24 @@
 //   barrier()                                   all threads of the block; none may have left the kernel
 //   cluster_rank() cluster_size() cluster_barrier() cluster_peer(pointer, rank)
 //                                               blocks of a cluster, their shared memory (sm_90, persistent kernels)
+//   Arrivals                                    8 bytes in shared memory that count what other blocks send, in phases
+//   arrivals_init(a)                            by one thread, before a cluster barrier
+//   arrivals_expect(a, bytes)                   by one thread a phase: it ends when that much has come, early or late
+//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended; what was sent is
+//   seen send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
+//   kClusters                                   false where the architecture has none: such kernels are empty there
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
+//   dynamic_shared<S>()                         the same, of the size that the launch asked for (Grid::shared)
 //   shuffle_xor(word, mask)                     another lane's 32 bits; all 32 lanes take part
 //   mma_m16n8k16<T>(c, a, b)                    c += a b on one warp: fp32 [16, 8], T [16, 16], T [16, 8]
 //   load_16(p) store_16(p, bits)                16 aligned bytes; load_16 only of what this launch never writes
+//   load_4(p) store_4(p, word)                  the same for 4
 //   widen(T) narrow<T>(float)                   T is float, bf16 or f16; rounds to nearest even
 //   exp tanh rsqrt multiply                     fp32; multiply(a, b) is never fused into a later addition
 //   launch(kernel, grid, threads, stream, args) returns a cudaError_t as int
-//   multiprocessors()                           of the current device
+//   multiprocessors() capability() current_device()
+//                                               of the current device; capability is 10 * major + minor
+//   resident_clusters(kernel, grid, threads)    how many clusters of such a launch the device can hold at once
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -38,11 +48,16 @@ struct alignas(16) Bits16 {
   uint32_t word[4];
 };
 
-// x * y blocks, in clusters of `cluster` neighbours along x
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+
+// x * y blocks, in clusters of `cluster` neighbours along x, each with `shared` bytes of dynamic shared memory
 struct Grid {
   int64_t x;
   int64_t y = 1;
   int cluster = 1;
+  int64_t shared = 0;
 };
 
 constexpr int kWarp = 32;
@@ -144,6 +159,29 @@ SEQFUSE_DEVICE void load_floats(const P* p, int n, bool vector, float (&out)[N])
 #pragma unroll
     for (int i = 0; i < V; i++) out[j * V + i] = part[i];
   }
+}
+
+// Two neighbours at p as one word, `low` at the lower address; of the n that exist (0, 1, 2 or more) the others read as
+// 0 and are not written. `paired` promises that p is 4-byte aligned wherever n is not 0; it is the same for all
+// threads.
+template <class T>
+SEQFUSE_DEVICE uint32_t load_pair(const T* p, int n, bool paired) {
+  static_assert(sizeof(T) == 2);
+  if (paired && n >= 2) return load_4(p);
+  const uint32_t low = n > 0 ? raw(p[0]) : 0u, high = n > 1 ? raw(p[1]) : 0u;
+  return low | high << 16;
+}
+template <class T>
+SEQFUSE_DEVICE void store_pair(T* p, uint32_t word, int n, bool paired) {
+  static_assert(sizeof(T) == 2);
+  if (paired && n >= 2) return store_4(p, word);
+  if (n > 0) p[0] = T{uint16_t(word)};
+  if (n > 1) p[1] = T{uint16_t(word >> 16)};
+}
+// element e of such a word
+template <class T>
+SEQFUSE_DEVICE float half_of(uint32_t word, int e) {
+  return widen(T{uint16_t(word >> (e * 16))});
 }
 
 template <class S>

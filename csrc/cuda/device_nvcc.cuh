@@ -34,6 +34,8 @@ SEQFUSE_DEVICE void barrier() {
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+
 SEQFUSE_DEVICE int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -54,12 +56,66 @@ SEQFUSE_DEVICE S* cluster_peer(S* p, int rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<S*>(peer);
 }
+
+// Arrivals is an mbarrier that one thread arrives at; the rest of its phase is bytes.
+SEQFUSE_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+SEQFUSE_DEVICE void arrivals_init(Arrivals& a) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&a))
+               : "memory");
+}
+SEQFUSE_DEVICE void arrivals_expect(Arrivals& a, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&a)), "r"(bytes)
+               : "memory");
+}
+SEQFUSE_DEVICE void arrivals_wait(Arrivals& a, int parity) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(&a)), "r"(parity)
+        : "memory");
+}
+// No fence: the bytes are counted where they arrive, when they have arrived.
+SEQFUSE_DEVICE void send_16(void* p, const Bits16& b, Arrivals* a) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   shared_address(p)),
+               "r"(b.word[0]), "r"(b.word[1]), "r"(b.word[2]), "r"(b.word[3]), "r"(shared_address(a))
+               : "memory");
+}
+#else
+// declared, so that kernels can name them; kClusters keeps them from being called
+constexpr bool kClusters = false;
+SEQFUSE_DEVICE int cluster_rank() {
+  return 0;
+}
+SEQFUSE_DEVICE int cluster_size() {
+  return 1;
+}
+SEQFUSE_DEVICE void cluster_barrier() {}
+template <class S>
+SEQFUSE_DEVICE S* cluster_peer(S* p, int) {
+  return p;
+}
+SEQFUSE_DEVICE void arrivals_init(Arrivals&) {}
+SEQFUSE_DEVICE void arrivals_expect(Arrivals&, int) {}
+SEQFUSE_DEVICE void arrivals_wait(Arrivals&, int) {}
+SEQFUSE_DEVICE void send_16(void*, const Bits16&, Arrivals*) {}
 #endif
 
 template <class S>
 SEQFUSE_DEVICE S& shared() {
   __shared__ __align__(16) unsigned char bytes[sizeof(S)];
   return reinterpret_cast<S&>(bytes);
+}
+
+template <class S>
+SEQFUSE_DEVICE S& dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  return reinterpret_cast<S&>(dynamic_bytes);
 }
 
 SEQFUSE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
@@ -72,6 +128,13 @@ SEQFUSE_DEVICE Bits16 load_16(const void* p) {
 }
 SEQFUSE_DEVICE void store_16(void* p, const Bits16& b) {
   *static_cast<uint4*>(p) = make_uint4(b.word[0], b.word[1], b.word[2], b.word[3]);
+}
+
+SEQFUSE_DEVICE uint32_t load_4(const void* p) {
+  return __ldg(static_cast<const uint32_t*>(p));
+}
+SEQFUSE_DEVICE void store_4(void* p, uint32_t word) {
+  *static_cast<uint32_t*>(p) = word;
 }
 
 SEQFUSE_DEVICE float as_float(uint32_t x) {
@@ -145,19 +208,53 @@ SEQFUSE_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The configuration of one launch. It points into itself: not to be copied.
+class Launch {
+ public:
+  Launch(const Grid& grid, int threads, void* stream) {
+    config_.gridDim = dim3(uint32_t(grid.x), uint32_t(grid.y));
+    config_.blockDim = dim3(uint32_t(threads));
+    config_.dynamicSmemBytes = size_t(grid.shared);
+    config_.stream = static_cast<cudaStream_t>(stream);
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = uint32_t(grid.cluster), cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
+    if (grid.cluster > 1) config_.attrs = &cluster_, config_.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+
+  // what a kernel must be told once before such a launch is legal
+  static cudaError_t prepare(const void* kernel, const Grid& grid) {
+    cudaError_t error = cudaSuccess;
+    if (grid.shared > 48 * 1024)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+    if (error == cudaSuccess && grid.cluster > 8)  // above the portable size
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return error;
+  }
+  cudaLaunchConfig_t& config() { return config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute cluster_{};
+};
+
 template <class... P, class... A>
 int launch(void (*kernel)(P...), Grid grid, int threads, void* stream, const A&... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(uint32_t(grid.x), uint32_t(grid.y));
-  config.blockDim = dim3(uint32_t(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = uint32_t(grid.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  if (grid.cluster > 1) config.attrs = &cluster, config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
+  cudaError_t error = Launch::prepare(reinterpret_cast<const void*>(kernel), grid);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&Launch(grid, threads, stream).config(), kernel, P(args)...);
   const cudaError_t last = cudaGetLastError();  // also clears it, so that the caller's next call does not see it
   return int(error != cudaSuccess ? error : last);
+}
+
+template <class... P>
+int resident_clusters(void (*kernel)(P...), Grid grid, int threads) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  int count = 0;
+  cudaError_t error = Launch::prepare(function, grid);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveClusters(&count, function, &Launch(grid, threads, nullptr).config());
+  cudaGetLastError();
+  return error == cudaSuccess ? count : 0;
 }
 
 inline int multiprocessors() {
@@ -165,6 +262,19 @@ inline int multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
   return count > 0 ? count : 1;
+}
+
+inline int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
+inline int capability() {
+  const int device = current_device();
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  return 10 * major + minor;
 }
 
 }  // namespace seqfuse::dev

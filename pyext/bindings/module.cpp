@@ -3,8 +3,24 @@
 #include <pybind11/pybind11.h>
 
 #include "common.h"
+#include "cuda/rnn_cluster_plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// refusal is None where the kernel can run
+py::dict as_dict(const seqfuse::cuda::RnnClusterPlan& plan) {
+  py::dict d;
+  d["refusal"] = plan.refusal.empty() ? py::object(py::none()) : py::object(py::str(plan.refusal));
+  d["text"] = plan.text();
+  d["blocks"] = plan.blocks, d["groups"] = plan.groups, d["resident"] = plan.resident, d["waves"] = plan.waves;
+  d["extent"] = plan.extent;
+  d["shared_forward"] = plan.shared.forward, d["shared_backward"] = plan.shared.backward;
+  return d;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using namespace seqfuse;
@@ -28,5 +44,24 @@ PYBIND11_MODULE(_C, m) {
     }
     throw py::value_error("unknown instruction set '" + top + "': use baseline, avx2, avx512 or avx512_bf16");
   });
+  // Launch plans. cell and dtype are the numbers of csrc/include/seqfuse: rnn.h, types.h.
+  m.def(
+      "rnn_cluster_plan",
+      [](int cell, int dtype, int64_t B, int64_t H, int capability, int64_t resident) {
+        return as_dict(cuda::rnn_cluster_plan(Cell(cell), DType(dtype), B, H, capability, resident));
+      },
+      py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("capability"), py::arg("resident"),
+      "What the recurrent cluster kernel would do on a device of this capability (10 * major + minor) that holds "
+      "`resident` clusters at once");
+#ifdef SEQFUSE_CUDA
+  m.def(
+      "rnn_cluster_plan_here",
+      [](int cell, int dtype, int64_t B, int64_t H, bool options, bool backward) {
+        return as_dict(cuda::rnn_cluster_plan_here(Cell(cell), DType(dtype), B, H, options, backward));
+      },
+      py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("options"), py::arg("backward"),
+      "What it does on the current device");
+  m.def("rnn_cluster_allow", &cuda::rnn_cluster_allow, "False: one launch a step, for tests and benchmarks");
+#endif
   m.def("set_openmp", [](bool value) { detail::openmp() = value; });
 }

@@ -5,6 +5,7 @@
 #include "seqfuse/rnn.h"
 
 #include "common.h"
+#include "cuda/rnn_cluster_plan.h"
 #include "rnn_options.h"
 
 namespace seqfuse {
@@ -145,14 +146,19 @@ Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcell
 }
 
 #ifdef SEQFUSE_CUDA
-template <class Args>
-Tensor workspace(const Tensor& like, const Args& a, bool backward) {
-  return empty(like, {rnn_workspace_cuda(a.cell, a.dtype, a.B, a.H, backward)}, ScalarType::Byte);
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return empty(like, {bytes}, ScalarType::Byte);
 }
 
-void check_plain(const RnnOptions& options) {
-  const char* option = options.in_use();
-  STD_TORCH_CHECK(!option, option, " is not supported by the CUDA kernels, which run the plain scan only");
+// Whether the whole scan is one launch, as it is where the plan says so; else it is one a step, which has no options.
+template <class Args>
+bool one_launch(const Args& a, const char* option, bool backward) {
+  const char* refused = cuda::cluster_option_refused(a.options);
+  STD_TORCH_CHECK(!refused, refused, " is not supported by the CUDA kernels");
+  const auto plan = cuda::rnn_cluster_plan_here(a.cell, a.dtype, a.B, a.H, option != nullptr, backward);
+  STD_TORCH_CHECK(plan.refusal.empty() || !option, option, " is supported by the CUDA cluster kernel only, and ",
+                  plan.refusal);
+  return plan.refusal.empty();
 }
 
 Outputs forward_cuda(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, Maybe b_hh, Maybe lengths, Maybe resets,
@@ -161,8 +167,9 @@ Outputs forward_cuda(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, 
   torch::stable::accelerator::DeviceGuard guard(xg.get_device_index());
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
   return forward(cell, xg, h0, c0, w_hh, b_hh, given, {reverse, save, want_cells}, [&](const RnnForward& a) {
-    check_plain(a.options);
-    const Tensor scratch = workspace(xg, a, false);
+    if (one_launch(a, a.options.in_use(), false))
+      return check_cuda(rnn_forward_cluster_cuda(a, current_stream(xg)), "rnn_scan_fwd");
+    const Tensor scratch = workspace(xg, rnn_workspace_cuda(a.cell, a.dtype, a.B, a.H, false));
     check_cuda(rnn_forward_cuda(a, pointer(scratch), current_stream(xg)), "rnn_scan_fwd");
   });
 }
@@ -172,12 +179,16 @@ Outputs backward_cuda(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcel
                       Maybe peephole, Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c, bool reverse) {
   torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  STD_TORCH_CHECK(!dcells, "dcells is not supported by the CUDA kernels, which run the plain scan only");
   return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse,
                   [&](const RnnBackward& a) {
-                    check_plain(a.options);
-                    const Tensor scratch = workspace(y, a, true);
-                    check_cuda(rnn_backward_cuda(a, pointer(scratch), current_stream(y)), "rnn_scan_bwd");
+                    const char* option = a.options.in_use() ? a.options.in_use() : a.dcells ? "dcells" : nullptr;
+                    const bool one = one_launch(a, option, true);
+                    const Tensor scratch = workspace(y, one ? rnn_workspace_cluster_cuda(a.cell, a.B, a.H)
+                                                            : rnn_workspace_cuda(a.cell, a.dtype, a.B, a.H, true));
+                    void* const stream = current_stream(y);
+                    check_cuda(one ? rnn_backward_cluster_cuda(a, pointer(scratch), stream)
+                                   : rnn_backward_cuda(a, pointer(scratch), stream),
+                               "rnn_scan_bwd");
                   });
 }
 #endif

@@ -19,6 +19,8 @@ namespace host {
 
 extern uint64_t seed;           // of the order in which fibres and blocks run
 extern int multiprocessors;     // what dev::multiprocessors() answers
+extern int capability;          // what dev::capability() answers
+extern int resident_clusters;   // what dev::resident_clusters() answers
 extern long launches;           // so far
 constexpr int kSlotBytes = 64;  // what a lane can show the other lanes at once
 
@@ -32,10 +34,15 @@ using Slot = unsigned char[kSlotBytes];
 void run(Grid grid, int threads, const std::function<void()>& body);  // every thread of every block calls body()
 void block_barrier();
 void cluster_barrier();
+void arrivals_init(const void* a);
+void arrivals_expect(const void* a, int bytes);
+void arrivals_wait(const void* a, int parity);
+void send(void* p, const Bits16& bits, const void* a);  // arrives some time later
 // shows `bytes` at `data` to the warp and returns all 32 lanes' slots; `operation` must be the same in all lanes
 const Slot* exchange(const char* operation, const void* data, size_t bytes);
 void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void* shared_memory(const void* key, size_t bytes);
+void* dynamic_memory(size_t bytes);  // which must be what the launch asked for
 void* peer_memory(void* own, int rank);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -75,8 +82,21 @@ inline int cluster_rank() {
 inline int cluster_size() {
   return host::here.cluster;
 }
+constexpr bool kClusters = true;
 inline void cluster_barrier() {
   host::cluster_barrier();
+}
+inline void arrivals_init(Arrivals& a) {
+  host::arrivals_init(&a);
+}
+inline void arrivals_expect(Arrivals& a, int bytes) {
+  host::arrivals_expect(&a, bytes);
+}
+inline void arrivals_wait(Arrivals& a, int parity) {
+  host::arrivals_wait(&a, parity);
+}
+inline void send_16(void* p, const Bits16& bits, Arrivals* a) {
+  host::send(p, bits, a);
 }
 template <class S>
 S* cluster_peer(S* p, int rank) {
@@ -87,6 +107,11 @@ template <class S>
 S& shared() {
   static const char key = 0;  // one address per type, as __shared__ has one variable per type
   return *static_cast<S*>(host::shared_memory(&key, sizeof(S)));
+}
+
+template <class S>
+S& dynamic_shared() {
+  return *static_cast<S*>(host::dynamic_memory(sizeof(S)));
 }
 
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
@@ -100,6 +125,13 @@ inline Bits16 load_16(const void* p) {
 }  // UBSan checks the alignment
 inline void store_16(void* p, const Bits16& b) {
   *static_cast<Bits16*>(p) = b;
+}
+
+inline uint32_t load_4(const void* p) {
+  return *static_cast<const uint32_t*>(p);
+}
+inline void store_4(void* p, uint32_t word) {
+  *static_cast<uint32_t*>(p) = word;
 }
 
 inline float as_float(uint32_t x) {
@@ -166,6 +198,16 @@ int launch(void (*kernel)(P...), Grid grid, int threads, void*, const A&... args
 
 inline int multiprocessors() {
   return host::multiprocessors;
+}
+inline int current_device() {
+  return 0;
+}
+inline int capability() {
+  return host::capability;
+}
+template <class... P>
+int resident_clusters(void (*)(P...), Grid, int) {
+  return host::resident_clusters;
 }
 
 }  // namespace seqfuse::dev

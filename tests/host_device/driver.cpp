@@ -13,6 +13,7 @@
 #include <sstream>
 #include <string>
 
+#include "cuda/rnn_cluster_plan.h"
 #include "self_test.cuh"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
@@ -119,7 +120,19 @@ void* workspace(Cell cell, DType dtype, int64_t B, int64_t H, bool backward) {
   return b.data;
 }
 
-int rnn_forward(const Job& j) {
+RnnOptions options(const Job& j) {
+  RnnOptions o{};
+  o.lengths = j.pointer<const int64_t>("lengths");
+  o.resets = j.pointer<const bool>("resets"), o.resets_strides = j.strides("resets");
+  o.zone_h = j.pointer<const bool>("zone_h"), o.zone_h_strides = j.strides("zone_h");
+  o.zone_c = j.pointer<const bool>("zone_c"), o.zone_c_strides = j.strides("zone_c");
+  if (j.floats.count("zoneout_h")) o.zoneout_h = float(j.floats.at("zoneout_h"));
+  if (j.floats.count("zoneout_c")) o.zoneout_c = float(j.floats.at("zoneout_c"));
+  o.hidden_mask = j.pointer("hidden_mask");
+  return o;
+}
+
+int rnn_forward(const Job& j, bool cluster) {
   RnnForward a{};
   a.cell = Cell(j.integer("cell")), a.dtype = DType(j.integer("dtype"));
   a.T = j.integer("T"), a.B = j.integer("B"), a.H = j.integer("H"), a.reverse = j.integer("reverse");
@@ -128,10 +141,12 @@ int rnn_forward(const Job& j) {
   a.y = j.pointer("y"), a.y_strides = j.strides("y"), a.h_n = j.pointer("h_n"), a.c_n = j.pointer("c_n");
   a.gates = j.pointer("gates"), a.gates_strides = j.strides("gates");
   a.cells = j.pointer<float>("cells"), a.cells_strides = j.strides("cells");
+  a.options = options(j);
+  if (cluster) return rnn_forward_cluster_cuda(a, nullptr);
   return rnn_forward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, false), nullptr);
 }
 
-int rnn_backward(const Job& j) {
+int rnn_backward(const Job& j, bool cluster) {
   RnnBackward a{};
   a.cell = Cell(j.integer("cell")), a.dtype = DType(j.integer("dtype"));
   a.T = j.integer("T"), a.B = j.integer("B"), a.H = j.integer("H"), a.reverse = j.integer("reverse");
@@ -143,7 +158,26 @@ int rnn_backward(const Job& j) {
   a.dxg = j.pointer("dxg"), a.dxg_strides = j.strides("dxg"), a.dan = j.pointer("dan");
   a.dan_strides = j.strides("dan");
   a.dh0 = j.pointer("dh0"), a.dc0 = j.pointer("dc0"), a.db_hh = j.pointer<float>("db_hh");
+  a.dcells = j.pointer<float>("dcells"), a.dcells_strides = j.strides("dcells");
+  a.options = options(j);
+  if (cluster) {
+    const Buffer partial = allocate(size_t(rnn_workspace_cluster_cuda(a.cell, a.B, a.H)), 0);
+    std::memset(partial.data, 0xff, partial.bytes);
+    return rnn_backward_cluster_cuda(a, partial.data, nullptr);
+  }
   return rnn_backward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, true), nullptr);
+}
+
+// the plan's sentence, for what the job says the device is
+int plan_here(const Job& j) {
+  host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
+  cuda::rnn_cluster_allow(j.integer("allow"));
+  const auto plan = cuda::rnn_cluster_plan_here(Cell(j.integer("cell")), DType(j.integer("dtype")), j.integer("B"),
+                                                j.integer("H"), j.integer("options"), j.integer("backward"));
+  std::string text = plan.text();
+  text.resize(j.buffers.at("text").bytes, ' ');
+  std::memcpy(j.pointer("text"), text.data(), text.size());
+  return 0;
 }
 
 int self(const Job& j) {
@@ -156,6 +190,12 @@ int self(const Job& j) {
                        number("second") != 0);
   if (j.op == "ring")
     return dev::launch(&ring, {number("blocks"), 1, kCluster}, kThreads, nullptr, in, out, number("first") != 0);
+  if (j.op == "relay") {
+    const auto mistake = RelayMistake(number("mistake"));
+    const int64_t shared = int64_t(sizeof(RelayShared)) - (mistake == RelayMistake::dynamic_size ? 16 : 0);
+    const dev::Grid grid{number("blocks"), 1, kCluster, shared};
+    return dev::launch(&relay, grid, kThreads, nullptr, in, out, number("rounds"), mistake);
+  }
   if (j.op == "group_sum")
     return dev::launch(&group_sum, {number("blocks")}, kThreads, nullptr, in, out, number("group"), number("rounds"));
   if (j.op == "mistaken")
@@ -182,10 +222,12 @@ int main(int argc, char** argv) {
     error = layer_norm_forward(job);
   else if (job.op == "layer_norm_backward")
     error = layer_norm_backward(job);
-  else if (job.op == "rnn_forward")
-    error = rnn_forward(job);
-  else if (job.op == "rnn_backward")
-    error = rnn_backward(job);
+  else if (job.op == "rnn_forward" || job.op == "rnn_cluster_forward")
+    error = rnn_forward(job, job.op != "rnn_forward");
+  else if (job.op == "rnn_backward" || job.op == "rnn_cluster_backward")
+    error = rnn_backward(job, job.op != "rnn_backward");
+  else if (job.op == "rnn_cluster_plan")
+    error = plan_here(job);
   else
     error = self(job);
   if (error) host::fail("%s returned %d", job.op.c_str(), error);

@@ -23,6 +23,8 @@ namespace seqfuse::dev::host {
 
 uint64_t seed = 1;
 int multiprocessors = 3;
+int capability = 90;
+int resident_clusters = 8;
 long launches = 0;
 Position here{};
 
@@ -59,12 +61,29 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Fibre*> waiting;
   std::map<const void*, Allocation> memory;
+  int left = 0;  // threads that have left the kernel
+};
+
+struct Phases {  // of an Arrivals
+  int64_t bytes = 0, ended = 0;
+  bool expected = false;
+  std::vector<Fibre*> waiting;
+};
+
+struct Message {  // on its way from block to block
+  void* to;
+  Bits16 bits;
+  const void* arrivals;
+  int rank;  // of the receiver
 };
 
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Fibre> fibres;
   std::vector<Fibre*> ready, waiting;
+  size_t dynamic_bytes = 0;
+  std::map<const void*, Phases> arrivals;
+  std::vector<Message> messages;
 };
 
 Cluster* cluster = nullptr;
@@ -113,6 +132,7 @@ void entry() {
   after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*kernel)();
   running->done = true;
+  cluster->blocks[size_t(here.rank)].left++;
   before_switch(nullptr, scheduler_stack, scheduler_stack_bytes);  // null: this stack is finished
   swap_context(&running->context, &scheduler);
 }
@@ -160,16 +180,56 @@ char* stack(size_t index) {
   return stacks[index];
 }
 
+void deliver(const Message&);
+
 void prepare(Fibre* f) {
   getcontext(&f->context);
   f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
   makecontext(&f->context, entry, 0);
 }
 
+// Under an even seed all fibres are equally likely to be next, and stay close together. Under an odd one some blocks
+// and some warps of a block run ahead of others for a while: what must hold back the fast ones is put to the test.
+class Unevenness {
+ public:
+  Unevenness(int blocks, int warps) : warps_(warps), speeds_(size_t(blocks * warps)) {}
+
+  uint64_t pick(const Cluster& c) {
+    const uint64_t n = c.ready.size() + c.messages.size();
+    uint64_t best = random_below(n);
+    if (seed % 2 == 0) return best;
+    if (picks_++ % 4096 == 0) draw();
+    for (int i = 0; i < 15; i++) {
+      const uint64_t other = random_below(n);
+      if (speed(c, other) > speed(c, best)) best = other;
+    }
+    return best;
+  }
+
+ private:
+  void draw() {
+    uint64_t block = 0;
+    for (size_t i = 0; i < speeds_.size(); i++) {
+      if (i % size_t(warps_) == 0) block = random_below(8);
+      speeds_[i] = block + random_below(8);
+    }
+  }
+  uint64_t speed(const Cluster& c, uint64_t i) const {
+    if (i >= c.ready.size()) return speeds_[size_t(c.messages[i - c.ready.size()].rank * warps_)];
+    const Position& p = c.ready[i]->position;
+    return speeds_[size_t(p.rank * warps_ + p.thread / kWarp)];
+  }
+
+  int warps_;
+  uint64_t picks_ = 0;
+  std::vector<uint64_t> speeds_;
+};
+
 void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   Cluster c;
   c.blocks.resize(size_t(grid.cluster));
   c.fibres.resize(size_t(grid.cluster) * size_t(threads));
+  c.dynamic_bytes = size_t(grid.shared);
   cluster = &c;
   for (size_t i = 0; i < c.fibres.size(); i++) {
     Fibre& f = c.fibres[i];
@@ -180,11 +240,21 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
     c.ready.push_back(&f);
   }
   for (Block& b : c.blocks) b.warps.resize(size_t(threads / kWarp));
-  while (!c.ready.empty()) {
-    std::swap(c.ready[random_below(c.ready.size())], c.ready.back());
-    Fibre* next = c.ready.back();
+  Unevenness uneven(grid.cluster, threads / kWarp);
+  while (!c.ready.empty() || !c.messages.empty()) {
+    // a message is as likely to be next as any fibre, so that it may come early or late
+    const uint64_t next = uneven.pick(c);
+    if (next >= c.ready.size()) {
+      std::swap(c.messages[next - c.ready.size()], c.messages.back());
+      const Message message = c.messages.back();
+      c.messages.pop_back();
+      deliver(message);
+      continue;
+    }
+    std::swap(c.ready[next], c.ready.back());
+    Fibre* fibre = c.ready.back();
     c.ready.pop_back();
-    resume(next);
+    resume(fibre);
   }
   std::map<std::string, int> places;
   for (const Fibre& f : c.fibres)
@@ -192,6 +262,8 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   std::string report;
   for (const auto& [place, count] : places) report += "; " + std::to_string(count) + " threads " + place;
   if (!places.count("have left the kernel") || places.size() > 1) fail("block %d%s", int(first_x), report.c_str());
+  for (const auto& [address, p] : c.arrivals)
+    if (p.bytes || p.expected) fail("an Arrivals is left with %ld bytes to come", long(p.bytes));
   cluster = nullptr;
 }
 
@@ -210,7 +282,9 @@ void fail(const char* format, ...) {
 void run(Grid grid, int threads, const std::function<void()>& body) {
   if (threads < kWarp || threads > 1024 || threads % kWarp) fail("%d threads in a block", threads);
   if (grid.x < 1 || grid.y < 1 || grid.y > 65535 || grid.x > 0x7fffffff) fail("a grid that no GPU accepts");
-  if (grid.cluster < 1 || grid.x % grid.cluster) fail("the grid is no multiple of its cluster size");
+  if (grid.shared < 0 || grid.shared > 232448) fail("%ld bytes of dynamic shared memory", long(grid.shared));
+  if (grid.cluster < 1 || grid.cluster > 16 || grid.x % grid.cluster)
+    fail("the grid is no multiple of its cluster size");
   launches++;
   random_state = seed * 0x100000001b3u + uint64_t(launches);
   kernel = &body;
@@ -227,6 +301,63 @@ void block_barrier() {
 
 void cluster_barrier() {
   arrive(cluster->waiting, cluster->fibres.size(), "a cluster barrier");
+}
+
+namespace {
+Phases& phases_of(const void* a) {
+  const auto found = cluster->arrivals.find(a);
+  if (found == cluster->arrivals.end()) fail("an Arrivals that was not initialised");
+  return found->second;
+}
+
+void end_phase_if_complete(Phases& p) {
+  if (!p.expected || p.bytes) return;
+  p.expected = false, p.ended++;
+  cluster->ready.insert(cluster->ready.end(), p.waiting.begin(), p.waiting.end());
+  p.waiting.clear();
+}
+
+int rank_of(const void* p) {
+  for (size_t rank = 0; rank < cluster->blocks.size(); rank++)
+    for (const auto& [key, a] : cluster->blocks[rank].memory) {
+      const ptrdiff_t offset = static_cast<const char*>(p) - static_cast<const char*>(a.memory.get());
+      if (offset >= 0 && size_t(offset) < a.bytes) return int(rank);
+    }
+  fail("send_16 to an address outside the cluster's shared memory");
+}
+
+void deliver(const Message& m) {
+  if (cluster->blocks[size_t(m.rank)].left) fail("a message reaches block %d, which is leaving the kernel", m.rank);
+  *static_cast<Bits16*>(m.to) = m.bits;
+  Phases& p = phases_of(m.arrivals);
+  p.bytes -= sizeof(Bits16);
+  end_phase_if_complete(p);
+}
+}  // namespace
+
+void arrivals_init(const void* a) {
+  if (cluster->arrivals.count(a)) fail("an Arrivals that was initialised twice");
+  cluster->arrivals[a];
+}
+
+void arrivals_expect(const void* a, int bytes) {
+  Phases& p = phases_of(a);
+  if (p.expected) fail("arrivals_expect before the phase has ended");
+  p.expected = true, p.bytes += bytes;
+  end_phase_if_complete(p);
+}
+
+void arrivals_wait(const void* a, int parity) {
+  Phases& p = phases_of(a);
+  if (p.ended % 2 != parity) return;
+  p.waiting.push_back(running);
+  wait("arrivals");
+}
+
+void send(void* p, const Bits16& bits, const void* a) {
+  const int rank = rank_of(p);
+  if (rank_of(a) != rank) fail("send_16: the bytes and their count go to different blocks");
+  cluster->messages.push_back({p, bits, a, rank});
 }
 
 const Slot* exchange(const char* operation, const void* data, size_t bytes) {
@@ -257,8 +388,16 @@ void* shared_memory(const void* key, size_t bytes) {
   return allocation(block(), key, bytes).memory.get();
 }
 
+void* dynamic_memory(size_t bytes) {
+  if (bytes != cluster->dynamic_bytes)
+    fail("the kernel uses %zu bytes of dynamic shared memory, its launch asked for %zu", bytes, cluster->dynamic_bytes);
+  static const char key = 0;
+  return shared_memory(&key, bytes);
+}
+
 void* peer_memory(void* own, int rank) {
   if (rank < 0 || rank >= here.cluster) fail("no block %d in a cluster of %d", rank, here.cluster);
+  if (cluster->blocks[size_t(rank)].left == here.threads) fail("block %d of the cluster has left the kernel", rank);
   for (auto& [key, a] : block().memory) {
     const ptrdiff_t offset = static_cast<char*>(own) - static_cast<char*>(a.memory.get());
     if (offset < 0 || size_t(offset) >= a.bytes) continue;

@@ -36,6 +36,37 @@ SEQFUSE_KERNEL(kThreads, 1) ring(const float* in, float* out, bool with_barrier)
   dev::cluster_barrier();  // nobody leaves while others read its shared memory
 }
 
+struct RelayShared {
+  dev::Bits16 x[2][kThreads / 4];
+  dev::Arrivals arrivals[2];
+  float padding[8];
+};
+enum class RelayMistake : int { none, no_wait, too_few_bytes, no_init, wrong_count, dynamic_size, no_such_block };
+
+// Each block sends its values to the next one of the cluster, `rounds` times, without any barrier but the block's.
+SEQFUSE_KERNEL(kThreads, 1) relay(const float* in, float* out, int rounds, RelayMistake mistake) {
+  RelayShared& s = dev::dynamic_shared<RelayShared>();
+  const int i = dev::thread(), next = (dev::cluster_rank() + 1) % dev::cluster_size();
+  const int before = (dev::cluster_rank() + dev::cluster_size() - 1) % dev::cluster_size();
+  auto* values = reinterpret_cast<float*>(s.x[0]);
+  values[i] = in[dev::block_x() * kThreads + i];
+  if (i == 0 && mistake != RelayMistake::no_init) dev::arrivals_init(s.arrivals[0]), dev::arrivals_init(s.arrivals[1]);
+  dev::cluster_barrier();
+  for (int r = 0; r < rounds; r++) {
+    dev::Arrivals& arrivals = s.arrivals[(r + 1) % 2];
+    if (i == 0) dev::arrivals_expect(arrivals, kThreads * 4 - (mistake == RelayMistake::too_few_bytes ? 16 : 0));
+    dev::barrier();
+    const int to = mistake == RelayMistake::no_such_block ? dev::cluster_size() : next;
+    const int count = mistake == RelayMistake::wrong_count ? before : to;
+    if (i < kThreads / 4)
+      dev::send_16(dev::cluster_peer(&s.x[(r + 1) % 2][i], to), s.x[r % 2][i], dev::cluster_peer(&arrivals, count));
+    if (mistake != RelayMistake::no_wait) dev::arrivals_wait(arrivals, r / 2 % 2);
+    // unlike the recurrent kernels, the sender does not hear from the receiver: it must not run ahead
+    dev::cluster_barrier();
+  }
+  out[dev::block_x() * kThreads + i] = reinterpret_cast<float*>(s.x[rounds % 2])[i];
+}
+
 // c[16, 8] = a[16, 16] @ b[8, 16]^T, one warp
 template <class T>
 SEQFUSE_DEVICE void one_mma(const T* a, const T* b, float* c) {

@@ -36,7 +36,8 @@ struct Strides {
   int64_t t, b;
 };
 
-// All of it may be left out: a value-initialised RnnOptions is the plain scan, the only one that CUDA has.
+// All of it may be left out: a value-initialised RnnOptions is the plain scan, the only one that the CUDA kernels with
+// a launch a step have.
 struct RnnOptions {
   const int64_t* lengths = nullptr;  // [B], host memory, each in [0, T]: sequence b is steps 0 .. lengths[b] - 1
   bool packed = false;               // sequence tensors are [N, X]; needs lengths, of which T is the largest
@@ -129,5 +130,18 @@ void rnn_backward_cpu(const RnnBackward&, const Parallel&);
 int64_t rnn_workspace_cuda(Cell, DType, int64_t B, int64_t H, bool backward);
 int rnn_forward_cuda(const RnnForward&, void* workspace, void* stream);
 int rnn_backward_cuda(const RnnBackward&, void* workspace, void* stream);
+
+// The whole scan in one launch: a cluster of thread blocks keeps w_hh in registers and exchanges h through distributed
+// shared memory. Compute capability 9.0, 16-bit dtypes, H <= 512; of the options lengths, resets, zoneout and dcells,
+// but not packed, hidden_mask, peephole and heads. Does not wait for a device that is busy: clusters that find no room
+// yet start later. Forward needs no workspace. Anything else returns a cudaError_t, as a launch on a device that holds
+// no such cluster does; ask for the plan first (cuda/rnn_cluster_plan.h).
+int64_t rnn_workspace_cluster_cuda(Cell, int64_t B, int64_t H);  // of backward
+int rnn_forward_cluster_cuda(const RnnForward&, void* stream);
+int rnn_backward_cluster_cuda(const RnnBackward&, void* workspace, void* stream);
+
+// How many clusters of these kernels the current device can hold at once (cudaOccupancyMaxActiveClusters); 0: none.
+int64_t rnn_forward_clusters_resident_cuda(Cell, DType, int64_t H, bool options);
+int64_t rnn_backward_clusters_resident_cuda(Cell, DType, int64_t H, bool options);
 
 }  // namespace seqfuse

@@ -1,0 +1,166 @@
+// What the cluster-persistent recurrent kernels share, forward (rnn_cluster_forward.cuh) and backward. Maths and
+// contract: seqfuse/rnn.h. sm_90 only: a launch is one kernel with its time loop inside. Never yet run on a GPU.
+//
+// One cluster of N = ceil(H / 32) <= 16 blocks works on one group of 16 batch rows, because a step of one row needs all
+// of its h but nothing of other rows. Clusters never wait for each other, so more groups than the device can hold run
+// in waves. A block owns 32 hidden units and all their gates, and keeps its part of w_hh in registers as the B
+// fragments of mma.m16n8k16 (16 batch rows are the m of the instruction, so nothing of it is padding):
+//
+//   forward   a[16, units of 8] of gate g = h[16, k] @ w_hh[g, units, k]^T:  G * K / 16 fragments a warp, half of k
+//   each backward  dh[16, K] = da[16, 32 G] @ w_hh[own rows, K]:                  2 G * K / 64 fragments a warp
+//
+// Both are G K / 16 words a thread: 128 for an LSTM with K = 512, of the 255 that 256 threads may have. K, the extent
+// of the contraction, is a template argument, 256 or 512; what lies beyond H is zero.
+//
+// A thread owns, from the first step to the last, two neighbouring units of one batch row: c, the GRU's fp32 h, their
+// gradients and the sums for db_hh never leave its registers. Its place is the place of accumulator elements in the
+// fragment: warp = 2 * tile + half, tile = its 8 units of the block's 32, half = rows 0-7 or 8-15, row half * 8 + r,
+// units 2q and 2q + 1, with r = lane / 4 and q = lane % 4. Hence its pair of 16-bit values is one word of the A
+// fragment that the next product reads: k-tile (of 16) = 2 * block + tile / 2, word half + 2 * (tile % 2) of the same
+// lane.
+#pragma once
+#include "cuda/device.cuh"
+#include "seqfuse/rnn.h"
+
+namespace seqfuse::cuda {
+
+using dev::Bits16;
+
+constexpr int kGroupRows = 16, kBlockUnits = 32, kClusterThreads = 256, kClusterWarps = kClusterThreads / dev::kWarp;
+constexpr int kMostBlocks = 16;   // of a cluster
+constexpr int kOptionRows = 512;  // batch rows of one launch with options: their lengths are kernel arguments
+
+template <Cell C>
+inline constexpr int kGates = C == Cell::lstm  ? 4
+                              : C == Cell::gru ? 3
+                                               : 1;
+
+struct alignas(8) Float2 {
+  float x[2];
+};
+
+template <class T>
+struct Sequence {
+  T* data;  // may be null
+  Strides strides;
+
+  SEQFUSE_DEVICE T* at(int64_t t, int64_t row, int64_t column) const {
+    return data + t * strides.t + row * strides.b + column;
+  }
+};
+
+// The time steps in the order in which a kernel takes them, and the rows [row0, rows) of the batch.
+struct ClusterShape {
+  int64_t steps, first;
+  int direction, H;
+  int64_t row0, rows;
+  bool relu;
+  bool paired;  // every pair of 16-bit neighbours lies at a 4-byte aligned address
+  bool vector;  // w_hh can be read 16 aligned bytes at a time
+};
+
+// The second argument of a kernel. Lengths come from host memory: as arguments they need no copy and no buffer, and a
+// CUDA graph keeps them.
+template <bool Options>
+struct ClusterOptions {};
+template <>
+struct ClusterOptions<true> {
+  Sequence<const bool> resets, zone_h, zone_c;
+  float zoneout_h, zoneout_c;
+  bool limited;  // by lengths
+  int32_t lengths[kOptionRows];
+};
+
+// Where a thread stands.
+struct Owner {
+  int rank, blocks;      // of the cluster
+  int tile, half, r, q;  // see the head of this file
+  int64_t group, row;    // of 16 rows; batch row
+  int unit, count;       // first of the two units; how many of them exist, 0 if the row does not
+
+  SEQFUSE_DEVICE explicit Owner(const ClusterShape& p)
+      : rank(dev::cluster_rank()),
+        blocks(dev::cluster_size()),
+        tile(dev::warp() / 2),
+        half(dev::warp() % 2),
+        r(dev::lane() / 4),
+        q(dev::lane() % 4),
+        group(p.row0 / kGroupRows + dev::block_x() / blocks),
+        row(group * kGroupRows + half * 8 + r),
+        unit(rank * kBlockUnits + tile * 8 + 2 * q) {
+    const int left = p.H - unit;
+    count = row >= p.rows || left < 0 ? 0 : left < 2 ? left : 2;
+  }
+  SEQFUSE_DEVICE int64_t at(const ClusterShape& p) const { return row * p.H + unit; }  // in a [B, H]
+  SEQFUSE_DEVICE int word() const { return half + 2 * (tile % 2); }
+};
+
+// What the options say about one step of a thread's two elements. The bytes stay apart until they are used: whoever
+// combined them at once would wait for them.
+struct StepFlags {
+  bool active = true, reset = false, zone_h[2] = {}, zone_c[2] = {};
+
+  SEQFUSE_DEVICE void load(const ClusterShape&, const ClusterOptions<false>&, const Owner&, int64_t) {}
+  SEQFUSE_DEVICE void load(const ClusterShape& p, const ClusterOptions<true>& o, const Owner& me, int64_t t) {
+    if (!me.count) return;
+    active = is_active(p, o, me, t);
+    if (o.resets.data) reset = *o.resets.at(t, me.row, 0);
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      if (e >= me.count) continue;
+      if (o.zone_h.data) zone_h[e] = *o.zone_h.at(t, me.row, me.unit + e);
+      if (o.zone_c.data) zone_c[e] = *o.zone_c.at(t, me.row, me.unit + e);
+    }
+  }
+  static SEQFUSE_DEVICE bool is_active(const ClusterShape&, const ClusterOptions<false>&, const Owner&, int64_t) {
+    return true;
+  }
+  static SEQFUSE_DEVICE bool is_active(const ClusterShape& p, const ClusterOptions<true>& o, const Owner& me,
+                                       int64_t t) {
+    return !o.limited || t < o.lengths[me.row - p.row0];
+  }
+  // the weight of the value of the step before
+  SEQFUSE_DEVICE float kept_h(const ClusterOptions<true>& o, int e) const { return zone_h[e] ? 1.0f : o.zoneout_h; }
+  SEQFUSE_DEVICE float kept_c(const ClusterOptions<true>& o, int e) const { return zone_c[e] ? 1.0f : o.zoneout_c; }
+};
+
+// new, before and their blend; a weight of 1 gives the very bits of `before`
+SEQFUSE_DEVICE float zoned(float fresh, float before, float kept) {
+  return kept == 1.0f ? before : kept == 0.0f ? fresh : kept * before + (1.0f - kept) * fresh;
+}
+
+// One gate's part of w_hh that a block owns, [32 units, K], on its way from global memory into fragments. Rows are 16
+// bytes longer than K, so that the 8 x 4 words (or 16-bit pairs) of a fragment fall into different banks.
+template <int K>
+struct WeightSlice {
+  uint16_t x[kBlockUnits][K + 8];
+};
+
+// All threads of the block; ends with a barrier. What lies beyond H is zero.
+template <class T, int K, bool Vector>
+SEQFUSE_DEVICE void stage_gate(WeightSlice<K>& s, const T* w_hh, int g, int rank, int H) {
+  constexpr int kVectors = K / 8, kUnroll = Vector ? 4 : 1;
+  dev::barrier();  // the gate before has been read
+#pragma unroll kUnroll
+  for (int v = dev::thread(); v < kBlockUnits * kVectors; v += kClusterThreads) {
+    const int unit = rank * kBlockUnits + v / kVectors, k = v % kVectors * 8;
+    const Bits16 bits = dev::load_some(w_hh + (int64_t(g) * H + unit) * H + k, unit < H ? H - k : 0, Vector);
+    dev::store_16(&s.x[v / kVectors][k], bits);
+  }
+  dev::barrier();
+}
+// take(g) after each gate has been staged
+template <class T, int G, int K, class Take>
+SEQFUSE_DEVICE void load_weights(WeightSlice<K>& s, const T* w_hh, const ClusterShape& shape, int rank, Take take) {
+#pragma unroll
+  for (int g = 0; g < G; g++) {
+    if (shape.vector)
+      stage_gate<T, K, true>(s, w_hh, g, rank, shape.H);
+    else
+      stage_gate<T, K, false>(s, w_hh, g, rank, shape.H);
+    take(g);
+  }
+  dev::barrier();
+}
+
+}  // namespace seqfuse::cuda

@@ -1,0 +1,92 @@
+// Whether and how the cluster-persistent recurrent kernel runs a scan: pure functions, so that they can be tested and
+// printed where there is no GPU; and the same for the current device (rnn_cluster_forward.cu).
+#pragma once
+#include <cstdio>
+#include <string>
+
+#include "seqfuse/rnn.h"
+
+namespace seqfuse::cuda {
+
+constexpr int64_t kClusterMostUnits = 512;
+
+struct ClusterShared {
+  int64_t forward, backward;  // dynamic shared memory of a block, bytes
+};
+
+// One gate's weights (larger than h, twice) and the partial sums; da and the partial dh of every block, both twice;
+// and two mbarriers
+inline ClusterShared cluster_shared(Cell cell, int64_t extent) {
+  const int64_t G = gates_of(cell);
+  return {32 * (extent + 8) * 2 + 8 * G * 256 + 16, 2 * 2 * G * 512 + 16 + 2 * (extent / 32) * 2048};
+}
+
+struct RnnClusterPlan {
+  std::string refusal;   // empty: the kernel can run
+  int64_t blocks = 0;    // of a cluster
+  int64_t groups = 0;    // clusters of the launch, 16 batch rows each
+  int64_t resident = 0;  // clusters that the device holds at once
+  int64_t waves = 0;
+  int64_t extent = 0;  // of the contraction: which instantiation
+  ClusterShared shared{};
+
+  std::string text() const {
+    if (!refusal.empty()) return "one launch a step: " + refusal;
+    char line[200];
+    std::snprintf(line, sizeof line,
+                  "one launch: %lld clusters of %lld blocks, %lld at a time (%lld waves), extent %lld",
+                  static_cast<long long>(groups), static_cast<long long>(blocks), static_cast<long long>(resident),
+                  static_cast<long long>(waves), static_cast<long long>(extent));
+    return line;
+  }
+};
+
+// What the shape alone decides. capability: 10 * major + minor.
+inline RnnClusterPlan rnn_cluster_shape(Cell cell, DType dtype, int64_t B, int64_t H, int capability) {
+  RnnClusterPlan plan;
+  if (capability < 90 || capability >= 100)
+    plan.refusal = "the cluster kernel is for compute capability 9.0 (Hopper), this device has " +
+                   std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+  else if (dtype == DType::f32)
+    plan.refusal = "the cluster kernel takes bfloat16 and float16, not float32";
+  else if (H > kClusterMostUnits)
+    plan.refusal = "a cluster holds the weights of " + std::to_string(kClusterMostUnits) +
+                   " hidden units at most, not " + std::to_string(H);
+  if (!plan.refusal.empty()) return plan;
+  plan.blocks = (H + 31) / 32, plan.groups = (B + 15) / 16;
+  plan.extent = H <= 256 ? 256 : 512;
+  plan.shared = cluster_shared(cell, plan.extent);
+  return plan;
+}
+
+// resident: what cudaOccupancyMaxActiveClusters says of the kernel in clusters of that shape's `blocks`. A cluster that
+// has started holds all its blocks, so one resident cluster is enough to make progress: more only wait their turn.
+inline RnnClusterPlan rnn_cluster_plan(Cell cell, DType dtype, int64_t B, int64_t H, int capability, int64_t resident) {
+  RnnClusterPlan plan = rnn_cluster_shape(cell, dtype, B, H, capability);
+  if (!plan.refusal.empty()) return plan;
+  plan.resident = resident;
+  if (resident < 1) {
+    plan.refusal = "the device has no room for a cluster of " + std::to_string(plan.blocks) +
+                   " blocks (a MIG slice, or multiprocessors that are switched off)";
+    return plan;
+  }
+  plan.waves = (plan.groups + resident - 1) / resident;
+  return plan;
+}
+
+// the name of an option in use that these kernels don't have; null: there is none
+inline const char* cluster_option_refused(const RnnOptions& o) {
+  if (o.packed) return "a packed sequence";
+  if (o.hidden_mask) return "hidden_mask";
+  if (o.peephole) return "peephole";
+  return o.heads > 1 ? "w_hh with heads" : nullptr;
+}
+
+// For the current device. `options`: whether anything of RnnOptions, or dcells, is in use. The answers of the driver
+// are kept, a plan costs no more than a look-up.
+RnnClusterPlan rnn_cluster_plan_here(Cell, DType, int64_t B, int64_t H, bool options, bool backward);
+
+// For tests and benchmarks: false makes every plan of rnn_cluster_plan_here a refusal.
+void rnn_cluster_allow(bool);
+
+}  // namespace seqfuse::cuda
