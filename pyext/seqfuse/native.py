@@ -35,6 +35,11 @@ def build_facts() -> dict:
     return {} if _C is None else dict(_C.build_facts(), isa_detected=_C.isa_detected())
 
 
+def rnn_cluster_plan_here(cell: int, dtype: int, batch: int, hidden: int) -> dict | None:
+    """The launch plan of the CUDA cluster kernel on the current device, or None in a build without CUDA."""
+    return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, False, True) if has_cuda() else None
+
+
 @contextlib.contextmanager
 def isa_limit(level: str) -> Iterator[None]:
     """Never use an instruction-set level above `level` inside the block (for tests and benchmarks)."""

@@ -8,6 +8,7 @@ import torch
 from seqfuse import dispatch, native
 from seqfuse.ops import library
 from seqfuse.ops.products import SLOW_BF16
+from seqfuse.ops.rnn_scan import CELLS
 
 
 class RecurrentCase(NamedTuple):
@@ -93,7 +94,7 @@ SHORT = f"inference over fewer than {SHORT_STEPS} steps: packing the weights cos
 
 
 def _cpu_prefers(case):
-    """Built-in rules of `auto` on a CPU: measured with two threads and AVX-512 (docs/recurrent.md)."""
+    """Built-in rules of `auto` on a CPU: measured with two threads, AVX-512 and AVX2 (docs/recurrent.md)."""
     if case.extras and torch_refusal(case) is not None:
         return None  # what is left is the reference, a Python loop
     if "packed_sequence" in case.extras:
@@ -110,6 +111,8 @@ def _cpu_prefers(case):
         return None
     if case.dtype == torch.float32 and (case.T * case.B >= 1024 and case.B >= 8 if case.grad else case.B >= 4):
         return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
+    if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512:
+        return "packing so large a w_hh takes longer than the scan over so few steps saves against oneDNN"
     if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa() == "avx512_bf16":
         return "oneDNN's bfloat16 LSTM was measured 1.1 times as fast in inference at this batch size"
     return None
@@ -156,6 +159,14 @@ def _triton_tier(cell, dtype, batch, hidden, device, heads, options):
     return f"{rnn.plan(cell, dtype, batch, hidden, *facts, heads=heads, options=options).tier} tier"
 
 
+_DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/include/seqfuse/types.h
+
+
+def _cuda_path(case):
+    plan = native.rnn_cluster_plan_here(CELLS[case.cell], _DTYPE_NUMBERS[case.dtype], case.B, case.hidden_size)
+    return f"CUDA C++, {'per-step' if plan is None or plan['refusal'] else 'one cluster for each batch group'}"
+
+
 def _never(*_):
     raise AssertionError("lstm, gru and rnn run layer by layer: see rnn_layer.py")
 
@@ -182,7 +193,7 @@ def _backends():
             refuses(library.cuda_refusal, lambda c: _cuda_refusal(c) or _fused_refusal(c)),
             _gpu_prefers,
             note=library.NOT_RUN_ON_GPU,
-            path=lambda c: "CUDA C++, per-step",
+            path=_cuda_path,
         ),
         dispatch.Backend("torch", _never, None, torch_refusal, note="PyTorch's own op", path=torch_path),
         dispatch.Backend("reference", _never, None, path=lambda c: "a Python loop over the steps"),
