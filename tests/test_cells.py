@@ -160,6 +160,37 @@ def test_copies_pickles_and_state_dict_both_ways(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_remembers_the_route_of_its_last_call(cell):
+    """... in a loop, and leaves it as soon as anything about the call or the settings is different."""
+    module = CELLS[cell](3, 5)
+    fused = seqfuse.fuse(copy.deepcopy(module))
+
+    def loop(m, dtype=torch.float32, steps=4, B=2):
+        g = torch.Generator().manual_seed(7)
+        state, outputs = None, []
+        for _ in range(steps):
+            state = m(torch.randn(B, 3, generator=g).to(dtype), state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+    exact = loop(copy.deepcopy(module).double(), torch.float64)
+    for _ in range(2):
+        assert_accurate(loop(fused), exact, loop(module))
+    assert fused._route is not None and fused._route.grad
+    with torch.no_grad():
+        assert not loop(fused).requires_grad
+    with seqfuse.backend("reference"):
+        loop(fused)
+        assert seqfuse.explain(fused)[0].backend == "reference"
+    assert loop(fused, B=7).shape == (4, 7, 5)
+    with pytest.raises((ValueError, RuntimeError)):
+        fused(torch.randn(7, 4), None if cell == "lstm" else torch.randn(7, 5))
+    theirs = loop(copy.deepcopy(module).bfloat16(), torch.bfloat16)
+    assert_accurate(loop(fused.bfloat16(), torch.bfloat16), exact, theirs)
+    assert "_route" not in copy.deepcopy(fused).__dict__
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
     number, G = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "gru": (2, 3), "lstm": (3, 4)}[cell]
     B, H = 3, 10

@@ -1,13 +1,59 @@
 """torch.nn.LSTMCell, GRUCell and RNNCell on seqfuse.ops."""
 
+from typing import NamedTuple
+
 import torch
 
-from seqfuse import explanation, ops
-from seqfuse.ops.rnn_cell import CellCase
+from seqfuse import dispatch, explanation, ops
+from seqfuse.ops.rnn_cell import CellCase, run
+
+
+class _Route(NamedTuple):
+    """What the last call was like, and the backend that the dispatcher chose for it."""
+
+    shapes: tuple[torch.Size, torch.Size]
+    dtype: torch.dtype
+    grad: bool
+    epoch: int
+    threads: int
+    backend: str
 
 
 class _Cell:
     """What the three share. Mixed in before torch's class, whose constructor, parameters and messages stay."""
+
+    _route: _Route | None = None
+
+    def _again(self, x, h, c=None):
+        """(h, c or None) of a batched call like the last one, by the way that took, without another look; else None."""
+        route = self._route
+        if route is None or torch.compiler.is_compiling() or type(h) is not torch.Tensor:
+            return None
+        weights = tuple(map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+        if (
+            any(w is None for w in weights)
+            or route.shapes != (x.shape, h.shape)
+            or not (x.dtype is h.dtype is route.dtype is weights[1].dtype)
+            or (c is not None and (c.shape != h.shape or c.dtype is not route.dtype or c is h))
+            or not (x.is_cpu and h.is_cpu)
+            or route.epoch != dispatch.epoch()
+            or route.threads != torch.get_num_threads()
+            or route.grad != _wants_gradient(x, h, c, *weights)
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        return run(route.backend, self._cell, x, h, c, weights, route.grad)
+
+    def _remember(self, x, h, c=None):
+        choice = None if torch.compiler.is_compiling() else explanation.last_choice(self)
+        if choice is None or not x.is_cpu or type(x) is not torch.Tensor or not dispatch.nobody_else_listens():
+            return
+        grad = _wants_gradient(x, h, c, *self._weights())
+        self._route = _Route((x.shape, h.shape), x.dtype, grad, dispatch.epoch(), torch.get_num_threads(),
+                             choice.backend)  # fmt: skip
+
+    def __getstate__(self):  # a copy, or a pickle, starts afresh
+        return {k: v for k, v in self.__dict__.items() if k != "_route"}
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
@@ -32,15 +78,23 @@ class _Cell:
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
 
+def _wants_gradient(*tensors):
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """torch.nn.LSTMCell: forward(input [B, I] or [I], (h, c) or None) -> (h, c)."""
 
     _cell = "lstm"
 
     def forward(self, input, hx=None):
+        if hx is not None and len(hx) == 2 and (out := self._again(input, *hx)) is not None:
+            return out
         x, states, batched = self._batched(input, hx and tuple(hx))
         explanation.entering(self)
         h, c = ops.lstm_cell(x, states, *self._weights())
+        if batched and states:
+            self._remember(x, *states)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 
@@ -50,9 +104,13 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     _cell = "gru"
 
     def forward(self, input, hx=None):
+        if hx is not None and (out := self._again(input, hx)) is not None:
+            return out[0]
         x, states, batched = self._batched(input, None if hx is None else (hx,))
         explanation.entering(self)
         h = ops.gru_cell(x, states and states[0], *self._weights())
+        if batched and states:
+            self._remember(x, states[0])
         return h if batched else h.squeeze(0)
 
 
@@ -64,7 +122,11 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input, hx=None):
+        if hx is not None and (out := self._again(input, hx)) is not None:
+            return out[0]
         x, states, batched = self._batched(input, None if hx is None else (hx,))
         explanation.entering(self)
         h = ops.rnn_cell(x, states and states[0], *self._weights(), nonlinearity=self.nonlinearity)
+        if batched and states:
+            self._remember(x, states[0])
         return h if batched else h.squeeze(0)

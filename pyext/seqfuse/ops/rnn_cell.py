@@ -13,7 +13,7 @@ from torch import _VF
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
-from seqfuse.ops.products import addmm, linear, matmul
+from seqfuse.ops.products import SLOW_BF16, addmm, linear, matmul
 from seqfuse.ops.rnn_scan import CELLS
 
 
@@ -70,13 +70,21 @@ def _run(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
     grad = torch.is_grad_enabled() and (traced() or any(t is not None and t.requires_grad for t in tensors))
     case = CellCase(cell, x.device.type, x.dtype, x.shape[0], H, grad)
     name = dispatch.select("rnn_cell", case).backend
+    return run(name, cell, x, h, c, (w_ih, w_hh, b_ih, b_hh), grad)
+
+
+def run(name, cell, x, h, c, weights, grad):
+    """(h, c or None) of checked arguments on the backend `name`. grad: whether any of them wants one."""
+    w_ih, w_hh, b_ih, b_hh = weights
     if name == "torch":
         state = (h, c) if cell == "lstm" else h
         out = _TORCH[cell](x, state, w_ih, w_hh, b_ih, b_hh)
         return out if cell == "lstm" else (out, None)
     if name == "reference":
         return reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
-    h, c, _ = apply(RnnCellFunction, x, h, c, w_ih, w_hh, b_ih, b_hh, cell, grad)
+    args = x, h, c, w_ih, w_hh, b_ih, b_hh, cell, grad
+    # without a gradient to take, autograd's part of the way is left out
+    h, c, _ = apply(RnnCellFunction, *args) if grad or traced() else RnnCellFunction.forward(*args)
     return h, c
 
 
@@ -193,13 +201,19 @@ for _name in ("rnn_cell_fwd", "rnn_cell_bwd"):
     library.register_vmap(_name)
 
 
+def _cpu_prefers(case):
+    if case.cell.startswith("rnn") and not (SLOW_BF16 and case.dtype == torch.bfloat16):
+        return "after its two products a plain cell is one activation: nothing to fuse, and PyTorch gets there sooner"
+    return None
+
+
 def _never(*_):
     raise AssertionError("one step is run by rnn_cell.py itself")
 
 
 dispatch.register(
     "rnn_cell",
-    dispatch.Backend("cpu", _never, _never, lambda c: library.cpu_refusal(c.device, c.dtype)),
+    dispatch.Backend("cpu", _never, _never, lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
     dispatch.Backend("torch", _never, None, note="PyTorch's own cell"),
     dispatch.Backend("reference", _never, None),
 )
