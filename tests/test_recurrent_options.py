@@ -2,6 +2,7 @@
 together on the fused kernels, padding that leaks nothing, second derivatives, repeatability, recomputation."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -333,12 +334,14 @@ def test_peak_memory_is_at_most_torchs(kind, ways):
 
     def measure(module):
         def step():
-            module.zero_grad(set_to_none=True)
-            x.grad = None
             module(x)[0].backward(dy)
 
-        step()
-        return peak(step)
+        for _ in range(2):  # what the measured step would free of earlier ones is freed before it
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            gc.collect()
+            most = peak(step)
+        return most
 
     with seqfuse.backend("cpu"):
         kept = measure(ours)
