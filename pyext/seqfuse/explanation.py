@@ -28,7 +28,7 @@ def handed_over(module: torch.nn.Module, reason: str) -> None:
 def forget(module: torch.nn.Module) -> None:
     """Leave no trace in a module."""
     module.__dict__.pop(_REASON, None)
-    module.__dict__.pop("_route", None)  # nn.LayerNorm's memory of its last call
+    module.__dict__.pop("_route", None)  # what nn.LayerNorm and the cells remember of their last call
 
 
 def last_choice(module: torch.nn.Module) -> dispatch.Choice | None:

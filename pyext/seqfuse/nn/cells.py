@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from seqfuse import dispatch, explanation, ops
+from seqfuse.ops.autograd import traced, wants_gradient
 from seqfuse.ops.rnn_cell import CellCase, run
 
 
@@ -27,7 +28,7 @@ class _Cell:
     def _again(self, x, h, c=None):
         """(h, c or None) of a batched call like the last one, by the way that took, without another look; else None."""
         route = self._route
-        if route is None or torch.compiler.is_compiling() or type(h) is not torch.Tensor:
+        if route is None or traced() or type(h) is not torch.Tensor:
             return None
         weights = tuple(map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
         if (
@@ -38,17 +39,17 @@ class _Cell:
             or not (x.is_cpu and h.is_cpu)
             or route.epoch != dispatch.epoch()
             or route.threads != torch.get_num_threads()
-            or route.grad != _wants_gradient(x, h, c, *weights)
+            or route.grad != wants_gradient(x, h, c, *weights)
             or torch.is_autocast_enabled("cpu")
         ):
             return None
         return run(route.backend, self._cell, x, h, c, weights, route.grad)
 
     def _remember(self, x, h, c=None):
-        choice = None if torch.compiler.is_compiling() else explanation.last_choice(self)
+        choice = None if traced() else explanation.last_choice(self)
         if choice is None or not x.is_cpu or type(x) is not torch.Tensor or not dispatch.nobody_else_listens():
             return
-        grad = _wants_gradient(x, h, c, *self._weights())
+        grad = wants_gradient(x, h, c, *self._weights())
         self._route = _Route((x.shape, h.shape), x.dtype, grad, dispatch.epoch(), torch.get_num_threads(),
                              choice.backend)  # fmt: skip
 
@@ -76,10 +77,6 @@ class _Cell:
 
     def _weights(self):
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-
-
-def _wants_gradient(*tensors):
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, explanation, ops
+from seqfuse.ops.autograd import traced, wants_gradient
 from seqfuse.ops.layer_norm import LayerNormCase, run
 
 
@@ -31,7 +32,7 @@ class LayerNorm(torch.nn.LayerNorm):
     _route: _Route | None = None
 
     def forward(self, input, residual=None):
-        if not torch.compiler.is_compiling():
+        if not traced():
             route = self._route  # a call like the last one goes where that went, with as little in between as can be
             if route is not None and route.shape == input.shape and route.dtype is input.dtype and input.is_cpu:
                 parameters = self._parameters
@@ -44,7 +45,7 @@ class LayerNorm(torch.nn.LayerNorm):
                     and route.threads == torch.get_num_threads()
                     and route.residual == (residual is not None)
                     and (residual is None or (residual.shape == route.shape and residual.dtype is route.dtype))
-                    and route.grad == _wants_gradient(input, weight, bias, residual)
+                    and route.grad == wants_gradient(input, weight, bias, residual)
                     and not torch.is_autocast_enabled("cpu")
                 ):
                     if route.backend == "torch":
@@ -79,12 +80,12 @@ class LayerNorm(torch.nn.LayerNorm):
         return out.view_as(input) if residual is None else tuple(t.view_as(input) for t in out)
 
     def _remember(self, input, residual):
-        if torch.compiler.is_compiling() or not input.is_cpu or type(input) is not torch.Tensor:
+        if traced() or not input.is_cpu or type(input) is not torch.Tensor:
             return
         choice = explanation.last_choice(self)
         if choice is None or not dispatch.nobody_else_listens():
             return
-        grad = _wants_gradient(input, self.weight, self.bias, residual)
+        grad = wants_gradient(input, self.weight, self.bias, residual)
         self._route = _Route(input.shape, input.dtype, residual is not None, grad, dispatch.epoch(),
                              torch.get_num_threads(), choice.backend)  # fmt: skip
 
@@ -99,10 +100,6 @@ class LayerNorm(torch.nn.LayerNorm):
         return "layer_norm", LayerNormCase(
             self.weight.device.type, dtype, dtype, 2048, self.weight.numel(), False, self.training
         )
-
-
-def _wants_gradient(*tensors):
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def _mixes(dtype, param):

@@ -9,6 +9,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def wants_gradient(*tensors) -> bool:
+    """Whether autograd records what is done with these tensors (None: an absent one)."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
 def apply(function, *args):
     """function.apply(*args) without what it costs to look for keyword arguments.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients
+from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
 
 
 class LayerNormCase(NamedTuple):
@@ -51,7 +51,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
         _check(x, weight, bias, residual)
     if residual is x:  # Dynamo takes no tensor twice
         residual = x.view_as(x)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    grad = wants_gradient(x, weight, bias, residual)
     name = dispatch.select("layer_norm", _case(x, weight, bias, residual, grad)).backend
     y, s = run(name, x, residual, weight, bias, eps, grad)
     return y if residual is None else (y, s)
