@@ -7,7 +7,9 @@ The build is one generated ninja file, so an edit recompiles only what it touche
 
     csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once)
     csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else
-    pyext/bindings/*.cpp -> the only files that see torch headers (LibTorch stable ABI: one build serves torch >= 2.11)
+    pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
+    pyext/autograd/*.cpp -> seqfuse._autograd, on torch's own ABI: used under the torch it was built with, and no loss
+                            where it can't be built
 
 Where there is no C++ compiler the package installs without seqfuse._C and says so; every op then runs on torch's own.
 """
@@ -57,7 +59,12 @@ def sources():
     def find(pattern):
         return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern))
 
-    return {"cpu": find("csrc/cpu/*.cpp"), "cuda": find("csrc/cuda/*.cu"), "bindings": find("pyext/bindings/*.cpp")}
+    return {
+        "cpu": find("csrc/cpu/*.cpp"),
+        "cuda": find("csrc/cuda/*.cu"),
+        "bindings": find("pyext/bindings/*.cpp"),
+        "autograd": find("pyext/autograd/*.cpp"),
+    }
 
 
 def compiler():
@@ -69,8 +76,11 @@ def compiler():
     return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
 
 
-def ninja_file(build: Path, target: Path, cxx: str) -> str:
-    """The whole build as text. Paths are relative to the repository root, where ninja runs."""
+def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
+    """The whole build as text. Paths are relative to the repository root, where ninja runs.
+
+    targets: where to put "_C" and "_autograd".
+    """
     import pybind11
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
@@ -79,6 +89,7 @@ def ninja_file(build: Path, target: Path, cxx: str) -> str:
     files = sources()
     headers = [f"-isystem{p}" for p in [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    built_with = f"-DSEQFUSE_TORCH='\"{torch.__version__}\"'"
     libraries = [f"-L{p}" for p in library_paths()] + ["-ltorch_cpu"]
     if cuda:
         defines += ["-DUSE_CUDA", "-DSEQFUSE_CUDA"]
@@ -97,9 +108,9 @@ def ninja_file(build: Path, target: Path, cxx: str) -> str:
     if cuda:
         lines.append(f"rule nvcc\n  command = {CUDA_HOME}/bin/nvcc $flags -MMD -MF $out.d -c $in -o $out\n"
                      "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")  # fmt: skip
-    objects = []
+    objects, nodes = [], []
 
-    def compile_one(rule, source, flags, level=""):
+    def compile_one(rule, source, flags, level="", objects=objects):
         out = (build / f"{source.replace('/', '_')}{'.' if level else ''}{level}.o").as_posix()
         lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}\n  level = {level}")
         objects.append(out)
@@ -112,8 +123,12 @@ def ninja_file(build: Path, target: Path, cxx: str) -> str:
     for source in files["cuda"] if cuda else []:
         compile_one("nvcc", source, nvcc_flags())
     for source in files["bindings"]:
-        compile_one("cxx", source, [*cxx_flags(), "-O2", *INCLUDES, *headers, *defines])
-    lines.append(f"build {target.as_posix()}: link {' '.join(objects)}\n  flags = {' '.join(libraries)}")
+        facts = [built_with] if Path(source).name == "module.cpp" else []
+        compile_one("cxx", source, [*cxx_flags(), "-O2", *INCLUDES, *headers, *defines, *facts])
+    for source in files["autograd"]:
+        compile_one("cxx", source, [*cxx_flags(), "-O1", *headers], objects=nodes)
+    for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
+        lines.append(f"build {targets[name].as_posix()}: link {' '.join(linked)}\n  flags = {' '.join(flags)}")
     return "\n".join(lines) + "\n"
 
 
@@ -131,20 +146,27 @@ class NinjaBuild(build_ext):
             ) from None
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        targets = {e.name.split(".")[-1]: Path(self.get_ext_fullpath(e.name)).resolve() for e in self.extensions}
+        target = targets[ext.name.split(".")[-1]]
         target.parent.mkdir(parents=True, exist_ok=True)
         script = build / "build.ninja"
-        text = ninja_file(build, target, cxx)
+        text = ninja_file(build, targets, cxx)
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        if subprocess.run([*command, "-f", str(script)], cwd=ROOT).returncode:
-            raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
+        if subprocess.run([*command, "-f", str(script), target.as_posix()], cwd=ROOT).returncode:
+            if not ext.optional:
+                raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
+            print(f"seqfuse: {ext.name} could not be built and is left out; small calls under autograd cost more.")
 
     def copy_extensions_to_source(self):  # --inplace and editable installs
-        if compiler() is not None:
-            super().copy_extensions_to_source()
+        everything = self.extensions
+        self.extensions = [
+            e for e in everything if Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(e.name))).exists()
+        ]
+        super().copy_extensions_to_source()
+        self.extensions = everything
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]  # the compiler may be missing
@@ -153,6 +175,6 @@ class NinjaBuild(build_ext):
 if __name__ == "__main__":
     setup(
         license="Apache-2.0",
-        ext_modules=[Extension("seqfuse._C", sources=[])],
+        ext_modules=[Extension("seqfuse._C", []), Extension("seqfuse._autograd", [], optional=True)],
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -16,7 +16,7 @@ namespace SEQFUSE_ISA {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;    // elements a worker should have, or waking it costs more than it saves
-constexpr int64_t kCached = 24 << 20;  // bytes that a usual third-level cache keeps from one call to the next
+constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
 
 int workers(int64_t rows, int64_t cols, int threads) {
   const int64_t useful = (rows * cols + kGrain - 1) / kGrain;

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
     py::dict facts;
     facts["compiler"] = __VERSION__;
     facts["torch_target"] = "2.11";
+    facts["torch"] = SEQFUSE_TORCH;  // the torch of the build, for seqfuse._autograd
 #ifdef SEQFUSE_CUDA
     facts["cuda"] = true;
 #else

@@ -1,7 +1,10 @@
 """The compiled extension, if there is one: loading it, and what it was built with. Nothing else imports seqfuse._C."""
 
 import contextlib
+import functools
+import importlib.machinery
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -33,6 +36,25 @@ def isa() -> str:
 
 def build_facts() -> dict:
     return {} if _C is None else dict(_C.build_facts(), isa_detected=_C.isa_detected())
+
+
+@functools.cache
+def nodes_missing() -> str | None:
+    """None if ops whose autograd is a C++ node are there (torch.ops.seqfuse.layer_norm), else why not.
+
+    They need the very torch that they were built with. Without them autograd goes through Python: slower, the same.
+    """
+    if _C is None:
+        return _why_not
+    built = _C.build_facts()["torch"]
+    if built != torch.__version__:
+        return f"the autograd nodes were built with torch {built}, this is {torch.__version__}"
+    names = [f"_autograd{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = [path for name in names if (path := Path(_C.__file__).with_name(name)).exists()]
+    if not found:
+        return "the autograd nodes are missing: they could not be built"
+    torch.ops.load_library(found[0])
+    return None
 
 
 def rnn_cluster_plan_here(cell: int, dtype: int, batch: int, hidden: int) -> dict | None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from seqfuse import dispatch, reference
+from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
+from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
 
 
 class LayerNormCase(NamedTuple):
@@ -62,6 +62,8 @@ def run(name, x, residual, weight, bias, eps, grad):
     backend = dispatch.get("layer_norm", name)
     if backend.bwd is None or not grad:
         return backend.fwd(x, residual, weight, bias, eps)[:2]
+    if name in ("cpu", "cuda") and not traced() and not native.nodes_missing():
+        return torch.ops.seqfuse.layer_norm.default(x, residual, weight, bias, eps)  # pyext/autograd/layer_norm.cpp
     return apply(LayerNormFunction, x, residual, weight, bias, eps, name)[:2]
 
 
@@ -104,7 +106,10 @@ def _check(x, weight, bias, residual):
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Autograd of every backend that is a (fwd, bwd) pair. mean and rstd are outputs only so that they can be saved."""
+    """Autograd of every backend that is a (fwd, bwd) pair. mean and rstd are outputs only so that they can be saved.
+
+    The C++ ops have the same as a node of C++, which costs 30 us less a call: pyext/autograd/layer_norm.cpp.
+    """
 
     @staticmethod
     def forward(x, residual, weight, bias, eps, name):
@@ -205,22 +210,27 @@ library.register_op(
 )
 
 
-# Elements from which our kernel was measured faster on a CPU than PyTorch's op, by (float32?, residual?, gradients?).
-# Below, reaching it costs more than it saves (two threads, AVX2: docs/layer_norm.md).
+# Elements from which our kernel was measured faster on a CPU than PyTorch's op, by (float32?, residual?, how autograd
+# is entered). Below, reaching it costs more than it saves (two threads, AVX2: docs/layer_norm.md).
 _WORTH_IT = {
-    (True, False, False): 98_304,
-    (True, False, True): 262_144,
-    (True, True, False): 16_384,
-    (True, True, True): 98_304,
-    (False, False, False): 49_152,
-    (False, False, True): 65_536,
-    (False, True, False): 16_384,
-    (False, True, True): 32_768,
+    (True, False, "no gradients"): 98_304,
+    (True, False, "node"): 98_304,
+    (True, False, "python"): 262_144,
+    (True, True, "no gradients"): 16_384,
+    (True, True, "node"): 0,
+    (True, True, "python"): 98_304,
+    (False, False, "no gradients"): 49_152,
+    (False, False, "node"): 24_576,
+    (False, False, "python"): 65_536,
+    (False, True, "no gradients"): 16_384,
+    (False, True, "node"): 0,
+    (False, True, "python"): 32_768,
 }
 
 
 def _cpu_prefers(case: LayerNormCase) -> str | None:
-    if case.rows * case.cols >= _WORTH_IT[case.dtype == torch.float32, case.residual, case.grad]:
+    autograd = "no gradients" if not case.grad else "python" if native.nodes_missing() else "node"
+    if case.rows * case.cols >= _WORTH_IT[case.dtype == torch.float32, case.residual, autograd]:
         return None
     return "at this size PyTorch's own call costs less than ours does to reach its kernel"
 
