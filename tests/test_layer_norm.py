@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqfuse
-from seqfuse import reference
+from seqfuse import native, reference
+from seqfuse.ops.layer_norm import LayerNormFunction
 from seqfuse.testing import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -317,3 +318,88 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as caught:
         call()
     assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+class TestNode:
+    """The autograd node in C++ (pyext/autograd/layer_norm.cpp) against the autograd.Function in Python."""
+
+    @pytest.fixture(autouse=True)
+    def _there(self):
+        if native.nodes_missing():
+            pytest.skip(native.nodes_missing())
+
+    @staticmethod
+    def _run(function, wanted, residual, dtype, use, create_graph=False):
+        torch.manual_seed(0)
+        tensors = {"x": torch.randn(7, 40), "residual": torch.randn(7, 40) if residual else None,
+                   "weight": torch.randn(40), "bias": torch.randn(40)}  # fmt: skip
+        tensors = {n: t if t is None else t.to(dtype).requires_grad_(n in wanted) for n, t in tensors.items()}
+        y, s = function(*tensors.values(), 1e-5)[:2]
+        assert y.requires_grad
+        assert s.requires_grad == residual
+        out = [y] * ("y" in use) + [s] * ("s" in use)
+        grads = [torch.randn(7, 40).to(dtype) for _ in out]
+        inputs = [t for n, t in tensors.items() if n in wanted]
+        first = torch.autograd.grad(out, inputs, grads, create_graph=create_graph, allow_unused=True)
+        if not create_graph:
+            return first
+        again = [g.float().square().sum() for g in first if g is not None and g.requires_grad]
+        if not again:  # dweight does not depend on weight
+            return *first, *(None for _ in inputs)
+        total = sum(again)
+        return *first, *torch.autograd.grad(total, inputs, allow_unused=True)
+
+    @staticmethod
+    def _python(*args):
+        return LayerNormFunction.apply(*args, "cpu")
+
+    @pytest.mark.parametrize("create_graph", (False, True))
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+    @pytest.mark.parametrize(("residual", "use"), ((False, "y"), (True, "ys"), (True, "y"), (True, "s")))
+    @pytest.mark.parametrize("wanted", (("x", "residual", "weight", "bias"), ("x",), ("weight",), ("residual", "bias")),
+                             ids="-".join)  # fmt: skip
+    def test_is_the_function_in_python(self, wanted, residual, use, dtype, create_graph):
+        wanted = set(wanted) if residual else set(wanted) - {"residual"}
+        if use == "s" and (create_graph or wanted.isdisjoint({"x", "residual"})):
+            pytest.skip("a sum has no second gradient, and none for the parameters")
+        args = wanted, residual, dtype, use, create_graph
+        ours = self._run(torch.ops.seqfuse.layer_norm.default, *args)
+        for a, b in zip(ours, self._run(self._python, *args), strict=True):
+            if a is None or b is None:  # no second gradient, or one of zeros
+                assert (a is b) or (create_graph and (a if b is None else b).abs().max() == 0)
+            else:
+                assert a.dtype == b.dtype
+                tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+                if create_graph:  # by different formulas
+                    torch.testing.assert_close(a, b, **tolerance)
+                else:
+                    assert torch.equal(a, b)
+
+    def test_keeps_torchs_rules(self):
+        x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+        y, _ = torch.ops.seqfuse.layer_norm(x, None, weight, None, 1e-5)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+        y, _ = torch.ops.seqfuse.layer_norm(x, None, weight, None, 1e-5)
+        with torch.no_grad():
+            weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        with torch.no_grad():
+            assert not torch.ops.seqfuse.layer_norm(x, None, weight, None, 1e-5)[0].requires_grad
+
+    def test_is_left_out_under_another_torch(self, monkeypatch):
+        native.nodes_missing.cache_clear()
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+        assert "2.99.0" in native.nodes_missing()
+        x = torch.randn(64, 512, requires_grad=True)
+        with seqfuse.backend("cpu"):
+            y = seqfuse.nn.LayerNorm(512)(x)
+        assert type(y.grad_fn).__name__ == "LayerNormFunctionBackward"
+        monkeypatch.undo()
+        native.nodes_missing.cache_clear()
+        with seqfuse.backend("cpu"):
+            y = seqfuse.nn.LayerNorm(512)(x)
+        assert y.grad_fn.name() == "SeqfuseLayerNormBackward"

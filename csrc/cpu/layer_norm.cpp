@@ -2,8 +2,9 @@
 //
 // Forward reads x (and the residual) once from memory and writes y (and the sum) once: a row stays in the first-level
 // cache between its two passes, statistics and result. Backward reads dy and s once and writes dx once, likewise.
-// dweight and dbias are summed per worker in fp32 and then added in worker order: a result depends on the number of
-// threads but never on their timing.
+// Rows are dealt out in portions, to whichever worker is free: a thread that wakes late, or whose core is busy
+// elsewhere, does less. dweight and dbias are summed per portion in fp32 and then added in order, and portions depend
+// on the shape alone: a result depends neither on the number of threads nor on their timing.
 #include "seqfuse/layer_norm.h"
 
 #include <cmath>
@@ -15,7 +16,7 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;    // elements a worker should have, or waking it costs more than it saves
+constexpr int64_t kGrain = 1 << 14;   // elements a worker should have, or waking it costs more than it saves
 constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
 
 int workers(int64_t rows, int64_t cols, int threads) {
@@ -24,6 +25,21 @@ int workers(int64_t rows, int64_t cols, int threads) {
   if (n > rows) n = rows;
   return n < 1 ? 1 : int(n);
 }
+
+// How rows are dealt out: enough portions to even out two uneven workers, few enough that their sums cost nothing.
+struct Portions {
+  int64_t rows, count, next = 0;
+  Portions(int64_t rows, int64_t cols) : rows(rows), count(rows * cols / kGrain) {
+    count = count < 1 ? 1 : count > 16 ? 16 : count;
+    if (count > rows) count = rows;
+  }
+  // f(portion, first row, end): called for each portion, by one worker
+  template <class F>
+  void deal(F f) {
+    for (int64_t p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
+      f(p, rows * p / count, rows * (p + 1) / count);
+  }
+};
 
 // Whether a result goes past the caches: where a call's `tensors` [rows, cols] together would not stay there anyway, so
 // that fetching lines only to overwrite them, and driving out what is still wanted, is for nothing.
@@ -113,8 +129,9 @@ void forward(const LayerNormForward& a, const Parallel& parallel) {
   }
   Paired<T>::read(static_cast<const P*>(a.weight), weight, N, 1.0f);
   Paired<T>::read(static_cast<const P*>(a.bias), bias, N, 0.0f);
-  auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t r = a.rows * begin / n; r < a.rows * end / n; r++) {
+  Portions portions(a.rows, N);
+  auto share = [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
       const int64_t at = r * N;
       const ForwardRow<T> row{static_cast<const T*>(a.x) + at, static_cast<const T*>(a.residual) + (Residual ? at : 0),
                               static_cast<T*>(a.sum) + (Residual ? at : 0), static_cast<T*>(a.y) + at,
@@ -123,6 +140,7 @@ void forward(const LayerNormForward& a, const Parallel& parallel) {
     }
     if constexpr (Stream) fence_streams();
   };
+  auto job = [&](int64_t, int64_t) { portions.deal(share); };
   parallel(n, job);
 }
 
@@ -165,37 +183,36 @@ template <class T, class P, bool Params, bool Sum, bool Stream>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
   const int64_t N = a.cols, padded = Paired<T>::size(N);
   const int n = workers(a.rows, N, parallel.threads);
+  Portions portions(a.rows, N);
   Scratch scratch;
   float *weight, *partial;
   for (int pass = 0; pass < 2; pass++) {
-    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * n * padded : 0);
+    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * portions.count * padded : 0);
     if (pass == 0) scratch.allocate();
   }
   Paired<T>::read(static_cast<const P*>(a.weight), weight, N, 1.0f);
-  auto job = [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; w++) {
-      float *dw = partial + 2 * w * padded, *db = dw + padded;
-      if constexpr (Params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
-      const int64_t last = a.rows * (w + 1) / n;
-      for (int64_t r = a.rows * w / n; r < last; r++) {
-        const int64_t at = r * N;
-        const BackwardRow<T> row{static_cast<const T*>(a.dy) + at,
-                                 static_cast<const T*>(a.s) + at,
-                                 static_cast<const T*>(a.dsum) + (Sum ? at : 0),
-                                 static_cast<T*>(a.dx) + at,
-                                 a.mean[r],
-                                 a.rstd[r],
-                                 r + 1 < last ? N : 0};
-        backward_row<T, Params, Sum, Stream>(row, N, weight, dw, db);
-      }
+  auto share = [&](int64_t portion, int64_t begin, int64_t end) {
+    float *dw = partial + 2 * portion * padded, *db = dw + padded;
+    if constexpr (Params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
+    for (int64_t r = begin; r < end; r++) {
+      const int64_t at = r * N;
+      const BackwardRow<T> row{static_cast<const T*>(a.dy) + at,
+                               static_cast<const T*>(a.s) + at,
+                               static_cast<const T*>(a.dsum) + (Sum ? at : 0),
+                               static_cast<T*>(a.dx) + at,
+                               a.mean[r],
+                               a.rstd[r],
+                               r + 1 < end ? N : 0};
+      backward_row<T, Params, Sum, Stream>(row, N, weight, dw, db);
     }
     if constexpr (Stream) fence_streams();
   };
+  auto job = [&](int64_t, int64_t) { portions.deal(share); };
   parallel(n, job);
   if constexpr (Params) {
-    for (int w = 1; w < n; w++)
+    for (int64_t p = 1; p < portions.count; p++)
       for_vectors(0, 2 * padded,
-                  [=](int64_t i, int) { store(partial + i, load(partial + i) + load(partial + 2 * w * padded + i)); });
+                  [=](int64_t i, int) { store(partial + i, load(partial + i) + load(partial + 2 * p * padded + i)); });
     if (a.dweight) Paired<T>::write(partial, static_cast<P*>(a.dweight), N);
     if (a.dbias) Paired<T>::write(partial + padded, static_cast<P*>(a.dbias), N);
   }
