@@ -131,12 +131,7 @@ def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
 
 def _small_step(cell, x, h):
     """Whether the products of a step are taken in its kernel."""
-    return (
-        (cell == "lstm" or cell == "gru")
-        and x.dtype is torch.float32
-        and x.shape[0] <= MOST_ROWS
-        and not traced()
-    )
+    return (cell == "lstm" or cell == "gru") and x.dtype is torch.float32 and x.shape[0] <= MOST_ROWS and not traced()
 
 
 class RnnCellFunction(torch.autograd.Function):
@@ -227,8 +222,10 @@ def _fake_fwd(cell, xg, a, h, c, save):
 
 def _fake_step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     B, H = h.shape
-    return h.new_empty(B, H), h.new_empty((B, H) if cell == CELLS["lstm"] else (0,)), h.new_empty(
-        (B, 4 * H) if save else 0
+    return (
+        h.new_empty(B, H),
+        h.new_empty((B, H) if cell == CELLS["lstm"] else (0,)),
+        h.new_empty((B, 4 * H) if save else 0),
     )
 
 
