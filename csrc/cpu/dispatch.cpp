@@ -21,6 +21,7 @@
   X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
   X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                   \
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)       \
+  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)       \
   X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 

@@ -148,6 +148,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(int64_t number, Maybe dh
   return {dxg, da, dh, dc};
 }
 
+// The whole backward step: (rows, dx, dh, dc), rows as backward_cpu makes them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> step_backward_cpu(int64_t number, Maybe dh_out, Maybe dc_out, Tensor gates,
+                                                             Tensor x, Tensor h, Maybe c, Tensor h_out, Maybe c_out,
+                                                             Tensor w_ih_in, Tensor w_hh_in, bool want_dx,
+                                                             bool want_dh) {
+  auto [rows, unused, bypass, dc] = backward_cpu(number, dh_out, dc_out, gates, h, c, h_out, c_out, x);
+  const Cell cell = check_cell(number);
+  const bool gru = cell == Cell::gru;
+  STD_TORCH_CHECK(gru || cell == Cell::lstm, "a step with its products is an LSTM's or a GRU's");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "a step with its products takes float32");
+  const int64_t B = rows.size(0), I = x.size(1), H = h.size(1), GH = gates_of(cell) * H;
+  check(w_ih_in, GH, I, x, "w_ih"), check(w_hh_in, GH, H, x, "w_hh");
+  const Tensor w_ih = dense(w_ih_in), w_hh = dense(w_hh_in);
+  Tensor dx = want_dx ? empty(rows, {B, I}) : empty(rows, {0}), dh = gru ? bypass : empty(rows, {B, H});
+  const float* gradients = static_cast<const float*>(rows.const_data_ptr());
+  const RnnCellProducts args{B,
+                             I,
+                             H,
+                             GH,
+                             gradients,
+                             gru ? gradients + GH : gradients,
+                             rows.size(1),
+                             static_cast<const float*>(w_ih.const_data_ptr()),
+                             static_cast<const float*>(w_hh.const_data_ptr()),
+                             want_dx ? pointer<float>(dx) : nullptr,
+                             want_dh ? pointer<float>(dh) : nullptr,
+                             gru};
+  if (B && H) rnn_cell_products_cpu(args, torch_threads());
+  return {rows, dx, dh, dc};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
@@ -160,11 +191,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
   m.def(
       "rnn_cell_bwd(int cell, Tensor? dh_out, Tensor? dc_out, Tensor gates, Tensor? h, Tensor? c, Tensor h_out, "
       "Tensor? c_out, Tensor? x) -> (Tensor dxg, Tensor da, Tensor dh, Tensor dc)");
+  m.def(
+      "rnn_cell_step_bwd(int cell, Tensor? dh_out, Tensor? dc_out, Tensor gates, Tensor x, Tensor h, Tensor? c, "
+      "Tensor h_out, Tensor? c_out, Tensor w_ih, Tensor w_hh, bool want_dx, bool want_dh) "
+      "-> (Tensor rows, Tensor dx, Tensor dh, Tensor dc)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {
   m.impl("rnn_cell_fwd", TORCH_BOX(&forward_cpu));
   m.impl("rnn_cell_step", TORCH_BOX(&step_cpu));
+  m.impl("rnn_cell_step_bwd", TORCH_BOX(&step_backward_cpu));
   m.impl("rnn_cell_bwd", TORCH_BOX(&backward_cpu));
 }
 

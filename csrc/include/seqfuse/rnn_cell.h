@@ -57,6 +57,20 @@ struct RnnCellStep {
   float* gates;       // [B, 4*H] for the backward pass; null: inference
 };
 
+// The two products of its backward pass: dx = dxg @ w_ih, dh (+)= da @ w_hh.
+struct RnnCellProducts {
+  int64_t B, I, H, GH;
+  const float* dxg;  // [B, GH], rows `ld` elements apart, as da
+  const float* da;
+  int64_t ld;
+  const float* w_ih;  // [GH, I]
+  const float* w_hh;  // [GH, H]
+  float* dx;          // [B, I]; null: not wanted
+  float* dh;          // [B, H]; null: not wanted
+  bool add;           // dh holds a part already
+};
+
+void rnn_cell_products_cpu(const RnnCellProducts&, const Parallel&);
 void rnn_cell_step_cpu(const RnnCellStep&, const Parallel&);
 void rnn_cell_forward_cpu(const RnnCellForward&, const Parallel&);
 void rnn_cell_backward_cpu(const RnnCellBackward&, const Parallel&);

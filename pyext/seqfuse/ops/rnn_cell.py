@@ -18,7 +18,6 @@ from seqfuse.ops.products import SLOW_BF16, addmm, linear, matmul
 from seqfuse.ops.rnn_cell_loop import loop_of
 from seqfuse.ops.rnn_scan import CELLS
 
-
 MOST_ROWS = 48  # of a batch whose products the step's kernel takes; ATen's are faster with more
 
 
@@ -135,8 +134,8 @@ def _small_step(cell, x, h):
 
 
 class RnnCellFunction(torch.autograd.Function):
-    """Autograd of the CPU kernel. gates is an output only so that it can be saved. ticket: by which the gradients of the
-    weights go to the node that the steps of a loop share, or None: they are taken in the step itself."""
+    """Autograd of the CPU kernel. gates is an output only so that it can be saved. ticket: by which the weights' gradients
+    go to the node that the steps of a loop share, or None: they are taken in the step itself."""
 
     generate_vmap_rule = True
 
@@ -170,21 +169,28 @@ class RnnCellFunction(torch.autograd.Function):
             found = _differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out))
             return *found, None, None, None, None
         gru, lstm = cell == "gru", cell == "lstm"
-        by_ticket = ctx.has_ticket
-        rows, da, dh, dc = torch.ops.seqfuse.rnn_cell_bwd(
-            CELLS[cell], dh_out, dc_out, gates, h if gru or by_ticket else None, c, h_out, c_out if lstm else None,
-            x if by_ticket else None,
-        )  # fmt: skip
+        by_ticket, step = ctx.has_ticket, _small_step(cell, x, h)
+        before = dh_out, dc_out, gates
+        if step:
+            rows, dx, dh, dc = torch.ops.seqfuse.rnn_cell_step_bwd(
+                CELLS[cell], *before, x, h, c, h_out, c_out if lstm else None, w_ih, w_hh, needs[0], needs[1]
+            )
+        else:
+            rows, da, dh, dc = torch.ops.seqfuse.rnn_cell_bwd(
+                CELLS[cell], *before, h if gru or by_ticket else None, c, h_out, c_out if lstm else None,
+                x if by_ticket else None,
+            )  # fmt: skip
         dxg = rows
-        if by_ticket:
+        if step or by_ticket:
             gradients = w_hh.shape[0]
             dxg = rows[:, :gradients]
             da = rows[:, gradients : 2 * gradients] if gru else dxg
         elif not gru:
             da = dxg
-        if needs[1]:
-            dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
-        dx = matmul(dxg, w_ih) if needs[0] else None
+        if not step:
+            dx = matmul(dxg, w_ih) if needs[0] else None
+            if needs[1]:
+                dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
         dw_ih = dw_hh = db_ih = db_hh = None
         if not by_ticket:
             dw_ih = matmul(dxg.t(), x) if needs[3] else None
@@ -192,7 +198,7 @@ class RnnCellFunction(torch.autograd.Function):
             db_ih = dxg.sum(0) if needs[5] else None
             db_hh = da.sum(0) if needs[6] else None
         return (
-            dx,
+            dx if needs[0] else None,
             dh if needs[1] else None,
             dc if needs[2] else None,
             dw_ih,
@@ -229,6 +235,14 @@ def _fake_step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     )
 
 
+def _fake_step_bwd(cell, dh_out, dc_out, gates, x, h, c, h_out, c_out, w_ih, w_hh, want_dx, want_dh):
+    B, H = h.shape
+    width = w_hh.shape[0] * (2 if cell == CELLS["gru"] else 1) + x.shape[1] + H
+    empty = h.new_empty
+    dx = empty((B, x.shape[1]) if want_dx else (0,))
+    return empty(B, width), dx, empty(B, H), empty((B, H) if cell == CELLS["lstm"] else (0,))
+
+
 def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out, x):
     gru, lstm = cell == CELLS["gru"], cell == CELLS["lstm"]
     B, H = h_out.shape
@@ -242,8 +256,9 @@ def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out, x):
 
 library.register_fake("rnn_cell_fwd", _fake_fwd)
 library.register_fake("rnn_cell_step", _fake_step)
+library.register_fake("rnn_cell_step_bwd", _fake_step_bwd)
 library.register_fake("rnn_cell_bwd", _fake_bwd)
-for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_bwd"):
+for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_step_bwd", "rnn_cell_bwd"):
     library.register_vmap(_name)
 
 

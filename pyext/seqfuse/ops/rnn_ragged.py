@@ -94,7 +94,7 @@ def _index(lengths, steps):
 
 
 def shifted(states, lengths, first, reverse):
-    """Rows [N, X] on the CPU moved on by one step of the scan; first: [B, X] where a sequence begins, or None (zeros)."""
+    """Rows [N, X] on the CPU moved on by one step of the scan; first: [B, X], where sequences begin; None: zeros."""
     return torch.ops.seqfuse.rnn_shift(states, lengths, first, reverse)
 
 
