@@ -180,18 +180,18 @@ class RnnCellFunction(torch.autograd.Function):
                 CELLS[cell], *before, h if gru or by_ticket else None, c, h_out, c_out if lstm else None,
                 x if by_ticket else None,
             )  # fmt: skip
-        dxg = rows
-        if step or by_ticket:
-            gradients = w_hh.shape[0]
-            dxg = rows[:, :gradients]
-            da = rows[:, gradients : 2 * gradients] if gru else dxg
-        elif not gru:
-            da = dxg
+        dw_ih = dw_hh = db_ih = db_hh = None
+        if not (step and by_ticket):
+            dxg, gradients = rows, w_hh.shape[0]
+            if step or by_ticket:
+                dxg = rows[:, :gradients]
+                da = rows[:, gradients : 2 * gradients] if gru else dxg
+            elif not gru:
+                da = dxg
         if not step:
             dx = matmul(dxg, w_ih) if needs[0] else None
             if needs[1]:
                 dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
-        dw_ih = dw_hh = db_ih = db_hh = None
         if not by_ticket:
             dw_ih = matmul(dxg.t(), x) if needs[3] else None
             dw_hh = matmul(da.t(), h) if needs[4] else None
