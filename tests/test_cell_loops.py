@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import seqfuse
-from seqfuse.ops import rnn_cell, rnn_cell_loop
+from seqfuse.ops import rnn_cell_loop
+from seqfuse.ops.rnn_cell import MOST_ROWS
 from seqfuse.testing import assert_accurate
 
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
@@ -341,7 +342,7 @@ def test_deterministic():
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_both_sides_of_the_row_limit(cell):
-    for B in (rnn_cell.MOST_ROWS, rnn_cell.MOST_ROWS + 1):
+    for B in (MOST_ROWS, MOST_ROWS + 1):
         compare(cell, lambda m, dtype, B=B: every_gradient(m, dtype, 3, B))
 
 

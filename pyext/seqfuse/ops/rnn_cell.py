@@ -134,8 +134,8 @@ def _small_step(cell, x, h):
 
 
 class RnnCellFunction(torch.autograd.Function):
-    """Autograd of the CPU kernel. gates is an output only so that it can be saved. ticket: by which the weights' gradients
-    go to the node that the steps of a loop share, or None: they are taken in the step itself."""
+    """Autograd of the CPU kernel. gates is an output only so that it can be saved. ticket: by which gradients of the
+    weights go to the node that a loop's steps share, or None: they are taken in the step itself."""
 
     generate_vmap_rule = True
 
