@@ -14,10 +14,12 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
+// Rows of a tile: their sums, the smaller side's operands and one of the other side fill the registers.
+template <Cell C>
 #if defined(__AVX512F__)
-constexpr int kRows = 6;  // 4 sums a row, 4 weights and a broadcastless operand fit 32 registers
+constexpr int tile_batch = C == Cell::lstm ? 6 : 8;
 #else
-constexpr int kRows = 3;
+constexpr int tile_batch = C == Cell::lstm ? 3 : 4;
 #endif
 
 // What a tile multiplies: rows of weights, `gate` floats apart, with rows of the batch, `ld` apart, over K terms. From
@@ -29,18 +31,19 @@ struct Operands {
   int64_t ld, K;
 };
 
-// sums[place[g]][r] += w[g] . x[r], for NW rows of weights and NR rows of the batch.
+// sums[g][r] += w[g] . x[r], for NW rows of weights and NR rows of the batch.
 template <int NW, int NR>
-SEQFUSE_INLINE void dot_products(vf (&sums)[4][NR], const int (&place)[NW], const Operands& o) {
+SEQFUSE_INLINE void dot_products(vf (&sums)[NW][NR], const Operands& o) {
   auto terms = [&](const float* w, const float* x, auto read) __attribute__((always_inline)) {
-    vf in[NR];
-#pragma GCC unroll 6
-    for (int r = 0; r < NR; r++) in[r] = read(x + r * o.ld);
-#pragma GCC unroll 4
-    for (int g = 0; g < NW; g++) {
-      const vf weight = read(w + g * o.gate);
-#pragma GCC unroll 6
-      for (int r = 0; r < NR; r++) sums[place[g]][r] += weight * in[r];
+    constexpr int kept = NW < NR ? NW : NR, other = NW < NR ? NR : NW;
+    vf in[kept];
+#pragma GCC unroll 8
+    for (int i = 0; i < kept; i++) in[i] = NW < NR ? read(w + i * o.gate) : read(x + i * o.ld);
+#pragma GCC unroll 8
+    for (int j = 0; j < other; j++) {
+      const vf one = NW < NR ? read(x + j * o.ld) : read(w + j * o.gate);
+#pragma GCC unroll 8
+      for (int i = 0; i < kept; i++) (NW < NR ? sums[i][j] : sums[j][i]) += one * in[i];
     }
   };
   const float* w = o.w;
@@ -100,22 +103,25 @@ struct Step {
   // The four sums of unit u for rows b .. b + NR - 1, to out[r][4][VL] at this unit's lane. GRU: r, z, n of x, n of h.
   template <int NR>
   void products(int64_t u, int64_t b, float* out, const Copies& c) const {
-    vf sums[4][NR] = {};
     Operands x{a.w_ih + u * a.I, a.H * a.I, VL, a.x + b * a.I, a.I, a.I};
     Operands h{a.w_hh + u * a.H, a.H * a.H, VL, a.h + b * a.H, a.H, a.H};
     if (c.in) {
       x = {c.weights, VL, G * VL, c.in + b * c.ld, c.ld, c.I};
       h = {c.weights + c.I * G, VL, G * VL, x.x + c.I, c.ld, c.H};
     }
-    if constexpr (C == Cell::lstm) {
-      dot_products<4, NR>(sums, {0, 1, 2, 3}, x);
-      dot_products<4, NR>(sums, {0, 1, 2, 3}, h);
-    } else {
-      dot_products<3, NR>(sums, {0, 1, 2}, x);
-      dot_products<3, NR>(sums, {0, 1, 3}, h);
-    }
-    for (int r = 0; r < NR; r++)
-      for (int g = 0; g < 4; g++) out[(r * 4 + g) * VL] = sum(sums[g][r]);
+    vf sums[G][NR] = {};
+    dot_products<G, NR>(sums, x);
+    if constexpr (C == Cell::gru) give_sum<NR>(sums[2], out + 2 * VL);
+    dot_products<G, NR>(sums, h);
+    for (int g = 0; g < (C == Cell::lstm ? 4 : 2); g++) give_sum<NR>(sums[g], out + g * VL);
+    if constexpr (C == Cell::gru) give_sum<NR>(sums[2], out + 3 * VL);
+  }
+
+  // The sums of one gate, which begin anew.
+  template <int NR>
+  static SEQFUSE_INLINE void give_sum(vf (&sums)[NR], float* out) {
+#pragma GCC unroll 8
+    for (int r = 0; r < NR; r++) out[r * 4 * VL] = sum(sums[r]), sums[r] = vf{};
   }
 
   template <int NR>
@@ -155,7 +161,7 @@ struct Step {
     alignas(64) float product[kBatch * 4 * VL] = {};  // lanes without a unit are computed on, and dropped
     Copies c(a);
     Scratch scratch;
-    if (a.B > kRows) {
+    if (a.B > tile_batch<C>) {
       auto take = [&] { scratch.take(c.in, a.B * c.ld), scratch.take(c.weights, G * (c.I + c.H)); };
       take(), scratch.allocate(), take();
       copy_inputs(c);
@@ -163,13 +169,13 @@ struct Step {
     for (int64_t block = range.begin; block < range.end; block++)
       for (int64_t first = 0; first < a.B; first += kBatch) {
         const Range batch{first, first + kBatch < a.B ? first + kBatch : a.B};
-        const int64_t u = block * VL, tiles = ceil_div(batch.size(), kRows);
+        const int64_t u = block * VL, tiles = ceil_div(batch.size(), tile_batch<C>);
         const int n = lanes(block, a.H);
         for (int lane = 0; lane < n; lane++) {
           if (c.in) copy_weights(u + lane, c);
           for (int64_t i = 0; i < tiles; i++) {
             const Range r = part(batch.size(), i, tiles);
-            rows<kRows>(int(r.size()), u + lane, first + r.begin, product + r.begin * 4 * VL + lane, c);
+            rows<tile_batch<C>>(int(r.size()), u + lane, first + r.begin, product + r.begin * 4 * VL + lane, c);
           }
         }
         for (int64_t b = batch.begin; b < batch.end; b++) unit(u, n, b, product + (b - first) * 4 * VL);

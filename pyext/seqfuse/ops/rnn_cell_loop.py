@@ -17,7 +17,8 @@ import torch
 from seqfuse.ops.autograd import apply
 from seqfuse.ops.rnn_gradients import bias_gradient, over_rows
 
-MOST_TICKETS = 64  # of one node: so many steps keep their rows until their products are taken
+MOST_TICKETS = 64  # of one node: so many steps, at most, keep their rows until their products are taken
+MOST_ROWS = 384  # of all of these together: enough for a fast product, and less memory than torch.nn's graph holds
 
 
 class Loop:
@@ -41,7 +42,8 @@ class Loop:
         try:
             return self.tickets.pop()
         except IndexError:
-            self.made = min(4 * self.made or 8, MOST_TICKETS)
+            most = max(8, min(MOST_TICKETS, MOST_ROWS // max(self.width[0], 1)))
+            self.made = min(4 * self.made or 8, most)
             made = list(apply(_WeightGradients, *self.weights, cell, self.width, self.made))
             taken = made.pop()
             self.tickets = made
