@@ -198,7 +198,7 @@ def test_opcheck(cell):
     h, c = h if cell == "gru" else None, c if cell == "lstm" else None
     torch.library.opcheck(torch.ops.seqfuse.rnn_cell_fwd.default, (number, xg, a, h, c, True))
     h_out, c_out, gates = torch.ops.seqfuse.rnn_cell_fwd(number, xg, a, h, c, True)
-    args = (number, torch.randn(B, H), None, gates, h, c, h_out, c_out if cell == "lstm" else None)
+    args = (number, torch.randn(B, H), None, gates, h, c, h_out, c_out if cell == "lstm" else None, None)
     torch.library.opcheck(torch.ops.seqfuse.rnn_cell_bwd.default, args)
 
 

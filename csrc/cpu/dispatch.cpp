@@ -2,6 +2,7 @@
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
+#include "seqfuse/rnn_ragged.h"
 
 #define SEQFUSE_CASE(level, fn) \
   case Isa::level:              \
@@ -18,7 +19,11 @@
   X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                   \
   X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)                \
   X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
-  X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                   \
+  X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)       \
+  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)       \
+  X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
+  X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 namespace seqfuse {
 

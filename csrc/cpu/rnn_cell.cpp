@@ -80,7 +80,7 @@ void forward(const RnnCellForward& args, const Parallel& parallel) {
 
 template <class T>
 void backward(const RnnCellBackward& args, const Parallel& parallel) {
-  const int64_t H = args.H;
+  const int64_t H = args.H, ld = args.ld;
   const T* dh_out = static_cast<const T*>(args.dh_out);
   const T* dc_out = static_cast<const T*>(args.dc_out);
   const T* gates = static_cast<const T*>(args.gates);
@@ -101,13 +101,13 @@ void backward(const RnnCellBackward& args, const Parallel& parallel) {
         auto gate = [=](int k) { return take(gates + g + k * H, n); };
         const auto r = lstm_backward<M>(gate(0), gate(1), gate(2), gate(3), take(c_out + at, n), take(c + at, n),
                                         take_or_zero(dh_out, at, n), take_or_zero(dc_out, at, n));
-        give(dxg + g, r.di, n), give(dxg + g + H, r.df, n);
-        give(dxg + g + 2 * H, r.dg, n), give(dxg + g + 3 * H, r.dout, n);
+        T* out = dxg + b * ld + u;
+        give(out, r.di, n), give(out + H, r.df, n), give(out + 2 * H, r.dg, n), give(out + 3 * H, r.dout, n);
         give(dc + at, r.dc, n);
       });
     case Cell::gru:
       return for_units(args.B, H, parallel, [=](int64_t b, int64_t u, int n) {
-        const int64_t g = b * 3 * H + u, at = b * H + u, saved = b * 4 * H + u;
+        const int64_t g = b * ld + u, at = b * H + u, saved = b * 4 * H + u;
         auto gate = [=](int k) { return take(gates + saved + k * H, n); };
         const auto r = gru_backward(gate(0), gate(1), gate(2), gate(3), take(h + at, n), take_or_zero(dh_out, at, n));
         give(dxg + g, r.dr, n), give(dxg + g + H, r.dz, n), give(dxg + g + 2 * H, r.dn, n);
@@ -119,7 +119,7 @@ void backward(const RnnCellBackward& args, const Parallel& parallel) {
       return for_units(args.B, H, parallel, [=](int64_t b, int64_t u, int n) {
         const int64_t at = b * H + u;
         const vf v = take(h_out + at, n), d = take_or_zero(dh_out, at, n);
-        give(dxg + at, relu ? rnn_backward<M, true>(v, d) : rnn_backward<M, false>(v, d), n);
+        give(dxg + b * ld + u, relu ? rnn_backward<M, true>(v, d) : rnn_backward<M, false>(v, d), n);
       });
   }
 }

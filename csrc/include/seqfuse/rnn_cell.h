@@ -1,7 +1,7 @@
-// Contract of one step of a recurrent cell, after its two products: what torch.nn.LSTMCell, GRUCell and RNNCell need.
+// Contract of one step of a recurrent cell: what torch.nn.LSTMCell, GRUCell and RNNCell need.
 //
-//   xg = x @ w_ih^T + b_ih,  a = h @ w_hh^T + b_hh      two GEMMs of the caller
-//   the rest as in seqfuse/rnn.h, element by element    this kernel: one read of its inputs, one write of its outputs
+//   xg = x @ w_ih^T + b_ih,  a = h @ w_hh^T + b_hh      two GEMMs: the caller's, or in the same pass (RnnCellStep)
+//   the rest as in seqfuse/rnn.h, element by element    one read of its inputs, one write of its outputs
 //
 // Every array is [B, X], row-major and contiguous, of `dtype`. Gate order, G and S as in seqfuse/rnn.h.
 // No argument may alias another one. Nothing is kept after the call returns.
@@ -36,10 +36,42 @@ struct RnnCellBackward {
   const void* c_out;   // [B, H], this step's cell; LSTM only
   void* dxg;           // [B, G*H]
   void* da;            // [B, G*H], GRU only: elsewhere it equals dxg
+  int64_t ld;          // elements between two rows of dxg, and of da
   void* dh;            // [B, H], GRU only: the part of the previous output's gradient that does not pass through w_hh
   void* dc;            // [B, H], LSTM only
 };
 
+// The whole forward step of an LSTM or a GRU in float32, products included, from weights as they lie in the module.
+struct RnnCellStep {
+  Cell cell;
+  int64_t B, I, H;
+  const float* x;     // [B, I]
+  const float* h;     // [B, H]
+  const float* c;     // [B, H], LSTM only
+  const float* w_ih;  // [G*H, I]
+  const float* w_hh;  // [G*H, H]
+  const float* b_ih;  // [G*H] or null, as b_hh
+  const float* b_hh;  // [G*H] or null
+  float* h_out;       // [B, H]
+  float* c_out;       // [B, H], LSTM only
+  float* gates;       // [B, 4*H] for the backward pass; null: inference
+};
+
+// The two products of its backward pass: dx = dxg @ w_ih, dh (+)= da @ w_hh.
+struct RnnCellProducts {
+  int64_t B, I, H, GH;
+  const float* dxg;  // [B, GH], rows `ld` elements apart, as da
+  const float* da;
+  int64_t ld;
+  const float* w_ih;  // [GH, I]
+  const float* w_hh;  // [GH, H]
+  float* dx;          // [B, I]; null: not wanted
+  float* dh;          // [B, H]; null: not wanted
+  bool add;           // dh holds a part already
+};
+
+void rnn_cell_products_cpu(const RnnCellProducts&, const Parallel&);
+void rnn_cell_step_cpu(const RnnCellStep&, const Parallel&);
 void rnn_cell_forward_cpu(const RnnCellForward&, const Parallel&);
 void rnn_cell_backward_cpu(const RnnCellBackward&, const Parallel&);
 

@@ -120,7 +120,7 @@ def _run(op, cell, x, h0, c0, weights, stack, extent):
             ragged = Ragged(extent.lengths.to(x.device, non_blocking=True), T)
             x = torch.where(ragged.active()[..., None], x, 0.0)  # a NaN in the padding must not reach a GEMM
     y, h_n, c_n, cells = _layers(case, name, x, h0, c0, weights, stack, ragged, extent)
-    if ragged is not None and ragged.index is not None:
+    if ragged is not None and ragged.rows:
         y = ragged.pad(y, stack.batch_first)
         cells = None if cells is None else ragged.pad(cells, stack.batch_first)
     if stack.batch_first:
@@ -309,7 +309,7 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
     """All layers and directions. x: [T, B, I] or rows [N, I]. Returns (y, h_n, c_n, cells) in the same form."""
     options, directions = stack.options, 2 if case.bidirectional else 1
     resets = extent.resets
-    if resets is not None and ragged is not None and ragged.index is not None:
+    if resets is not None and ragged is not None and ragged.rows:
         resets = ragged.pack(resets)
     over_input = options.variational()[0] if stack.training else 0.0
     plain = options is NO_OPTIONS and ragged is None and resets is None

@@ -1,7 +1,8 @@
 """lstm_cell, gru_cell and rnn_cell: one step, for loops that a sequence op can't express.
 
-Two GEMMs (ATen's), then one fused kernel where PyTorch runs a chain of ten small ops on the CPU. On a GPU PyTorch has a
-fused cell of its own and gets the call.
+Two products, then one fused kernel where PyTorch runs a chain of ten small ops on the CPU; for small batches the
+products are in that kernel too, else ATen's. The weights' gradients of a loop are taken all at once (rnn_cell_loop.py).
+On a GPU PyTorch has a fused cell of its own and gets the call.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
 from seqfuse.ops.products import SLOW_BF16, addmm, linear, matmul
+from seqfuse.ops.rnn_cell_loop import loop_of
 from seqfuse.ops.rnn_scan import CELLS
+
+MOST_ROWS = 48  # of a batch whose products the step's kernel takes; ATen's are faster with more
 
 
 class CellCase(NamedTuple):
@@ -82,9 +86,14 @@ def run(name, cell, x, h, c, weights, grad):
         return out if cell == "lstm" else (out, None)
     if name == "reference":
         return reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
-    args = x, h, c, w_ih, w_hh, b_ih, b_hh, cell, grad
-    # without a gradient to take, autograd's part of the way is left out
-    h, c, _ = apply(RnnCellFunction, *args) if grad or traced() else RnnCellFunction.forward(*args)
+    if not (grad or traced()):  # without a gradient to take, autograd's part of the way is left out
+        h, c, _ = RnnCellFunction.forward(x, h, c, *weights, None, cell, False, None)
+        return h, c
+    loop = ticket = None
+    if not traced() and torch._C._get_tracing_state() is None:  # torch.jit.trace would record the tickets
+        loop, begun = loop_of(cell, x, h, weights)
+        ticket = loop.ticket(cell) if begun else None
+    h, c, _ = apply(RnnCellFunction, x, h, c, *weights, ticket, cell, grad, loop)
     return h, c
 
 
@@ -119,19 +128,27 @@ def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
             checks.same_dtype(op, name, t, "x", x)
 
 
+def _small_step(cell, x, h):
+    """Whether the products of a step are taken in its kernel."""
+    return (cell == "lstm" or cell == "gru") and x.dtype is torch.float32 and x.shape[0] <= MOST_ROWS and not traced()
+
+
 class RnnCellFunction(torch.autograd.Function):
-    """Autograd of the CPU kernel. gates is an output only so that it can be saved."""
+    """Autograd of the CPU kernel. gates is an output only so that it can be saved. ticket: by which gradients of the
+    weights go to the node that a loop's steps share, or None: they are taken in the step itself."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save):
+    def forward(x, h, c, w_ih, w_hh, b_ih, b_hh, ticket, cell, save, loop):
+        if _small_step(cell, x, h):
+            return torch.ops.seqfuse.rnn_cell_step(CELLS[cell], x, h, c, w_ih, w_hh, b_ih, b_hh, save)
         xg, a = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)  # (B, G*H) each
         return torch.ops.seqfuse.rnn_cell_fwd(CELLS[cell], xg, a, h if cell == "gru" else None, c, save)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h, c, w_ih, w_hh, b_ih, b_hh, cell, save = inputs
+        x, h, c, w_ih, w_hh, b_ih, b_hh, ticket, cell, save, loop = inputs
         h_out, c_out, gates = output
         ctx.mark_non_differentiable(gates)
         if cell != "lstm":
@@ -139,7 +156,7 @@ class RnnCellFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if save:
             ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, h_out, c_out, gates)
-        ctx.cell = cell
+        ctx.cell, ctx.loop, ctx.has_ticket = cell, loop, ticket is not None
 
     @staticmethod
     def backward(ctx, dh_out, dc_out, _gates):
@@ -147,26 +164,49 @@ class RnnCellFunction(torch.autograd.Function):
         cell, needs = ctx.cell, ctx.needs_input_grad
         dc_out = dc_out if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
         if dh_out is None and dc_out is None:
-            return (None,) * 9
+            return (None,) * 11
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out)), None, None
+            found = _differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out))
+            return *found, None, None, None, None
         gru, lstm = cell == "gru", cell == "lstm"
-        dxg, da, dh, dc = torch.ops.seqfuse.rnn_cell_bwd(
-            CELLS[cell], dh_out, dc_out, gates, h if gru else None, c, h_out, c_out if lstm else None
-        )
-        da = da if gru else dxg
-        if needs[1]:
-            dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
-        db_ih = dxg.sum(0) if needs[5] else None
-        db_hh = da.sum(0) if needs[6] else None
+        by_ticket, step = ctx.has_ticket, _small_step(cell, x, h)
+        before = dh_out, dc_out, gates
+        if step:
+            rows, dx, dh, dc = torch.ops.seqfuse.rnn_cell_step_bwd(
+                CELLS[cell], *before, x, h, c, h_out, c_out if lstm else None, w_ih, w_hh, needs[0], needs[1]
+            )
+        else:
+            rows, da, dh, dc = torch.ops.seqfuse.rnn_cell_bwd(
+                CELLS[cell], *before, h if gru or by_ticket else None, c, h_out, c_out if lstm else None,
+                x if by_ticket else None,
+            )  # fmt: skip
+        dw_ih = dw_hh = db_ih = db_hh = None
+        if not (step and by_ticket):
+            dxg, gradients = rows, w_hh.shape[0]
+            if step or by_ticket:
+                dxg = rows[:, :gradients]
+                da = rows[:, gradients : 2 * gradients] if gru else dxg
+            elif not gru:
+                da = dxg
+        if not step:
+            dx = matmul(dxg, w_ih) if needs[0] else None
+            if needs[1]:
+                dh = addmm(dh, da, w_hh) if gru else matmul(da, w_hh)
+        if not by_ticket:
+            dw_ih = matmul(dxg.t(), x) if needs[3] else None
+            dw_hh = matmul(da.t(), h) if needs[4] else None
+            db_ih = dxg.sum(0) if needs[5] else None
+            db_hh = da.sum(0) if needs[6] else None
         return (
-            matmul(dxg, w_ih) if needs[0] else None,
+            dx if needs[0] else None,
             dh if needs[1] else None,
             dc if needs[2] else None,
-            matmul(dxg.t(), x) if needs[3] else None,
-            matmul(da.t(), h) if needs[4] else None,
+            dw_ih,
+            dw_hh,
             db_ih,
             db_hh,
+            rows if by_ticket else None,
+            None,
             None,
             None,
         )
@@ -186,18 +226,39 @@ def _fake_fwd(cell, xg, a, h, c, save):
     return xg.new_empty(B, H), xg.new_empty((B, H) if lstm else (0,)), xg.new_empty((B, 4 * H) if save and gated else 0)
 
 
-def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out):
+def _fake_step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    B, H = h.shape
+    return (
+        h.new_empty(B, H),
+        h.new_empty((B, H) if cell == CELLS["lstm"] else (0,)),
+        h.new_empty((B, 4 * H) if save else 0),
+    )
+
+
+def _fake_step_bwd(cell, dh_out, dc_out, gates, x, h, c, h_out, c_out, w_ih, w_hh, want_dx, want_dh):
+    B, H = h.shape
+    width = w_hh.shape[0] * (2 if cell == CELLS["gru"] else 1) + x.shape[1] + H
+    empty = h.new_empty
+    dx = empty((B, x.shape[1]) if want_dx else (0,))
+    return empty(B, width), dx, empty(B, H), empty((B, H) if cell == CELLS["lstm"] else (0,))
+
+
+def _fake_bwd(cell, dh_out, dc_out, gates, h, c, h_out, c_out, x):
     gru, lstm = cell == CELLS["gru"], cell == CELLS["lstm"]
     B, H = h_out.shape
     width = (4 if lstm else 3 if gru else 1) * H
     empty = h_out.new_empty
+    if x is not None:
+        width = width * (2 if gru else 1) + x.shape[1] + H
     dxg = empty(B, width)
-    return dxg, empty((B, width) if gru else 0), empty((B, H) if gru else 0), empty((B, H) if lstm else 0)
+    return dxg, empty((B, width) if gru and x is None else 0), empty((B, H) if gru else 0), empty((B, H) if lstm else 0)
 
 
 library.register_fake("rnn_cell_fwd", _fake_fwd)
+library.register_fake("rnn_cell_step", _fake_step)
+library.register_fake("rnn_cell_step_bwd", _fake_step_bwd)
 library.register_fake("rnn_cell_bwd", _fake_bwd)
-for _name in ("rnn_cell_fwd", "rnn_cell_bwd"):
+for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_step_bwd", "rnn_cell_bwd"):
     library.register_vmap(_name)
 
 

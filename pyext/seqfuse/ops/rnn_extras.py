@@ -190,7 +190,7 @@ def scan_options(options, k, w_hh, like, sizes, training, ragged, resets):
         over_hidden = options.variational()[1]
         if over_hidden:
             hidden_mask = keep_mask((B, width), over_hidden, like)
-        packed = ragged is not None and ragged.index is not None
+        packed = ragged is not None and ragged.rows
 
         def zone(p, units):
             mask = drawn((T, B, units), p, like.device)

@@ -5,8 +5,9 @@ All of it works on padded sequences [T, B, X] and on rows [N, X] (see rnn_ragged
 
 import torch
 
+from seqfuse.ops.autograd import traced
 from seqfuse.ops.products import addmm, matmul, widened
-from seqfuse.ops.rnn_ragged import Ragged
+from seqfuse.ops.rnn_ragged import Ragged, shifted
 from seqfuse.ops.rnn_scan import SCAN, batch_major
 
 
@@ -26,18 +27,20 @@ def from_rows(rows, like, batch_major):
 
 
 def ragged_of(sequence, lengths):
-    """lengths and the form in which `sequence` lies; an index only says that these are rows."""
+    """lengths and the form in which `sequence` lies."""
     if lengths is None:
         return None
     if sequence.dim() == 2:
-        return Ragged(lengths, 0, lengths)
+        return Ragged(lengths, 0, True)
     return Ragged(lengths, sequence.shape[0])
 
 
 def state_before(states, first, reverse, lengths, resets):
     """The state that each step started from: `states` (h or c after each step) moved on by one step, `first` [B, H] or
     None (zeros) where a sequence begins, zero where it was reset."""
-    if states.dim() == 2:
+    if states.dim() == 2 and states.is_cpu and not traced() and (first is None or first.dtype == states.dtype):
+        before = shifted(states, lengths, first, reverse)
+    elif states.dim() == 2:
         ragged = ragged_of(states, lengths)
         before = torch.cat([states[1:], states[:1]]) if reverse else torch.cat([states[-1:], states[:-1]])
         begin = ragged.first_rows(reverse)

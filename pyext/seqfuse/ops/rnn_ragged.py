@@ -9,21 +9,25 @@ from typing import NamedTuple
 
 import torch
 
-from seqfuse.ops.autograd import traced
+from seqfuse.ops.autograd import apply, traced
 
 
 class Ragged(NamedTuple):
-    """lengths: [B] int64. steps: T of the padded batch. index: [N] int64, the rows b*T + t that exist, or None: padded.
+    """lengths: [B] int64. steps: T of the padded batch. rows: whether sequences are rows, else they are padded.
+    index: [N] int64, the rows b*T + t that exist; None where the CPU extension copies them by their lengths.
 
     In rows, lengths is on the CPU and holds no zero.
     """
 
     lengths: torch.Tensor
     steps: int
+    rows: bool = False
     index: torch.Tensor | None = None
 
     def pack(self, padded):
         """[T, B, ...] -> [N, ...]."""
+        if self.index is None:
+            return _copied(_Pack, padded, self.lengths)
         T, B = padded.shape[:2]
         if padded.is_contiguous():
             return padded.reshape(T * B, *padded.shape[2:]).index_select(0, self.index % T * B + self.index // T)
@@ -31,6 +35,8 @@ class Ragged(NamedTuple):
 
     def pad(self, rows, batch_major=False):
         """[N, X] -> [T, B, X], zeros where no row is; batch_major: a view of [B, T, X] memory."""
+        if self.index is None:
+            return _copied(_Pad, rows, self.lengths, self.steps, batch_major)
         T, B = self.steps, self.lengths.shape[0]
         index = self.index if batch_major else self.index % T * B + self.index // T
         padded = rows.new_zeros(T * B, *rows.shape[1:]).index_copy(0, index, rows)
@@ -40,7 +46,7 @@ class Ragged(NamedTuple):
 
     def spread(self, per_sequence):
         """[B, X] to what multiplies a batch of this form: itself, or [N, X]."""
-        return per_sequence if self.index is None else per_sequence.repeat_interleave(self.lengths, 0)
+        return per_sequence if not self.rows else per_sequence.repeat_interleave(self.lengths, 0)
 
     def first_rows(self, reverse):
         """[B]: the row at which each sequence's scan begins."""
@@ -78,9 +84,58 @@ def check_lengths(op, lengths, steps, batch, device):
 
 
 def rows_of(lengths, steps):
-    """The batch as rows."""
+    """The batch as rows, on the CPU."""
+    return Ragged(lengths, steps, True, _index(lengths, steps) if traced() else None)
+
+
+def _index(lengths, steps):
     exists = torch.arange(steps) < lengths[:, None]  # (B, T)
-    return Ragged(lengths, steps, exists.reshape(-1).nonzero().squeeze(1))
+    return exists.reshape(-1).nonzero().squeeze(1)
+
+
+def shifted(states, lengths, first, reverse):
+    """Rows [N, X] on the CPU moved on by one step of the scan; first: [B, X], where sequences begin; None: zeros."""
+    return torch.ops.seqfuse.rnn_shift(states, lengths, first, reverse)
+
+
+class _Pack(torch.autograd.Function):
+    """[T, B, X] -> [N, X]."""
+
+    @staticmethod
+    def forward(padded, lengths):
+        return torch.ops.seqfuse.rnn_pack(padded, lengths)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        padded, ctx.lengths = inputs
+        ctx.steps, ctx.batch_major = padded.shape[0], not padded.is_contiguous()
+
+    @staticmethod
+    def backward(ctx, d_rows):
+        return apply(_Pad, d_rows, ctx.lengths, ctx.steps, ctx.batch_major), None
+
+
+class _Pad(torch.autograd.Function):
+    """[N, X] -> [T, B, X], zeros where no row is."""
+
+    @staticmethod
+    def forward(rows, lengths, steps, batch_major):
+        return torch.ops.seqfuse.rnn_pad(rows, lengths, steps, batch_major)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.lengths = inputs[1]
+
+    @staticmethod
+    def backward(ctx, d_padded):
+        return apply(_Pack, d_padded, ctx.lengths), None, None, None
+
+
+def _copied(function, sequence, *args):
+    """One of the two above, also for a sequence of single numbers: [T, B] or [N]."""
+    if sequence.dim() == (3 if function is _Pack else 2):
+        return apply(function, sequence, *args)
+    return apply(function, sequence.unsqueeze(-1), *args).squeeze(-1)
 
 
 class PackedRows(NamedTuple):
@@ -103,4 +158,4 @@ def of_packed_sequence(batch_sizes):
     lengths = exists.sum(1)
     index = exists.reshape(-1).nonzero().squeeze(1)
     first = batch_sizes.cumsum(0) - batch_sizes  # where step t begins in the data
-    return PackedRows(Ragged(lengths, T, index), first[index % T] + index // T)
+    return PackedRows(Ragged(lengths, T, True, index), first[index % T] + index // T)
