@@ -13,8 +13,8 @@
 //   Arrivals                                    8 bytes in shared memory that count what other blocks send, in phases
 //   arrivals_init(a)                            by one thread, before a cluster barrier
 //   arrivals_expect(a, bytes)                   by one thread a phase: it ends when that much has come, early or late
-//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended: it sees what was sent
-//   send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
+//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended: it sees what was
+//   sent send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
 //   kClusters                                   false where the architecture has none: such kernels are empty there
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
 //   dynamic_shared<S>()                         the same, of the size that the launch asked for (Grid::shared)

@@ -223,7 +223,8 @@ SEQFUSE_DEVICE uint32_t round_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }
-// a holds rows r, r+8, r, r+8 at columns q (first two words) and q + 4; b holds column r at rows q and q + 4; c as above
+// a holds rows r, r+8, r, r+8 at columns q (first two words) and q + 4; b holds column r at rows q and q + 4; c as
+// above
 SEQFUSE_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

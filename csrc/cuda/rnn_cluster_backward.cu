@@ -47,16 +47,15 @@ int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspa
   ColumnSum sum[2];
   for (int i = 0; i < 2; i++)
     sum[i] = {static_cast<float*>(workspace) + i * rows * cols, i < count ? scans[i].db_hh : nullptr, rows, cols};
-  const int error =
-      with_cluster_instance(a.cell, a.dtype, a.H, options, [&]<Cell C, class T, int K, bool Options>() {
-        static_assert(sizeof(BackwardShared<T, kGates<C>, K>) == cluster_shared(C, dtype_number<T>, K).backward);
-        return launch_clusters<Options>(&rnn_cluster_backward<C, T, K, Options>, scans, count,
-                                        cluster_shared(C, a.dtype, K).backward, stream, [&](const RnnBackward& scan) {
-                                          ClusterBackward<T> p = view_of<T>(scan);
-                                          if (sums) p.partial = const_cast<float*>(sum[&scan - scans].in);
-                                          return p;
-                                        });
-      });
+  const int error = with_cluster_instance(a.cell, a.dtype, a.H, options, [&]<Cell C, class T, int K, bool Options>() {
+    static_assert(sizeof(BackwardShared<T, kGates<C>, K>) == cluster_shared(C, dtype_number<T>, K).backward);
+    return launch_clusters<Options>(&rnn_cluster_backward<C, T, K, Options>, scans, count,
+                                    cluster_shared(C, a.dtype, K).backward, stream, [&](const RnnBackward& scan) {
+                                      ClusterBackward<T> p = view_of<T>(scan);
+                                      if (sums) p.partial = const_cast<float*>(sum[&scan - scans].in);
+                                      return p;
+                                    });
+  });
   return error || !sums ? error : launch_column_sums<float>(sum[0], sum[1], count, stream);
 }
 

@@ -90,7 +90,8 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
   const Owner me(shape);
   const int H = shape.H, lane = dev::lane();
 
-  // B fragments: k-tile kTiles * g + i holds the block's units from i * kTileUnits on of gate g, columns are all units of
+  // B fragments: k-tile kTiles * g + i holds the block's units from i * kTileUnits on of gate g, columns are all units
+  // of
   // h
   uint32_t w[G * kTiles][kColumnTiles][2];
   load_weights<T, G, K>(s.weights, p.w_hh, shape, me.rank, [&](int g) {
@@ -125,9 +126,7 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
         const Pair<T> c0 = first ? dev::load_pair(p.c0 + me.at(shape), me.count, shape.paired) : Pair<T>{};
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          before_c[e] = first          ? dev::element(c0, e)
-                        : e < me.count ? *p.cells.at(earlier, me.row, me.unit + e)
-                                       : 0.0f;
+          before_c[e] = first ? dev::element(c0, e) : e < me.count ? *p.cells.at(earlier, me.row, me.unit + e) : 0.0f;
       }
       if (!flags.active) return;
       if constexpr (C == Cell::gru) {

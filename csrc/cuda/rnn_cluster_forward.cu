@@ -58,7 +58,8 @@ int64_t resident(const RnnClusterCase& c) {
   static std::mutex mutex;
   static std::map<std::tuple<int, Cell, DType, int64_t, bool, bool>, int64_t> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, fresh] = known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.options, c.backward}, 0);
+  const auto [entry, fresh] =
+      known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.options, c.backward}, 0);
   if (fresh)
     entry->second = c.backward ? rnn_backward_clusters_resident_cuda(c.cell, c.dtype, c.H, c.options)
                                : rnn_forward_clusters_resident_cuda(c.cell, c.dtype, c.H, c.options);

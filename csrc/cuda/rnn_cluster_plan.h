@@ -18,8 +18,8 @@ struct ClusterShared {
   int64_t forward, backward;  // dynamic shared memory of a block, bytes
 };
 
-// Forward: one gate's weights (larger than h, twice) and the partial sums. Backward: da twice, and one gate's weights or
-// the partial dh of every block, twice. And two mbarriers.
+// Forward: one gate's weights (larger than h, twice) and the partial sums. Backward: da twice, and one gate's weights
+// or the partial dh of every block, twice. And two mbarriers.
 constexpr ClusterShared cluster_shared(Cell cell, DType dtype, int64_t extent) {
   const int64_t G = gates_of(cell), size = size_of(dtype);
   const int64_t weights = 32 * (extent * size + 16), parts = 2 * (extent / 32) * 2048;
@@ -31,8 +31,8 @@ struct RnnClusterCase {
   Cell cell;
   DType dtype;
   int64_t B, H;
-  int scans = 1;      // 2: both directions of a layer
-  bool tf32 = false;  // whether float32 may be multiplied in tf32
+  int scans = 1;                           // 2: both directions of a layer
+  bool tf32 = false;                       // whether float32 may be multiplied in tf32
   bool options = false, backward = false;  // whether anything of RnnOptions, or dcells, is in use; which pass
 };
 

@@ -41,8 +41,8 @@ struct Strides {
 struct RnnOptions {
   // [B], each in [0, T]: sequence b is steps 0 .. lengths[b] - 1. In host memory; for the CUDA kernels in device memory
   const int64_t* lengths = nullptr;
-  bool packed = false;               // sequence tensors are [N, X]; needs lengths, of which T is the largest
-  const bool* resets = nullptr;      // sequence [T, B]: the state before this step is 0
+  bool packed = false;           // sequence tensors are [N, X]; needs lengths, of which T is the largest
+  const bool* resets = nullptr;  // sequence [T, B]: the state before this step is 0
   Strides resets_strides{};
   const void* hidden_mask = nullptr;  // [B, H], multiplies h_{t-1} on its way into the product
   const void* peephole = nullptr;     // [3, H], LSTM: from c_{t-1} to i and f, from the new c to o
@@ -133,12 +133,12 @@ int rnn_forward_cuda(const RnnForward&, void* workspace, void* stream);
 int rnn_backward_cuda(const RnnBackward&, void* workspace, void* stream);
 
 // The whole scan in one launch: a cluster of thread blocks keeps w_hh in registers and exchanges h through distributed
-// shared memory. Compute capability 9.0, H <= 512; float32 is multiplied in tf32, with H <= 256 for LSTM and GRU. Of the
-// options lengths, resets, zoneout and dcells, but not packed, hidden_mask, peephole and heads. With count = 2 both
+// shared memory. Compute capability 9.0, H <= 512; float32 is multiplied in tf32, with H <= 256 for LSTM and GRU. Of
+// the options lengths, resets, zoneout and dcells, but not packed, hidden_mask, peephole and heads. With count = 2 both
 // directions of a layer run at once: two scans of the same cell, dtype and sizes, with the same lengths, resets and
-// zoneout weights. Does not wait for a device that is busy: clusters that find no room yet start later. Forward needs no
-// workspace. Anything else returns a cudaError_t, as a launch on a device that holds no such cluster does; ask for the
-// plan first (cuda/rnn_cluster_plan.h).
+// zoneout weights. Does not wait for a device that is busy: clusters that find no room yet start later. Forward needs
+// no workspace. Anything else returns a cudaError_t, as a launch on a device that holds no such cluster does; ask for
+// the plan first (cuda/rnn_cluster_plan.h).
 int64_t rnn_workspace_cluster_cuda(Cell, int64_t B, int64_t H);  // of backward, for each scan
 int rnn_forward_cluster_cuda(const RnnForward* scans, int count, void* stream);
 int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspace, void* stream);
