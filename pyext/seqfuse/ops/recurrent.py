@@ -16,7 +16,7 @@ from seqfuse.ops.rnn_extras import NO_OPTIONS, RecurrentOptions
 from seqfuse.ops.rnn_layer import Joined, ScanCall, both_directions, projected_layer, rnn_layer
 from seqfuse.ops.rnn_ragged import Ragged
 from seqfuse.ops.rnn_rules import RecurrentCase
-from seqfuse.ops.rnn_scan import SCAN_BOTH
+from seqfuse.ops.rnn_scan import SCAN_BOTH, tf32_allowed
 
 
 class Stack(NamedTuple):
@@ -197,6 +197,7 @@ def _case(cell, x, steps_and_batch, states, weights, stack, extent, extras=()):
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         extras,
         options.heads,
+        x.dtype == torch.float32 and x.device.type == "cuda" and tf32_allowed(),
     )
 
 

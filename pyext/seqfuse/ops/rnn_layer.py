@@ -106,7 +106,8 @@ def both_directions(call, x, states, weights, options):
     if h0 is None:
         batch = x.shape[1] if x.dim() == 3 else options.lengths.shape[0]
         h0 = x.new_zeros(2, batch, w_hh.shape[0] // (2 * reference.GATES[call.cell]))
-    c0 = h0 if c0 is None and call.cell == "lstm" else c0
+    if c0 is None and call.cell == "lstm":
+        c0 = torch.zeros_like(h0)  # not h0 itself: Dynamo takes no tensor twice
     return rnn_layer(call._replace(both=True), x, h0, c0, (w_ih, w_hh, b_ih, b_hh), options)
 
 

@@ -8,11 +8,12 @@ import torch
 from seqfuse import dispatch, native
 from seqfuse.ops import library
 from seqfuse.ops.products import SLOW_BF16
-from seqfuse.ops.rnn_scan import CELLS, tf32_allowed
+from seqfuse.ops.rnn_scan import CELLS
 
 
 class RecurrentCase(NamedTuple):
-    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call."""
+    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call. tf32: float32
+    on a GPU whose products may be in tf32."""
 
     cell: str
     device: str
@@ -26,6 +27,7 @@ class RecurrentCase(NamedTuple):
     grad: bool
     extras: tuple[str, ...] = ()
     heads: int = 1
+    tf32: bool = False
 
     def shape_class(self) -> str:
         def power(n):
@@ -82,14 +84,13 @@ def _cuda_plans(case):
     """The cluster kernel's launch plans for the forward pass and, with a gradient, the backward pass."""
     number, scans = _DTYPE_NUMBERS[case.dtype], 2 if case.bidirectional and "recompute" not in case.extras else 1
     options = any(e in _CLUSTER_TAKES and e != "return_cell_states" for e in case.extras)
-    tf32, dcells = tf32_allowed(), case.grad and "return_cell_states" in case.extras
-    plans = [
+    dcells = case.grad and "return_cell_states" in case.extras
+    return [
         native.rnn_cluster_plan_here(
-            CELLS[case.cell], number, case.B, case.hidden_size, scans, tf32, options or (backward and dcells), backward
+            CELLS[case.cell], number, case.B, case.hidden_size, scans, case.tf32, options or (backward and dcells), backward
         )
         for backward in (False, *([True] if case.grad else []))
     ]
-    return plans
 
 
 def _cuda_refusal(case):
