@@ -87,7 +87,14 @@ def _cuda_plans(case):
     dcells = case.grad and "return_cell_states" in case.extras
     return [
         native.rnn_cluster_plan_here(
-            CELLS[case.cell], number, case.B, case.hidden_size, scans, case.tf32, options or (backward and dcells), backward
+            CELLS[case.cell],
+            number,
+            case.B,
+            case.hidden_size,
+            scans,
+            case.tf32,
+            options or (backward and dcells),
+            backward,
         )
         for backward in (False, *([True] if case.grad else []))
     ]
