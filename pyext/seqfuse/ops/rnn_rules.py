@@ -12,8 +12,8 @@ from seqfuse.ops.rnn_scan import CELLS
 
 
 class RecurrentCase(NamedTuple):
-    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call. tf32: float32
-    on a GPU whose products may be in tf32."""
+    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call.
+    tf32: float32 on a GPU whose products may be in tf32."""
 
     cell: str
     device: str
