@@ -49,6 +49,12 @@ fi
 
 part build 240 "$python" -m pip install -q --no-build-isolation --no-deps -e .
 part tests $((total * 45 / 100)) "$python" -m pytest -q -m gpu tests
+# what a step of the cluster kernels waits for; predictions stand in docs/recurrent.md
+if command -v nvcc >/dev/null && [ -f benchmarks/cluster_latency.cu ]; then
+    part latency_build 60 nvcc -std=c++20 -O3 -arch=sm_90a -Icsrc/include -Icsrc benchmarks/cluster_latency.cu -o "$out/cluster_latency"
+    part latency 30 "$out/cluster_latency"
+    cat "$out/latency.log" 2>/dev/null
+fi
 # not --quick: a GPU needs the larger sizes; torch.compile would take the time of everything else
 part benchmarks "$(($(left) - 20))" "$python" -m seqfuse.benchmarks --device cuda --no-compile --seconds 0.25 --json "$out"
 

@@ -184,6 +184,8 @@ def _cases(op):
         Recurrent(op, T=128, B=16, H=256, quick=True),
         *(Recurrent(op, T=T, B=B, H=H, quick=(T, B, H) == (64, 4, 320)) for T, B, H in grid),
         Recurrent(op, T=64, B=16, H=256, layers=2, bidirectional=True),
+        # what the kernels of csrc/cuda that run a scan in one launch are to be measured on
+        *(Recurrent(op, T=512, B=B, H=H, devices=("cuda",)) for H in (128, 256, 384, 512) for B in (1, 16, 64, 128)),
         Recurrent(op, T=256, B=64, H=768, devices=("cuda",)),
         Recurrent(op, T=1024, B=16, H=512, devices=("cuda",)),
         *(Lengths(op, T=T, B=B, H=H, quick=B == 16) for T, B, H in ((64, 32, 512), (128, 16, 256), (256, 4, 320))),

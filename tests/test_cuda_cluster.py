@@ -1,6 +1,8 @@
 """The cluster-persistent recurrent kernels, executed on the CPU by the host side of the device layer under
-AddressSanitizer and UBSan, against the float64 truth: cells, both 16-bit types, options, odd sizes, and the plan."""
+AddressSanitizer and UBSan, against the float64 truth: cells, both 16-bit types and tf32, options, odd sizes, both
+directions in one launch, and the plan."""
 
+import functools
 import shutil
 import sys
 
@@ -13,6 +15,7 @@ from test_cuda_on_host import CELLS, FLOATS, check_recurrent, recurrent_on_host,
 from test_rnn_scan import by_reference, case
 
 from seqfuse import native
+from seqfuse.reference import rnn as reference_rnn
 from seqfuse.testing import assert_accurate
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -222,7 +225,8 @@ def run_with_options(host, cell, tensors, options, grads, reverse, dtype, layout
 def check_options(host, cell, T, B, H, wanted, dtype=torch.bfloat16, reverse=False, lengths=None, **how):
     tensors, options, grads = case(cell, T, B, H, wanted, lengths)
     exact = by_reference(cell, tensors, options, grads, reverse, torch.float64)
-    theirs = by_reference(cell, tensors, options, grads, reverse, dtype)
+    by_them = by_tf32 if dtype == torch.float32 else functools.partial(by_reference, dtype=dtype)
+    theirs = by_them(cell, tensors, options, grads, reverse)
     got = run_with_options(host, cell, tensors, options, grads, reverse, dtype, **how)
     assert got.keys() == exact.keys()
     for name, truth in exact.items():
@@ -268,16 +272,166 @@ def test_empty_sequences_keep_the_initial_state(host, cell, reverse):
     check_options(host, cell, 2, 2, 8, wanted, reverse=reverse, lengths=torch.tensor([0, 0]))
 
 
-def test_a_large_batch_with_lengths_is_launched_in_parts(host):
-    check_options(host, "lstm", 2, 530, 3, ["lengths", "dcells"])
+def test_a_large_batch_with_lengths(host):
+    check_options(host, "lstm", 2, 70, 3, ["lengths", "dcells"])
 
 
 def test_an_option_that_the_kernel_lacks_is_refused(host):
     tensors, options, grads = case("lstm", 2, 2, 8, ["hidden_mask"])
     with pytest.raises(Failed, match="returned 801"):
         run_with_options(host, "lstm", tensors, options, grads, False, torch.bfloat16)
-    with pytest.raises(Failed, match="returned 801"):
-        check_recurrent(host, "lstm", 2, 2, 8, FLOATS["fp32"], kernels="rnn_cluster")
+    with pytest.raises(Failed, match="returned 1"):
+        check_recurrent(host, "lstm", 1, 1, 258, FLOATS["fp32"], kernels="rnn_cluster")
+
+
+# float32 in tf32: what a kernel that rounds h and w_hh to tf32 before each product may lose. The baseline of the error
+# rule is the reference in float32 with that rounding; backward, da and w_hh are rounded.
+
+
+def tf32(x):
+    """To the nearest tf32, ties away from zero: the GPU's cvt.rna."""
+    return ((x.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Tf32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w):
+        ctx.save_for_backward(h, w)
+        return tf32(h) @ tf32(w).t()
+
+    @staticmethod
+    def backward(ctx, da):
+        h, w = ctx.saved_tensors
+        return tf32(da) @ tf32(w), da.t() @ h
+
+
+def by_tf32(cell, tensors, options, grads, reverse):
+    def product(h, w_hh, b_hh, norm=None):
+        return Tf32Product.apply(h, w_hh) + b_hh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_rnn, "recurrent_product", product)
+        return by_reference(cell, tensors, options, grads, reverse, torch.float32)
+
+
+def test_rounding_to_tf32(host):
+    bits = torch.randint(-(2**31), 2**31, (4000,), dtype=torch.int64).to(torch.int32)
+    x = bits.view(torch.float32)
+    x = torch.cat([x[x.isfinite()], torch.tensor([0.0, -0.0, 1.0 + 2**-11, 1.0 + 2**-12, -1.0 - 2**-11])])
+    out = host("round_tf32", {"n": len(x)}, {"in": x}, {"out": (len(x), torch.float32)})["out"]
+    assert torch.equal(out, tf32(x))
+    assert out[-3:].tolist() == [1.0 + 2**-10, 1.0, -1.0 - 2**-10]
+    a, b = torch.randn(16, 8), torch.randn(8, 8)
+    out = host("mma_tf32", {}, {"a": a, "b": b}, {"out": (128, torch.float32)})["out"]
+    assert_accurate(out.view(16, 8), tf32(a).double() @ tf32(b).double().T, dims=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (3, 3, 7), (3, 17, 40), (2, 2, 130)], ids=lambda s: "T{}-B{}-H{}".format(*s)
+)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_float32(host, cell, size):
+    check_options(host, cell, *size, [], torch.float32)
+
+
+def test_float32_of_the_largest_cluster(host):
+    check_options(host, "rnn_tanh", 2, 1, 300, [], torch.float32, reverse=True)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_float32_with_options(host, cell):
+    both = ["lengths", "resets"] + (["zone_c", "dcells"] if cell == "lstm" else [])
+    check_options(host, cell, 4, 3, 33, [*both, "zone_h"], torch.float32, layout="batch")
+    check_options(host, cell, 3, 2, 10, ["zoneout_h", "lengths"], torch.float32, reverse=True, layout="padded")
+
+
+# Both directions of a layer in one launch: every bit as from two launches, in memory that lies together
+
+
+def side_by_side(pair):
+    return torch.cat(pair, -1)
+
+
+COLUMNS = {"xg", "y", "dy", "dxg", "dan"}
+
+
+def run_both(host, cell, scans, options, grads, dtype, seed):
+    """Outputs and gradients of both directions: of each name what one launch for both wrote.
+
+    scans: for each direction its tensors; options: of each; grads: of each."""
+    T, B, X = scans[0]["xg"].shape
+    H = scans[0]["h0"].shape[1]
+    saved = 4 if cell in ("gru", "lstm") else 1 if options[0].zone_h is not None or options[0].zoneout_h else 0
+
+    def together(name, pair):
+        if pair[0] is None:
+            return None
+        kind = torch.float32 if name in ("cells", "dcells") else dtype
+        pair = [t if t.dtype in (torch.bool, torch.int64) else t.to(kind) for t in pair]
+        return side_by_side(pair) if name in COLUMNS else torch.stack(pair)
+
+    wide = {"xg": 2 * X, "y": 2 * H, "dy": 2 * H, "dxg": 2 * X, "dan": 2 * H}
+    wide |= {n: saved * H if n == "gates" else H for n in ("gates", "cells", "dcells", "zone_h", "zone_c")} | {
+        "resets": 1
+    }
+    numbers = {
+        "cell": CELLS[cell],
+        "dtype": DTYPES[dtype],
+        "T": T,
+        "B": B,
+        "H": H,
+        "reverse": 0,
+        "seed": seed,
+        "scans": 2,
+    }
+    numbers |= {f"{n}_t": B * w for n, w in wide.items()} | {f"{n}_b": w for n, w in wide.items()}
+    numbers |= {n: float(w) for n in ("zoneout_h", "zoneout_c") if (w := getattr(options[0], n))}
+    inputs = {n: together(n, [s[n] for s in scans]) for n in ("xg", "h0", "c0", "w_hh", "b_hh")}
+    given = {n: together(n, [getattr(o, n) for o in options]) for n in ("zone_h", "zone_c")}
+    given |= {n: getattr(options[0], n) for n in ("lengths", "resets")}
+    rows, states, lstm = 2 * T * B, (2 * B * H, dtype), cell == "lstm"
+    outputs = {"y": (rows * H, dtype), "h_n": states} | ({"gates": (rows * saved * H, dtype)} if saved else {})
+    outputs |= {"c_n": states, "cells": (rows * H, torch.float32)} if lstm else {}
+    found = host("rnn_cluster_forward", numbers, inputs | given, outputs)
+    again = {n: inputs[n] for n in ("h0", "c0", "w_hh")} | {n: found.get(n) for n in ("y", "gates", "cells")} | given
+    again |= {n: together(n, [g[n] for g in grads]) for n in grads[0]}
+    outputs = {"dxg": (rows * X, dtype), "dh0": states, "db_hh": (2 * X, torch.float32)}
+    outputs |= {"dc0": states} if lstm else {"dan": (rows * H, dtype)} if cell == "gru" else {}
+    found |= host("rnn_cluster_backward", numbers, again, outputs)
+    found.pop("gates", None)
+
+    def apart(name, t, way):
+        if name in COLUMNS:
+            return t.view(T, B, 2, -1)[:, :, way]
+        return (
+            t.view(2, T, B, H)[way]
+            if name == "cells"
+            else t.view(2, -1 if name == "db_hh" else B, H if name != "db_hh" else 1)[way]
+        )
+
+    return [{n: apart(n, t, way).reshape(-1) for n, t in found.items()} for way in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", [[], ["lengths", "resets", "zone_h", "zone_c", "dcells"], ["zoneout_h"]], ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_both_directions_in_one_launch(host, cell, wanted, dtype):
+    T, B, H = 3, 18, 34
+    wanted = [w for w in wanted if cell == "lstm" or w not in ("zone_c", "dcells")]
+    lengths = torch.arange(B) % (T + 1) if "lengths" in wanted else None
+    (one, options, grads), (two, options2, grads2) = (case(cell, T, B, H, wanted, lengths) for _ in range(2))
+    options2 = options2._replace(lengths=options.lengths, resets=options.resets)
+    if lengths is not None:  # the launches of one direction put NaN there, those of both zeros: neither is read
+        beyond = (torch.arange(T)[:, None] >= lengths)[..., None]
+        for t in (one["xg"], two["xg"], *(g[n] for g in (grads, grads2) for n in ("dy", "dcells") if g[n] is not None)):
+            t.masked_fill_(beyond, 0.0)
+    found = run_both(host, cell, (one, two), (options, options2), (grads, grads2), dtype, seed=3)
+    pairs = zip(found, ((one, options, grads, False), (two, options2, grads2, True)), strict=True)
+    for got, (tensors, own, gradients, reverse) in pairs:
+        alone = run_with_options(host, cell, tensors, own, gradients, reverse, dtype)
+        assert got.keys() == alone.keys()
+        for name, t in alone.items():
+            assert torch.equal(got[name], t.reshape(-1)), f"{name}, reverse={reverse}"
 
 
 # The plan
@@ -305,7 +459,7 @@ def test_plan_of_what_fits():
     [
         (torch.bfloat16, 64, 80, 9, "has 8.0"),
         (torch.bfloat16, 64, 120, 9, "has 12.0"),
-        (torch.float32, 64, 90, 9, "not float32"),
+        (torch.float32, 64, 90, 9, "in tf32, which torch.set_float32_matmul_precision must allow"),
         (torch.bfloat16, 513, 90, 9, "512 hidden units at most, not 513"),
         (torch.bfloat16, 512, 90, 0, "no room for a cluster of 16 blocks"),
     ],
@@ -319,10 +473,12 @@ def test_plan_says_why_not(dtype, H, capability, resident, words):
 def test_plan_for_the_current_device(host, backward):
     def text(**changes):
         numbers = {"cell": 3, "dtype": 1, "B": 40, "H": 70, "options": 0, "backward": backward}
-        numbers |= {"capability": 90, "resident": 2, "allow": 1} | changes
+        numbers |= {"capability": 90, "resident": 2, "allow": 1, "scans": 1, "tf32": 0} | changes
         return bytes(host("rnn_cluster_plan", numbers, {}, {"text": (120, torch.uint8)})["text"]).decode().strip()
 
     assert text() == "one launch: 3 clusters of 3 blocks, 2 at a time (2 waves), extent 256"
+    assert text(scans=2) == "one launch: 6 clusters of 3 blocks, 2 at a time (3 waves), extent 256"
+    assert "must allow" in text(dtype=0) and text(dtype=0, tf32=1) == text()
     assert "switched off" in text(allow=0)
     assert "no room" in text(resident=0)
     assert "has 8.9" in text(capability=89)
@@ -330,7 +486,11 @@ def test_plan_for_the_current_device(host, backward):
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
 @pytest.mark.parametrize("H", [256, 512])
-def test_shared_memory_fits_the_architecture(cell, H):
-    found = plan(CELLS[cell], DTYPES[torch.bfloat16], 16, H, 90, 1)
-    assert found["shared_forward"] <= 48 * 1024  # nothing to ask for
-    assert found["shared_backward"] <= 232448  # of a block on sm_90
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_shared_memory_fits_the_architecture(cell, H, dtype):
+    found = plan(CELLS[cell], DTYPES[dtype], 16, H, 90, 1, 1, True)
+    if dtype == torch.float32 and H == 512 and cell != "rnn_tanh":
+        assert "256 hidden units at most in float32" in found["refusal"]
+        return
+    assert found["shared_forward"] <= 48 * 1024 or dtype == torch.float32  # in 16 bits there is nothing to ask for
+    assert max(found["shared_forward"], found["shared_backward"]) <= 232448  # of a block on sm_90

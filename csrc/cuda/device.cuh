@@ -13,15 +13,18 @@
 //   Arrivals                                    8 bytes in shared memory that count what other blocks send, in phases
 //   arrivals_init(a)                            by one thread, before a cluster barrier
 //   arrivals_expect(a, bytes)                   by one thread a phase: it ends when that much has come, early or late
-//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended; what was sent is
-//   seen send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
+//   arrivals_wait(a, parity)                    until the phase of this parity (0 first) has ended: it sees what was
+//   sent send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
 //   kClusters                                   false where the architecture has none: such kernels are empty there
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
 //   dynamic_shared<S>()                         the same, of the size that the launch asked for (Grid::shared)
 //   shuffle_xor(word, mask)                     another lane's 32 bits; all 32 lanes take part
 //   mma_m16n8k16<T>(c, a, b)                    c += a b on one warp: fp32 [16, 8], T [16, 16], T [16, 8]
+//   mma_m16n8k8_tf32(c, a, b)                   the same of [16, 8] and [8, 8] in tf32, one value a word
+//   round_tf32(float)                           to the nearest tf32, ties away from zero, as a word
 //   load_16(p) store_16(p, bits)                16 aligned bytes; load_16 only of what this launch never writes
 //   load_4(p) store_4(p, word)                  the same for 4
+//   load_8(p) store_8(p, bits)                  the same for 8
 //   widen(T) narrow<T>(float)                   T is float, bf16 or f16; rounds to nearest even
 //   exp tanh rsqrt multiply                     fp32; multiply(a, b) is never fused into a later addition
 //   launch(kernel, grid, threads, stream, args) returns a cudaError_t as int
@@ -46,6 +49,10 @@ struct f16 {
 
 struct alignas(16) Bits16 {
   uint32_t word[4];
+};
+
+struct alignas(8) Bits8 {
+  uint32_t word[2];
 };
 
 struct alignas(8) Arrivals {
@@ -161,27 +168,54 @@ SEQFUSE_DEVICE void load_floats(const P* p, int n, bool vector, float (&out)[N])
   }
 }
 
-// Two neighbours at p as one word, `low` at the lower address; of the n that exist (0, 1, 2 or more) the others read as
-// 0 and are not written. `paired` promises that p is 4-byte aligned wherever n is not 0; it is the same for all
-// threads.
+// Two neighbours, the one at the lower address first: one word of 16-bit values, two of float.
 template <class T>
-SEQFUSE_DEVICE uint32_t load_pair(const T* p, int n, bool paired) {
-  static_assert(sizeof(T) == 2);
-  if (paired && n >= 2) return load_4(p);
-  const uint32_t low = n > 0 ? raw(p[0]) : 0u, high = n > 1 ? raw(p[1]) : 0u;
-  return low | high << 16;
+struct Pair {
+  uint32_t word[sizeof(T) / 2] = {};
+};
+
+// The pair at p; of the n elements that exist (0, 1, 2 or more) the others read as 0 and are not written. `paired`
+// promises that p is aligned to a pair wherever n is not 0; it is the same for all threads.
+template <class T>
+SEQFUSE_DEVICE Pair<T> load_pair(const T* p, int n, bool paired) {
+  if constexpr (sizeof(T) == 2) {
+    if (paired && n >= 2) return {{load_4(p)}};
+    const uint32_t low = n > 0 ? raw(p[0]) : 0u, high = n > 1 ? raw(p[1]) : 0u;
+    return {{low | high << 16}};
+  } else {
+    if (paired && n >= 2) {
+      const Bits8 bits = load_8(p);
+      return {{bits.word[0], bits.word[1]}};
+    }
+    return {{n > 0 ? raw(p[0]) : 0u, n > 1 ? raw(p[1]) : 0u}};
+  }
 }
 template <class T>
-SEQFUSE_DEVICE void store_pair(T* p, uint32_t word, int n, bool paired) {
-  static_assert(sizeof(T) == 2);
-  if (paired && n >= 2) return store_4(p, word);
-  if (n > 0) p[0] = T{uint16_t(word)};
-  if (n > 1) p[1] = T{uint16_t(word >> 16)};
+SEQFUSE_DEVICE void store_pair(T* p, const Pair<T>& pair, int n, bool paired) {
+  if constexpr (sizeof(T) == 2) {
+    if (paired && n >= 2) return store_4(p, pair.word[0]);
+    if (n > 0) p[0] = T{uint16_t(pair.word[0])};
+    if (n > 1) p[1] = T{uint16_t(pair.word[0] >> 16)};
+  } else {
+    if (paired && n >= 2) return store_8(p, {{pair.word[0], pair.word[1]}});
+    if (n > 0) p[0] = as_float(pair.word[0]);
+    if (n > 1) p[1] = as_float(pair.word[1]);
+  }
 }
-// element e of such a word
+// element e
 template <class T>
-SEQFUSE_DEVICE float half_of(uint32_t word, int e) {
-  return widen(T{uint16_t(word >> (e * 16))});
+SEQFUSE_DEVICE float element(const Pair<T>& pair, int e) {
+  if constexpr (sizeof(T) == 2)
+    return widen(T{uint16_t(pair.word[0] >> (e * 16))});
+  else
+    return as_float(pair.word[e]);
+}
+template <class T>
+SEQFUSE_DEVICE Pair<T> rounded_pair(float low, float high) {
+  if constexpr (sizeof(T) == 2)
+    return {{narrow_pair<T>(low, high)}};
+  else
+    return {{as_bits(low), as_bits(high)}};
 }
 
 template <class S>

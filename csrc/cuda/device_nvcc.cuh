@@ -4,6 +4,8 @@
 
 #define SEQFUSE_DEVICE __device__ __forceinline__
 #define SEQFUSE_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+// a kernel's argument that it may index and take references of without a copy
+#define SEQFUSE_ARGUMENT const __grid_constant__
 
 namespace seqfuse::dev {
 
@@ -137,6 +139,14 @@ SEQFUSE_DEVICE void store_4(void* p, uint32_t word) {
   *static_cast<uint32_t*>(p) = word;
 }
 
+SEQFUSE_DEVICE Bits8 load_8(const void* p) {
+  const uint2 v = __ldg(static_cast<const uint2*>(p));
+  return {{v.x, v.y}};
+}
+SEQFUSE_DEVICE void store_8(void* p, const Bits8& b) {
+  *static_cast<uint2*>(p) = make_uint2(b.word[0], b.word[1]);
+}
+
 SEQFUSE_DEVICE float as_float(uint32_t x) {
   return __uint_as_float(x);
 }
@@ -206,6 +216,19 @@ SEQFUSE_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const ui
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+SEQFUSE_DEVICE uint32_t round_tf32(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+// a holds rows r, r+8, r, r+8 at columns q (first two words) and q + 4; b holds column r at rows q and q + 4; c as
+// above
+SEQFUSE_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // The configuration of one launch. It points into itself: not to be copied.

@@ -60,7 +60,7 @@ struct ClusterBackward {
   float* partial;  // [2 * groups, G*H] or null
 };
 
-template <int G, int K>
+template <class T, int G, int K>
 struct BackwardShared {
   // the accumulators of one column tile: rows r and r + 8 at units 2q and 2q + 1, the two in an order that keeps their
   // reader, who wants one of them, from meeting itself in a bank
@@ -68,62 +68,65 @@ struct BackwardShared {
     Float2 half[2];
     static SEQFUSE_DEVICE int place(int half) { return half ^ (dev::lane() / 8 % 2); }
   };
-  Bits16 da[2][2 * G * dev::kWarp];  // A fragments: [buffer][k-tile][lane]
-  dev::Arrivals arrivals[2];         // of the two buffers of part
+  Bits16 da[2][G * kBlockTiles<T> * dev::kWarp];  // A fragments: [buffer][k-tile][lane]
+  dev::Arrivals arrivals[2];                      // of the two buffers of part
   union {
     Sums part[2][K / kBlockUnits][kBlockUnits / 8][dev::kWarp];  // [buffer][from block][tile][lane]
-    WeightSlice<K> weights;                                      // before the first step
+    WeightSlice<T, K> weights;                                   // before the first step
   };
 };
 
 template <Cell C, class T, int K, bool Options>
-SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterOptions<Options>& o) {
+SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, const ClusterOptions<Options>& o) {
   using dev::Math;
-  constexpr int G = kGates<C>, kColumnTiles = K / 8 / kClusterWarps, kSaved = C == Cell::rnn_tanh ? 1 : 4;
+  const ClusterBackward<T>& p = scans.of[dev::block_y()];
+  constexpr int G = kGates<C>, kTiles = kBlockTiles<T>, kColumnTiles = K / 8 / kClusterWarps;
+  constexpr int kSaved = C == Cell::rnn_tanh ? 1 : 4;
   constexpr bool kDirect = C == Cell::gru || Options;  // some of dh bypasses w_hh in every step
-  using Shared = BackwardShared<G, K>;
+  using Shared = BackwardShared<T, G, K>;
   using Sums = typename Shared::Sums;
   Shared& s = dev::dynamic_shared<Shared>();
   const ClusterShape& shape = p.shape;
   const Owner me(shape);
   const int H = shape.H, lane = dev::lane();
 
-  // B fragments: k-tile 2g + i holds units 16 i .. 16 i + 15 of the block's gate g, columns are all units of h
-  uint32_t w[2 * G][kColumnTiles][2];
+  // B fragments: k-tile kTiles * g + i holds the block's units from i * kTileUnits on of gate g, columns are all units
+  // of
+  // h
+  uint32_t w[G * kTiles][kColumnTiles][2];
   load_weights<T, G, K>(s.weights, p.w_hh, shape, me.rank, [&](int g) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < kTiles; i++) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n++) {
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const int row = i * 16 + k * 8 + 2 * me.q, column = (n * kClusterWarps + dev::warp()) * 8 + me.r;
-          w[2 * g + i][n][k] = s.weights.x[row][column] | uint32_t(s.weights.x[row + 1][column]) << 16;
+          const int row = i * kTileUnits<T> + (sizeof(T) == 2 ? k * 8 : 0) + 2 * me.q;
+          const int column = (n * kClusterWarps + dev::warp()) * 8 + me.r;
+          w[kTiles * g + i][n][k] = s.weights.word(row, column, row + 1, column, k);
         }
       }
     }
   });
 
   struct Inputs {
-    uint32_t saved[kSaved] = {}, dy = 0, before_h = 0;
+    Pair<T> saved[kSaved], dy, before_h;
     float before_c[2] = {}, dc[2] = {};
     StepFlags flags;
 
     // of time step t, which came after `t + direction` in the forward pass, or first of all
     SEQFUSE_DEVICE void load(const ClusterBackward<T>& p, const ClusterOptions<Options>& o, const Owner& me, int64_t t,
-                             bool first) {
+                             int64_t length, bool first) {
       if (!me.count) return;
       const ClusterShape& shape = p.shape;
       const int64_t earlier = t + shape.direction;
-      flags.load(shape, o, me, t);
-      first = first || !StepFlags::is_active(shape, o, me, earlier);
+      flags.load(o, me, t, length);
+      first = first || earlier >= length;
       if constexpr (C == Cell::lstm) {
-        const uint32_t c0 = first ? dev::load_pair(p.c0 + me.at(shape), me.count, shape.paired) : 0u;
+        const Pair<T> c0 = first ? dev::load_pair(p.c0 + me.at(shape), me.count, shape.paired) : Pair<T>{};
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          before_c[e] = first          ? dev::half_of<T>(c0, e)
-                        : e < me.count ? *p.cells.at(earlier, me.row, me.unit + e)
-                                       : 0.0f;
+          before_c[e] = first ? dev::element(c0, e) : e < me.count ? *p.cells.at(earlier, me.row, me.unit + e) : 0.0f;
       }
       if (!flags.active) return;
       if constexpr (C == Cell::gru) {
@@ -146,18 +149,19 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
       }
     }
   };
+  const int64_t length = length_of(o, me);
   int64_t t = shape.first;
   Inputs now;
-  now.load(p, o, me, t, shape.steps == 1);
+  now.load(p, o, me, t, length, shape.steps == 1);
 
   float direct[2] = {}, dc[2] = {}, c[2] = {}, db[G][2] = {};
   if (me.count) {
-    const uint32_t dh_n = p.dh_n ? dev::load_pair(p.dh_n + me.at(shape), me.count, shape.paired) : 0u;
-    const uint32_t dc_n =
-        C == Cell::lstm && p.dc_n ? dev::load_pair(p.dc_n + me.at(shape), me.count, shape.paired) : 0u;
+    Pair<T> dh_n, dc_n;
+    if (p.dh_n) dh_n = dev::load_pair(p.dh_n + me.at(shape), me.count, shape.paired);
+    if (C == Cell::lstm && p.dc_n) dc_n = dev::load_pair(p.dc_n + me.at(shape), me.count, shape.paired);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      direct[e] = dev::half_of<T>(dh_n, e), dc[e] = dev::half_of<T>(dc_n, e);
+      direct[e] = dev::element(dh_n, e), dc[e] = dev::element(dc_n, e);
       if (C == Cell::lstm && e < me.count) c[e] = *p.cells.at(t, me.row, me.unit + e);
     }
   }
@@ -177,7 +181,7 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
 
   for (int64_t i = 0; i < shape.steps; i++, t += shape.direction) {
     Inputs next;
-    if (i + 1 < shape.steps) next.load(p, o, me, t + shape.direction, i + 2 == shape.steps);
+    if (i + 1 < shape.steps) next.load(p, o, me, t + shape.direction, length, i + 2 == shape.steps);
 
     float dh[2] = {}, da[G][2] = {}, dn[2] = {};
     if (i > 0) sum_parts(dh, int(i % 2));
@@ -191,8 +195,8 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
           continue;
         }
       }
-      dh[e] += dev::half_of<T>(now.dy, e);
-      float before_h = dev::half_of<T>(now.before_h, e), before_c = now.before_c[e], kept_dc = 0.0f;
+      dh[e] += dev::element(now.dy, e);
+      float before_h = dev::element(now.before_h, e), before_c = now.before_c[e], kept_dc = 0.0f;
       if constexpr (Options) {
         if (now.flags.reset) before_h = before_c = 0.0f;
         const float kept_h = now.flags.kept_h(o, e);
@@ -200,7 +204,7 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
       }
       float saved[kSaved];
 #pragma unroll
-      for (int k = 0; k < kSaved; k++) saved[k] = dev::half_of<T>(now.saved[k], e);
+      for (int k = 0; k < kSaved; k++) saved[k] = dev::element(now.saved[k], e);
       if constexpr (C == Cell::lstm) {
         float fresh = c[e];
         if constexpr (Options) {
@@ -228,11 +232,11 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
 #pragma unroll
     for (int e = 0; e < 2; e++) c[e] = now.before_c[e];
 
-    uint32_t words[G];
+    Pair<T> pairs[G];
 #pragma unroll
     for (int g = 0; g < G; g++) {
-      words[g] = me.count ? dev::narrow_pair<T>(da[g][0], me.count > 1 ? da[g][1] : 0.0f) : 0u;
-      s.da[i % 2][(2 * g + me.tile / 2) * dev::kWarp + lane].word[me.word()] = words[g];
+      pairs[g] = me.count ? dev::rounded_pair<T>(da[g][0], me.count > 1 ? da[g][1] : 0.0f) : Pair<T>{};
+      me.put<T>(s.da[i % 2] + g * kTiles * dev::kWarp, pairs[g]);
 #pragma unroll
       for (int e = 0; e < 2; e++) db[g][e] += e < me.count ? da[g][e] : 0.0f;
     }
@@ -242,10 +246,10 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
 
     float acc[kColumnTiles][4] = {};
 #pragma unroll
-    for (int k = 0; k < 2 * G; k++) {
+    for (int k = 0; k < G * kTiles; k++) {
       const Bits16 a = s.da[i % 2][k * dev::kWarp + lane];
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; n++) dev::mma_m16n8k16<T>(acc[n], a.word, w[k][n]);
+      for (int n = 0; n < kColumnTiles; n++) multiply_tile<T>(acc[n], a.word, w[k][n]);
     }
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n++) {
@@ -262,10 +266,10 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
       for (int g = 0; g < G; g++) {
         T* const at = p.dxg.at(t, me.row, int64_t(g) * H + me.unit);
         if (C == Cell::gru && g == 2) {
-          dev::store_pair(at, dev::narrow_pair<T>(dn[0], dn[1]), me.count, shape.paired);
-          dev::store_pair(p.dan.at(t, me.row, me.unit), words[g], me.count, shape.paired);
+          dev::store_pair(at, dev::rounded_pair<T>(dn[0], dn[1]), me.count, shape.paired);
+          dev::store_pair(p.dan.at(t, me.row, me.unit), pairs[g], me.count, shape.paired);
         } else {
-          dev::store_pair(at, words[g], me.count, shape.paired);
+          dev::store_pair(at, pairs[g], me.count, shape.paired);
         }
       }
     }
@@ -277,9 +281,9 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
   sum_parts(dh, int(shape.steps % 2));
   if (me.count) {
     if (kDirect) dh[0] += direct[0], dh[1] += direct[1];
-    dev::store_pair(p.dh0 + me.at(shape), dev::narrow_pair<T>(dh[0], dh[1]), me.count, shape.paired);
+    dev::store_pair(p.dh0 + me.at(shape), dev::rounded_pair<T>(dh[0], dh[1]), me.count, shape.paired);
     if (C == Cell::lstm)
-      dev::store_pair(p.dc0 + me.at(shape), dev::narrow_pair<T>(dc[0], dc[1]), me.count, shape.paired);
+      dev::store_pair(p.dc0 + me.at(shape), dev::rounded_pair<T>(dc[0], dc[1]), me.count, shape.paired);
   }
   if (!p.partial) return;
 #pragma unroll
@@ -297,8 +301,8 @@ SEQFUSE_DEVICE void cluster_backward(const ClusterBackward<T>& p, const ClusterO
 
 template <Cell C, class T, int K, bool Options>
 SEQFUSE_KERNEL(kClusterThreads, 1)
-rnn_cluster_backward(ClusterBackward<T> p, ClusterOptions<Options> o) {
-  if constexpr (dev::kClusters) cluster_backward<C, T, K, Options>(p, o);
+rnn_cluster_backward(SEQFUSE_ARGUMENT Scans<ClusterBackward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions<Options> o) {
+  if constexpr (dev::kClusters) cluster_backward<C, T, K, Options>(scans, o);
 }
 
 }  // namespace seqfuse::cuda

@@ -51,11 +51,11 @@ struct ClusterForward {
   T* c_n;
 };
 
-template <int G, int K>
+template <class T, int G, int K>
 struct ForwardShared {
   union {
-    Bits16 h[2][K / 16 * dev::kWarp];  // A fragments: [k-tile][lane]
-    WeightSlice<K> weights;            // before the first step
+    Bits16 h[2][K / kTileUnits<T> * dev::kWarp];  // A fragments: [k-tile][lane]
+    WeightSlice<T, K> weights;                    // before the first step
   };
   Float2 part[kClusterWarps][G][dev::kWarp];
   dev::Arrivals arrivals[2];  // of the two buffers of h
@@ -64,11 +64,12 @@ struct ForwardShared {
 constexpr int kTurn = 4;  // k-tiles of a warp between two looks at H
 
 template <Cell C, class T, int K, bool Options>
-SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOptions<Options>& o) {
+SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const ClusterOptions<Options>& o) {
   using dev::Math;
-  constexpr int G = kGates<C>, kTiles = K / 32;  // k-tiles a warp
+  const ClusterForward<T>& p = scans.of[dev::block_y()];
+  constexpr int G = kGates<C>, kTile = kTileUnits<T>, kTiles = K / kTile / 2;  // k-tiles a warp
   constexpr bool kSaves = C == Cell::lstm || C == Cell::gru;
-  using Shared = ForwardShared<G, K>;
+  using Shared = ForwardShared<T, G, K>;
   Shared& s = dev::dynamic_shared<Shared>();
   const ClusterShape& shape = p.shape;
   const Owner me(shape);
@@ -80,52 +81,56 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
     for (int j = 0; j < kTiles; j++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const uint16_t* pair = &s.weights.x[me.tile * 8 + me.r][(2 * j + me.half) * 16 + i * 8 + 2 * me.q];
-        w[j][g][i] = pair[0] | uint32_t(pair[1]) << 16;
+        const int unit = me.tile * 8 + me.r, k = (2 * j + me.half) * kTile + (sizeof(T) == 2 ? i * 8 : 0) + 2 * me.q;
+        w[j][g][i] = s.weights.word(unit, k, unit, k + 1, i);
       }
     }
   });
 
   struct Inputs {
-    uint32_t x[G] = {};
+    Pair<T> x[G];
     StepFlags flags;
-    SEQFUSE_DEVICE void load(const ClusterForward<T>& p, const ClusterOptions<Options>& o, const Owner& me, int64_t t) {
-      flags.load(p.shape, o, me, t);
+    SEQFUSE_DEVICE void load(const ClusterForward<T>& p, const ClusterOptions<Options>& o, const Owner& me, int64_t t,
+                             int64_t length) {
+      flags.load(o, me, t, length);
       if (!flags.active) return;
 #pragma unroll
       for (int g = 0; g < G; g++)
         x[g] = dev::load_pair(p.xg.at(t, me.row, int64_t(g) * p.shape.H + me.unit), me.count, p.shape.paired);
     }
   };
+  const int64_t length = length_of(o, me);
   int64_t t = shape.first;
   Inputs now;
-  now.load(p, o, me, t);
+  now.load(p, o, me, t, length);
 
-  uint32_t bias[G] = {}, word = 0;
+  Pair<T> bias[G];
   if (p.b_hh && me.count) {
 #pragma unroll
     for (int g = 0; g < G; g++) bias[g] = dev::load_pair(p.b_hh + int64_t(g) * H + me.unit, me.count, shape.paired);
   }
   float c[2] = {}, h[2] = {};
-  word = dev::load_pair(p.h0 + me.at(shape), me.count, shape.paired);
+  Pair<T> shown = dev::load_pair(p.h0 + me.at(shape), me.count, shape.paired);  // h as it is stored
 #pragma unroll
-  for (int e = 0; e < 2; e++) h[e] = dev::half_of<T>(word, e);
+  for (int e = 0; e < 2; e++) h[e] = dev::element(shown, e);
   if constexpr (C == Cell::lstm) {
-    const uint32_t pair = dev::load_pair(p.c0 + me.at(shape), me.count, shape.paired);
+    const Pair<T> pair = dev::load_pair(p.c0 + me.at(shape), me.count, shape.paired);
 #pragma unroll
-    for (int e = 0; e < 2; e++) c[e] = dev::half_of<T>(pair, e);
+    for (int e = 0; e < 2; e++) c[e] = dev::element(pair, e);
   }
 
   // h0 of all units into the first buffer; beyond H both buffers stay zero
-  for (int v = dev::thread(); v < K / 16 * dev::kWarp; v += kClusterThreads) {
+  for (int v = dev::thread(); v < K / kTile * dev::kWarp; v += kClusterThreads) {
     Bits16 bits{};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int64_t row = me.group * kGroupRows + v % dev::kWarp / 4 + i % 2 * 8;
-      const int k = v / dev::kWarp * 16 + i / 2 * 8 + v % 4 * 2;
+      const int k = v / dev::kWarp * kTile + (sizeof(T) == 2 ? i / 2 * 8 : 0) + v % 4 * 2;
       bool there = row < shape.rows;
       if constexpr (Options) there = there && !(o.resets.data && *o.resets.at(t, row, 0));
-      if (there) bits.word[i] = dev::load_pair(p.h0 + row * H + k, H - k, shape.paired);
+      if (!there) continue;
+      const Pair<T> pair = dev::load_pair(p.h0 + row * H + k, H - k, shape.paired);
+      bits.word[i] = sizeof(T) == 2 ? pair.word[0] : dev::round_tf32(dev::element(pair, i / 2));
     }
     s.h[0][v] = bits;
     s.h[1][v] = Bits16{};
@@ -136,18 +141,18 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
   for (int64_t i = 0; i < shape.steps; i++, t += shape.direction) {
     const bool more = i + 1 < shape.steps;
     Inputs next;
-    if (more) next.load(p, o, me, t + shape.direction);
+    if (more) next.load(p, o, me, t + shape.direction, length);
 
     float acc[G][4] = {};
     const Bits16* fragments = s.h[i % 2] + me.half * dev::kWarp + lane;
 #pragma unroll
     for (int turn = 0; turn < kTiles; turn += kTurn) {
-      if (turn * 32 >= H) continue;
+      if (turn * 2 * kTile >= H) continue;
 #pragma unroll
       for (int j = turn; j < turn + kTurn; j++) {
         const Bits16 a = fragments[2 * j * dev::kWarp];
 #pragma unroll
-        for (int g = 0; g < G; g++) dev::mma_m16n8k16<T>(acc[g], a.word, w[j][g]);
+        for (int g = 0; g < G; g++) multiply_tile<T>(acc[g], a.word, w[j][g]);
       }
     }
     // this warp keeps the row half of its own number and gives the other one to its neighbour
@@ -165,7 +170,7 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
       const Float2 taken = s.part[dev::warp()][g][lane];
 #pragma unroll
       for (int e = 0; e < 2; e++)
-        a[g][e] = (me.half ? acc[g][2 + e] : acc[g][e]) + taken.x[e] + dev::half_of<T>(bias[g], e);
+        a[g][e] = (me.half ? acc[g][2 + e] : acc[g][e]) + taken.x[e] + dev::element(bias[g], e);
     }
 
     float saved[4][2] = {};
@@ -176,7 +181,7 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
         if (now.flags.reset) before_h = before_c = 0.0f;
       }
 #pragma unroll
-      for (int g = 0; g < G; g++) x[g] = dev::half_of<T>(now.x[g], e);
+      for (int g = 0; g < G; g++) x[g] = dev::element(now.x[g], e);
       if constexpr (C == Cell::lstm) {
         const LstmState<float> z =
             lstm_forward<Math>(x[0] + a[0][e], x[1] + a[1][e], x[2] + a[2][e], x[3] + a[3][e], before_c);
@@ -197,28 +202,28 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
       }
       h[e] = new_h, c[e] = new_c;
     }
-    word = dev::narrow_pair<T>(h[0], h[1]);
+    shown = dev::rounded_pair<T>(h[0], h[1]);
 
     if (more) {
-      Bits16* const to = s.h[(i + 1) % 2] + me.rank * 2 * dev::kWarp;  // the block's two k-tiles
-      to[me.tile / 2 * dev::kWarp + lane].word[me.word()] = me.count && !next.flags.reset ? word : 0u;
-      if (dev::thread() == 0)
-        dev::arrivals_expect(s.arrivals[(i + 1) % 2], (me.blocks - 1) * kGroupRows * kBlockUnits * 2);
+      constexpr int kVectors = kBlockTiles<T> * dev::kWarp;
+      Bits16* const to = s.h[(i + 1) % 2] + me.rank * kVectors;  // the block's own k-tiles
+      me.put<T>(to, me.count && !next.flags.reset ? shown : Pair<T>{});
+      if (dev::thread() == 0) dev::arrivals_expect(s.arrivals[(i + 1) % 2], (me.blocks - 1) * kVectors * 16);
       dev::barrier();
-      const int v = dev::thread() % (2 * dev::kWarp);
+      const int v = dev::thread() % kVectors;
       const Bits16 bits = to[v];
-      for (int peer = dev::thread() / (2 * dev::kWarp); peer < me.blocks; peer += kClusterThreads / (2 * dev::kWarp))
+      for (int peer = dev::thread() / kVectors; peer < me.blocks; peer += kClusterThreads / kVectors)
         if (peer != me.rank)
           dev::send_16(dev::cluster_peer(&to[v], peer), bits, dev::cluster_peer(&s.arrivals[(i + 1) % 2], peer));
     }
     if (me.count) {
       const bool active = now.flags.active;
-      dev::store_pair(p.y.at(t, me.row, me.unit), active ? word : 0u, me.count, shape.paired);
+      dev::store_pair(p.y.at(t, me.row, me.unit), active ? shown : Pair<T>{}, me.count, shape.paired);
       if (p.gates.data && active) {
 #pragma unroll
         for (int k = 0; k < (kSaves ? 4 : 1); k++)
           dev::store_pair(p.gates.at(t, me.row, int64_t(k) * H + me.unit),
-                          dev::narrow_pair<T>(saved[k][0], saved[k][1]), me.count, shape.paired);
+                          dev::rounded_pair<T>(saved[k][0], saved[k][1]), me.count, shape.paired);
       }
       if (C == Cell::lstm && p.cells.data) {
 #pragma unroll
@@ -230,15 +235,15 @@ SEQFUSE_DEVICE void cluster_forward(const ClusterForward<T>& p, const ClusterOpt
     now = next;
   }
   if (!me.count) return;
-  dev::store_pair(p.h_n + me.at(shape), word, me.count, shape.paired);
-  if (C == Cell::lstm) dev::store_pair(p.c_n + me.at(shape), dev::narrow_pair<T>(c[0], c[1]), me.count, shape.paired);
+  dev::store_pair(p.h_n + me.at(shape), shown, me.count, shape.paired);
+  if (C == Cell::lstm) dev::store_pair(p.c_n + me.at(shape), dev::rounded_pair<T>(c[0], c[1]), me.count, shape.paired);
 }
 
 // C stands for the kind of cell: rnn_tanh means both activations of the plain RNN.
 template <Cell C, class T, int K, bool Options>
 SEQFUSE_KERNEL(kClusterThreads, 1)
-rnn_cluster_forward(ClusterForward<T> p, ClusterOptions<Options> o) {
-  if constexpr (dev::kClusters) cluster_forward<C, T, K, Options>(p, o);
+rnn_cluster_forward(SEQFUSE_ARGUMENT Scans<ClusterForward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions<Options> o) {
+  if constexpr (dev::kClusters) cluster_forward<C, T, K, Options>(scans, o);
 }
 
 }  // namespace seqfuse::cuda

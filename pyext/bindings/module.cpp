@@ -46,22 +46,27 @@ PYBIND11_MODULE(_C, m) {
     throw py::value_error("unknown instruction set '" + top + "': use baseline, avx2, avx512 or avx512_bf16");
   });
   // Launch plans. cell and dtype are the numbers of csrc/include/seqfuse: rnn.h, types.h.
+  const auto whose = [](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {
+    return cuda::RnnClusterCase{Cell(cell), DType(dtype), B, H, scans, tf32, options, backward};
+  };
   m.def(
       "rnn_cluster_plan",
-      [](int cell, int dtype, int64_t B, int64_t H, int capability, int64_t resident) {
-        return as_dict(cuda::rnn_cluster_plan(Cell(cell), DType(dtype), B, H, capability, resident));
+      [whose](int cell, int dtype, int64_t B, int64_t H, int capability, int64_t resident, int scans, bool tf32) {
+        return as_dict(
+            cuda::rnn_cluster_plan(whose(cell, dtype, B, H, scans, tf32, false, false), capability, resident));
       },
       py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("capability"), py::arg("resident"),
+      py::arg("scans") = 1, py::arg("tf32") = false,
       "What the recurrent cluster kernel would do on a device of this capability (10 * major + minor) that holds "
       "`resident` clusters at once");
 #ifdef SEQFUSE_CUDA
   m.def(
       "rnn_cluster_plan_here",
-      [](int cell, int dtype, int64_t B, int64_t H, bool options, bool backward) {
-        return as_dict(cuda::rnn_cluster_plan_here(Cell(cell), DType(dtype), B, H, options, backward));
+      [whose](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {
+        return as_dict(cuda::rnn_cluster_plan_here(whose(cell, dtype, B, H, scans, tf32, options, backward)));
       },
-      py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("options"), py::arg("backward"),
-      "What it does on the current device");
+      py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("scans"), py::arg("tf32"),
+      py::arg("options"), py::arg("backward"), "What it does on the current device");
   m.def("rnn_cluster_allow", &cuda::rnn_cluster_allow, "False: one launch a step, for tests and benchmarks");
 #endif
   m.def("set_openmp", [](bool value) { detail::openmp() = value; });

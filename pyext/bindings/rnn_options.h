@@ -14,7 +14,10 @@ struct Options {
 };
 struct Flags {
   bool reverse, save, want_cells;
+  bool tf32 = false;
 };
+// How many directions of a layer a call runs: two lie together as seqfuse/rnn_both.h says.
+enum class Ways : int64_t { one = 1, both = 2 };
 
 // Sizes of a sequence [T, B, X], or packed [rows, X].
 struct Extent {
@@ -44,7 +47,7 @@ inline void check_sequence(const Tensor& t, const Tensor& like, const Extent& e,
   e.packed ? check(t, like, {e.rows, width}, name, type) : check(t, like, {e.T, e.B, width}, name, type);
 }
 
-// Checks lengths too: each in [0, T], and their sum where the sequence is packed.
+// Checks lengths too, if they are on the CPU: each in [0, T], and their sum where the sequence is packed.
 inline Extent extent(const Tensor& seq, const Maybe& lengths, int64_t B, const char* name) {
   const bool packed = seq.dim() == 2 && lengths;
   STD_TORCH_CHECK(seq.dim() == 3 || packed, name, " must be 3-D [T, B, X], or 2-D [N, X] with lengths, got ", seq.dim(),
@@ -52,8 +55,13 @@ inline Extent extent(const Tensor& seq, const Maybe& lengths, int64_t B, const c
   Extent e{packed ? 0 : seq.size(0), B, seq.size(0), packed};
   if (!lengths) return e;
   const Tensor& n = *lengths;
-  STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == B && n.scalar_type() == ScalarType::Long && n.is_cpu(),
-                  "lengths must be int64 [B] on the CPU, with B = ", B);
+  STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == B && n.scalar_type() == ScalarType::Long,
+                  "lengths must be int64 [B], with B = ", B);
+  check_same_device(n, seq, "lengths");
+  if (!n.is_cpu()) {
+    STD_TORCH_CHECK(!packed, name, ": packed sequences are taken on the CPU only");
+    return e;  // a look at them would wait for the device; the kernels take any number
+  }
   const int64_t stride = n.stride(0), limit = packed ? e.rows : e.T;
   const auto* data = static_cast<const int64_t*>(n.const_data_ptr());
   int64_t sum = 0;
@@ -69,13 +77,13 @@ inline Extent extent(const Tensor& seq, const Maybe& lengths, int64_t B, const c
   return e;
 }
 
-// w_hh [G*H, H / heads] -> heads
-inline int64_t heads_of(const Tensor& w, const Tensor& like, int64_t gates, int64_t H) {
+// w_hh [rows, H / heads] -> heads
+inline int64_t heads_of(const Tensor& w, const Tensor& like, int64_t rows, int64_t H) {
   STD_TORCH_CHECK(w.dim() == 2, "w_hh must be 2-D, got ", w.dim(), "-D");
   const int64_t width = w.size(1);
   STD_TORCH_CHECK(width > 0 && width <= H && H % width == 0, "w_hh must have H / heads columns for H = ", H, ", got ",
                   width);
-  check(w, like, {gates * H, width}, "w_hh");
+  check(w, like, {rows, width}, "w_hh");
   return H / width;
 }
 
@@ -109,13 +117,42 @@ inline Tensor empty_sequence(const Tensor& t, int64_t width) {
   return torch::stable::transpose(empty(t, {t.size(1), t.size(0), width}), 0, 1);
 }
 
+// What each direction has one of: [shape], or [2, shape].
+inline void check_each(const Tensor& t, const Tensor& like, Ways ways, std::initializer_list<int64_t> shape,
+                       const char* name, std::optional<ScalarType> type = {}) {
+  if (ways == Ways::one) return check(t, like, shape, name, type);
+  const int64_t* n = shape.begin();
+  shape.size() == 2 ? check(t, like, {2, n[0], n[1]}, name, type) : check(t, like, {2, n[0], n[1], n[2]}, name, type);
+}
+// A sequence of each, one behind the other.
+inline void check_sequences(const Tensor& t, const Tensor& like, const Extent& e, Ways ways, int64_t width,
+                            const char* name, std::optional<ScalarType> type = {}) {
+  e.packed ? check_each(t, like, ways, {e.rows, width}, name, type)
+           : check_each(t, like, ways, {e.T, e.B, width}, name, type);
+}
+inline Tensor empty_each(const Tensor& like, Ways ways, int64_t B, int64_t width) {
+  return ways == Ways::one ? empty(like, {B, width}) : empty(like, {2, B, width});
+}
+inline Tensor empty_sequences(const Tensor& like, Ways ways, int64_t width, std::optional<ScalarType> type = {}) {
+  if (ways == Ways::one) return empty_rows(like, width, type);
+  return like.dim() == 2 ? empty(like, {2, like.size(0), width}, type)
+                         : empty(like, {2, like.size(0), like.size(1), width}, type);
+}
+// the strides of the first of them
+inline Strides strides_of_first(const Tensor& t, Ways ways) {
+  if (ways == Ways::one) return strides_of(t);
+  return {t.stride(1), t.stride(t.dim() == 3 ? 1 : 2)};
+}
+
 // Checks the options, writes them to an RnnOptions, and keeps their memory for as long as it lives.
 class HeldOptions {
  public:
-  HeldOptions(const Options& o, Cell cell, const Tensor& seq, const Extent& e, int64_t H, RnnOptions& out) {
+  HeldOptions(const Options& o, Cell cell, const Tensor& seq, const Extent& e, Ways ways, int64_t H, RnnOptions& out) {
     const bool lstm = cell == Cell::lstm;
     STD_TORCH_CHECK(lstm || !o.peephole, "peephole: only the LSTM has peepholes");
     STD_TORCH_CHECK(lstm || !o.zone_c, "zone_c: only the LSTM has a cell state");
+    STD_TORCH_CHECK(ways == Ways::one || (!o.hidden_mask && !o.peephole),
+                    "both directions at once have neither hidden_mask nor peephole");
     STD_TORCH_CHECK(o.zoneout_h >= 0 && o.zoneout_h <= 1, "zoneout_h must lie in [0, 1], got ", o.zoneout_h);
     STD_TORCH_CHECK(o.zoneout_c >= 0 && o.zoneout_c <= 1, "zoneout_c must lie in [0, 1], got ", o.zoneout_c);
     if (o.lengths) {
@@ -140,20 +177,20 @@ class HeldOptions {
       peephole_ = dense(*o.peephole);
       out.peephole = peephole_->const_data_ptr();
     }
-    out.zone_h = zone(o.zone_h, seq, e, H, "zone_h", zone_h_, out.zone_h_strides);
-    out.zone_c = zone(o.zone_c, seq, e, H, "zone_c", zone_c_, out.zone_c_strides);
+    out.zone_h = zone(o.zone_h, seq, e, ways, H, "zone_h", zone_h_, out.zone_h_strides);
+    out.zone_c = zone(o.zone_c, seq, e, ways, H, "zone_c", zone_c_, out.zone_c_strides);
     // a mask comes before a weight
     out.zoneout_h = o.zone_h ? 0.0f : float(o.zoneout_h);
     out.zoneout_c = o.zone_c || !lstm ? 0.0f : float(o.zoneout_c);
   }
 
  private:
-  static const bool* zone(const Maybe& given, const Tensor& seq, const Extent& e, int64_t H, const char* name,
-                          Maybe& held, Strides& strides) {
+  static const bool* zone(const Maybe& given, const Tensor& seq, const Extent& e, Ways ways, int64_t H,
+                          const char* name, Maybe& held, Strides& strides) {
     if (!given) return nullptr;
-    check_sequence(*given, seq, e, H, name, ScalarType::Bool);
-    held = sequence(*given);
-    strides = strides_of(*held);
+    check_sequences(*given, seq, e, ways, H, name, ScalarType::Bool);
+    held = ways == Ways::one ? sequence(*given) : dense(*given);
+    strides = strides_of_first(*held, ways);
     return static_cast<const bool*>(held->const_data_ptr());
   }
 

@@ -37,6 +37,8 @@ class Backend:
     prefers(case): None, or one sentence that says why `auto` passes it over all the same. Not asked while torch.compile
     traces, where sizes may be symbolic and a choice by size would force a recompilation.
     note: what the user should know of it (a kernel that has not run on real hardware says so here).
+    by_name_only: why `auto` never chooses it, not even while torch.compile traces, or "". A tuned table still may: it
+    says that the backend has run here and won.
     path(case): which of several ways inside the backend the call takes (a kernel's tier, the library behind PyTorch's
     op), or "". Stands before the reason of the choice. Not asked while torch.compile traces.
     """
@@ -47,6 +49,7 @@ class Backend:
     supports: Callable[[Any], str | None] = _never_refuses
     prefers: Callable[[Any], str | None] = _never_refuses
     note: str = ""
+    by_name_only: str = ""
     path: Callable[[Any], str] = _no_path
 
 
@@ -167,7 +170,7 @@ def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
         return Choice(op, wanted, because(backends[wanted], "measured fastest on this machine (bench --tune)"))
     refused = []
     for candidate in backends.values():
-        why_not = candidate.supports(case)
+        why_not = candidate.supports(case) or candidate.by_name_only or None
         if why_not is None and not compiling:
             why_not = candidate.prefers(case)
         if why_not is None:

@@ -57,9 +57,13 @@ def nodes_missing() -> str | None:
     return None
 
 
-def rnn_cluster_plan_here(cell: int, dtype: int, batch: int, hidden: int) -> dict | None:
-    """The launch plan of the CUDA cluster kernel on the current device, or None in a build without CUDA."""
-    return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, False, True) if has_cuda() else None
+def rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward) -> dict:
+    """The launch plan of the CUDA cluster kernel on the current device; needs a build with CUDA (has_cuda).
+
+    cell, dtype: numbers of csrc/include/seqfuse. scans: 2 for both directions at once. tf32: whether float32 may be
+    multiplied in it. options: whether the scan does more than the plain one. backward: which of the two passes.
+    """
+    return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward)
 
 
 @contextlib.contextmanager

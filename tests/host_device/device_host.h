@@ -12,6 +12,7 @@
 
 #define SEQFUSE_DEVICE inline
 #define SEQFUSE_KERNEL(max_threads, min_blocks) inline void
+#define SEQFUSE_ARGUMENT const
 
 namespace seqfuse::dev {
 
@@ -40,7 +41,8 @@ void arrivals_wait(const void* a, int parity);
 void send(void* p, const Bits16& bits, const void* a);  // arrives some time later
 // shows `bytes` at `data` to the warp and returns all 32 lanes' slots; `operation` must be the same in all lanes
 const Slot* exchange(const char* operation, const void* data, size_t bytes);
-void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+enum class MmaType { bf16, f16, tf32 };
+void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_memory(size_t bytes);  // which must be what the launch asked for
 void* peer_memory(void* own, int rank);
@@ -134,6 +136,13 @@ inline void store_4(void* p, uint32_t word) {
   *static_cast<uint32_t*>(p) = word;
 }
 
+inline Bits8 load_8(const void* p) {
+  return *static_cast<const Bits8*>(p);
+}
+inline void store_8(void* p, const Bits8& b) {
+  *static_cast<Bits8*>(p) = b;
+}
+
 inline float as_float(uint32_t x) {
   float f;
   std::memcpy(&f, &x, 4);
@@ -187,7 +196,15 @@ inline float multiply(float a, float b) {
 
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  host::mma(std::is_same_v<T, bf16>, c, a, b);
+  host::mma(std::is_same_v<T, bf16> ? host::MmaType::bf16 : host::MmaType::f16, c, a, b);
+}
+inline uint32_t round_tf32(float x) {
+  const uint32_t u = as_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;  // what cvt.rna.tf32.f32 gives for a NaN
+  return (u + 0x1000u) & ~0x1fffu;
+}
+inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  host::mma(host::MmaType::tf32, c, a, b);
 }
 
 template <class... P, class... A>

@@ -17,6 +17,7 @@
 #include "self_test.cuh"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
+#include "seqfuse/rnn_both.h"
 
 using namespace seqfuse;
 namespace host = seqfuse::dev::host;
@@ -132,6 +133,11 @@ RnnOptions options(const Job& j) {
   return o;
 }
 
+// 2: both directions of a layer (seqfuse/rnn_both.h)
+int scans_of(const Job& j) {
+  return j.ints.count("scans") ? int(j.ints.at("scans")) : 1;
+}
+
 int rnn_forward(const Job& j, bool cluster) {
   RnnForward a{};
   a.cell = Cell(j.integer("cell")), a.dtype = DType(j.integer("dtype"));
@@ -142,7 +148,10 @@ int rnn_forward(const Job& j, bool cluster) {
   a.gates = j.pointer("gates"), a.gates_strides = j.strides("gates");
   a.cells = j.pointer<float>("cells"), a.cells_strides = j.strides("cells");
   a.options = options(j);
-  if (cluster) return rnn_forward_cluster_cuda(a, nullptr);
+  if (cluster) {
+    const RnnForward scans[2] = {a, reverse_of(a, a.T * a.B)};
+    return rnn_forward_cluster_cuda(scans, scans_of(j), nullptr);
+  }
   return rnn_forward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, false), nullptr);
 }
 
@@ -161,9 +170,11 @@ int rnn_backward(const Job& j, bool cluster) {
   a.dcells = j.pointer<float>("dcells"), a.dcells_strides = j.strides("dcells");
   a.options = options(j);
   if (cluster) {
-    const Buffer partial = allocate(size_t(rnn_workspace_cluster_cuda(a.cell, a.B, a.H)), 0);
+    const RnnBackward scans[2] = {a, reverse_of(a, a.T * a.B)};
+    const int count = scans_of(j);
+    const Buffer partial = allocate(size_t(count * rnn_workspace_cluster_cuda(a.cell, a.B, a.H)), 0);
     std::memset(partial.data, 0xff, partial.bytes);
-    return rnn_backward_cluster_cuda(a, partial.data, nullptr);
+    return rnn_backward_cluster_cuda(scans, count, partial.data, nullptr);
   }
   return rnn_backward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, true), nullptr);
 }
@@ -172,8 +183,10 @@ int rnn_backward(const Job& j, bool cluster) {
 int plan_here(const Job& j) {
   host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
   cuda::rnn_cluster_allow(j.integer("allow"));
-  const auto plan = cuda::rnn_cluster_plan_here(Cell(j.integer("cell")), DType(j.integer("dtype")), j.integer("B"),
-                                                j.integer("H"), j.integer("options"), j.integer("backward"));
+  cuda::RnnClusterCase c{Cell(j.integer("cell")), DType(j.integer("dtype")), j.integer("B"), j.integer("H")};
+  c.scans = scans_of(j), c.tf32 = j.integer("tf32");
+  c.options = j.integer("options"), c.backward = j.integer("backward");
+  const auto plan = cuda::rnn_cluster_plan_here(c);
   std::string text = plan.text();
   text.resize(j.buffers.at("text").bytes, ' ');
   std::memcpy(j.pointer("text"), text.data(), text.size());
@@ -207,6 +220,9 @@ int self(const Job& j) {
                        out);
   if (j.op == "mma")
     return dev::launch(&mma_f16, {1}, 32, nullptr, j.pointer<const dev::f16>("a"), j.pointer<const dev::f16>("b"), out);
+  if (j.op == "round_tf32") return dev::launch(&round_tf32, {1}, kThreads, nullptr, in, out, number("n"));
+  if (j.op == "mma_tf32")
+    return dev::launch(&mma_tf32, {1}, 32, nullptr, j.pointer<const float>("a"), j.pointer<const float>("b"), out);
   host::fail("no op %s", j.op.c_str());
 }
 

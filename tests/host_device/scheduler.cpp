@@ -406,17 +406,28 @@ void* peer_memory(void* own, int rank) {
   fail("cluster_peer of an address outside shared memory");
 }
 
-void mma(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   uint32_t words[6];
   std::memcpy(words, a, 16), std::memcpy(words + 4, b, 8);
-  const Slot* slots = exchange("mma", words, sizeof(words));
+  const Slot* slots = exchange(type == MmaType::tf32 ? "mma of tf32" : "mma", words, sizeof(words));
   auto element = [&](int from, int word, int half) {
-    uint16_t x;
-    std::memcpy(&x, &slots[from][4 * word + 2 * half], 2);
-    return is_bf16 ? as_float(uint32_t(x) << 16) : half_to_float(x);
+    uint32_t whole;
+    std::memcpy(&whole, &slots[from][4 * word], 4);
+    if (type == MmaType::tf32) {
+      // hardware ignores the 13 low bits; a kernel that leaves something there has forgotten to round
+      if (whole & 0x1fffu && (whole & 0x7f800000u) != 0x7f800000u) fail("an operand of mma is not rounded to tf32");
+      return as_float(whole);
+    }
+    const auto x = uint16_t(whole >> (16 * half));
+    return type == MmaType::bf16 ? as_float(uint32_t(x) << 16) : half_to_float(x);
   };
   for (int e = 0; e < 4; e++) {
     const int row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
+    if (type == MmaType::tf32) {
+      for (int k = 0; k < 8; k++)
+        c[e] += element(row % 8 * 4 + k % 4, row / 8 + k / 4 * 2, 0) * element(column * 4 + k % 4, 4 + k / 4, 0);
+      continue;
+    }
     for (int k = 0; k < 16; k++) {
       const int q = k % 8 / 2;
       c[e] += element(row % 8 * 4 + q, row / 8 + k / 8 * 2, k % 2) * element(column * 4 + q, 4 + k / 8, k % 2);

@@ -86,6 +86,17 @@ SEQFUSE_KERNEL(32, 1) mma_f16(const dev::f16* a, const dev::f16* b, float* c) {
   one_mma(a, b, c);
 }
 
+// c[16, 8] = a[16, 8] @ b[8, 8]^T in tf32, one warp
+SEQFUSE_KERNEL(32, 1) mma_tf32(const float* a, const float* b, float* c) {
+  const int r = dev::lane() / 4, q = dev::lane() % 4;
+  uint32_t left[4], right[2];
+  for (int i = 0; i < 4; i++) left[i] = dev::round_tf32(a[(r + i % 2 * 8) * 8 + q + i / 2 * 4]);
+  for (int i = 0; i < 2; i++) right[i] = dev::round_tf32(b[r * 8 + q + i * 4]);
+  float acc[4] = {};
+  dev::mma_m16n8k8_tf32(acc, left, right);
+  for (int e = 0; e < 4; e++) c[(r + e / 2 * 8) * 8 + 2 * q + e % 2] = acc[e];
+}
+
 // out[i] = the sum over i's group of threads, by shuffles and shared memory
 struct Add {
   SEQFUSE_DEVICE float operator()(float a, float b) const { return a + b; }
@@ -116,6 +127,10 @@ SEQFUSE_KERNEL(kThreads, 1) round_bf16(const float* in, float* out, int n) {
 }
 SEQFUSE_KERNEL(kThreads, 1) round_f16(const float* in, float* out, int n) {
   round_trip<dev::f16>(in, out, n);
+}
+
+SEQFUSE_KERNEL(kThreads, 1) round_tf32(const float* in, float* out, int n) {
+  for (int i = dev::thread(); i < n; i += dev::threads()) out[i] = dev::as_float(dev::round_tf32(in[i]));
 }
 
 enum class Mistake : int { none, past_the_end, past_shared, unaligned, split_warp, early_exit, left_the_barrier };

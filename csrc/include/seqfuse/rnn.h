@@ -24,7 +24,7 @@ namespace seqfuse {
 
 enum class Cell : int32_t { rnn_tanh = 0, rnn_relu = 1, gru = 2, lstm = 3 };
 
-inline int gates_of(Cell c) {
+constexpr int gates_of(Cell c) {
   return c == Cell::lstm ? 4 : c == Cell::gru ? 3 : 1;
 }
 // zoneout: whether h is zoned out, so that an RNN's h~ cannot be had from y
@@ -39,9 +39,10 @@ struct Strides {
 // All of it may be left out: a value-initialised RnnOptions is the plain scan, the only one that the CUDA kernels with
 // a launch a step have.
 struct RnnOptions {
-  const int64_t* lengths = nullptr;  // [B], host memory, each in [0, T]: sequence b is steps 0 .. lengths[b] - 1
-  bool packed = false;               // sequence tensors are [N, X]; needs lengths, of which T is the largest
-  const bool* resets = nullptr;      // sequence [T, B]: the state before this step is 0
+  // [B], each in [0, T]: sequence b is steps 0 .. lengths[b] - 1. In host memory; for the CUDA kernels in device memory
+  const int64_t* lengths = nullptr;
+  bool packed = false;           // sequence tensors are [N, X]; needs lengths, of which T is the largest
+  const bool* resets = nullptr;  // sequence [T, B]: the state before this step is 0
   Strides resets_strides{};
   const void* hidden_mask = nullptr;  // [B, H], multiplies h_{t-1} on its way into the product
   const void* peephole = nullptr;     // [3, H], LSTM: from c_{t-1} to i and f, from the new c to o
@@ -132,13 +133,15 @@ int rnn_forward_cuda(const RnnForward&, void* workspace, void* stream);
 int rnn_backward_cuda(const RnnBackward&, void* workspace, void* stream);
 
 // The whole scan in one launch: a cluster of thread blocks keeps w_hh in registers and exchanges h through distributed
-// shared memory. Compute capability 9.0, 16-bit dtypes, H <= 512; of the options lengths, resets, zoneout and dcells,
-// but not packed, hidden_mask, peephole and heads. Does not wait for a device that is busy: clusters that find no room
-// yet start later. Forward needs no workspace. Anything else returns a cudaError_t, as a launch on a device that holds
-// no such cluster does; ask for the plan first (cuda/rnn_cluster_plan.h).
-int64_t rnn_workspace_cluster_cuda(Cell, int64_t B, int64_t H);  // of backward
-int rnn_forward_cluster_cuda(const RnnForward&, void* stream);
-int rnn_backward_cluster_cuda(const RnnBackward&, void* workspace, void* stream);
+// shared memory. Compute capability 9.0, H <= 512; float32 is multiplied in tf32, with H <= 256 for LSTM and GRU. Of
+// the options lengths, resets, zoneout and dcells, but not packed, hidden_mask, peephole and heads. With count = 2 both
+// directions of a layer run at once: two scans of the same cell, dtype and sizes, with the same lengths, resets and
+// zoneout weights. Does not wait for a device that is busy: clusters that find no room yet start later. Forward needs
+// no workspace. Anything else returns a cudaError_t, as a launch on a device that holds no such cluster does; ask for
+// the plan first (cuda/rnn_cluster_plan.h).
+int64_t rnn_workspace_cluster_cuda(Cell, int64_t B, int64_t H);  // of backward, for each scan
+int rnn_forward_cluster_cuda(const RnnForward* scans, int count, void* stream);
+int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspace, void* stream);
 
 // How many clusters of these kernels the current device can hold at once (cudaOccupancyMaxActiveClusters); 0: none.
 int64_t rnn_forward_clusters_resident_cuda(Cell, DType, int64_t H, bool options);

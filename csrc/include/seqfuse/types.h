@@ -6,7 +6,7 @@ namespace seqfuse {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline int64_t size_of(DType t) {
+constexpr int64_t size_of(DType t) {
   return t == DType::f32 ? 4 : 2;
 }
 

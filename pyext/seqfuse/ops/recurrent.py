@@ -13,9 +13,10 @@ from seqfuse.ops import checks, rnn_extras, rnn_ragged
 from seqfuse.ops.autograd import traced
 from seqfuse.ops.layer_norm import layer_norm
 from seqfuse.ops.rnn_extras import NO_OPTIONS, RecurrentOptions
-from seqfuse.ops.rnn_layer import Joined, ScanCall, projected_layer, rnn_layer
+from seqfuse.ops.rnn_layer import Joined, ScanCall, both_directions, projected_layer, rnn_layer
 from seqfuse.ops.rnn_ragged import Ragged
 from seqfuse.ops.rnn_rules import RecurrentCase
+from seqfuse.ops.rnn_scan import SCAN_BOTH, tf32_allowed
 
 
 class Stack(NamedTuple):
@@ -196,6 +197,7 @@ def _case(cell, x, steps_and_batch, states, weights, stack, extent, extras=()):
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         extras,
         options.heads,
+        x.dtype == torch.float32 and x.device.type == "cuda" and tf32_allowed(),
     )
 
 
@@ -314,8 +316,10 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
     over_input = options.variational()[0] if stack.training else 0.0
     plain = options is NO_OPTIONS and ragged is None and resets is None
     projected = len(weights[0]) in (3, 5)
+    # where the backend runs both directions in one go; recomputation goes through the segments of one
+    at_once = directions == 2 and name in SCAN_BOTH and not (projected or options.recompute)
     # both directions' y are kept once, joined; what looks into the graph, or has its own idea of y, keeps them apart
-    joins = case.bidirectional and case.grad and not (projected or traced())
+    joins = case.bidirectional and case.grad and not (projected or at_once or traced())
     joins = joins and name != "reference" and not torch._C._are_functorch_transforms_active()
     last_h, last_c, cells = [], [], []
     for layer in range(case.layers):
@@ -325,7 +329,12 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
         if over_input:
             mask = rnn_extras.keep_mask((case.B, x.shape[-1]), over_input, x)
             x = x * (mask if ragged is None else ragged.spread(mask))
-        for direction in range(directions):
+        if at_once:
+            call = ScanCall(case.cell, name, want_cells=want_cells)
+            x, h_n, c_n, cells = _both(call, layer, x, (h0, c0), weights, case, stack, ragged, resets)
+            last_h += h_n
+            last_c += [] if c_n is None else c_n
+        for direction in range(0 if at_once else directions):
             k = layer * directions + direction
             h = None if h0 is None else h0[k]
             c = None if c0 is None else c0[k]
@@ -338,7 +347,8 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
             last_h.append(h_n)
             last_c.append(c_n)
             cells.append(cell_states)
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)  # (T, B, D*H)
+        if not at_once:
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)  # (T, B, D*H)
         if joins:
             for direction, place in enumerate(joined):
                 place.put(x, direction * case.hidden_size, case.hidden_size)
@@ -348,6 +358,18 @@ def _layers(case, name, x, h0, c0, weights, stack, ragged, extent):
     if extent.cells:
         cells = (cells[0] if directions == 1 else torch.cat(cells, -1)).to(x.dtype)
     return x, torch.stack(last_h), c_n, cells if extent.cells else None
+
+
+def _both(call, layer, x, states, weights, case, stack, ragged, resets):
+    """Both directions of a layer at once. Returns (y, h_n, c_n, cells) with one entry for each direction but in y."""
+    sizes, ways = (case.T, case.B, case.hidden_size, case.hidden_size), slice(2 * layer, 2 * layer + 2)
+    own, scans = [], []
+    for k, (w_ih, w_hh, *biases) in zip(range(2 * layer, 2 * layer + 2), weights[ways], strict=True):
+        w_hh, scan = rnn_extras.scan_options(stack.options, k, w_hh, x, sizes, stack.training, ragged, resets)
+        own.append((w_ih, w_hh, *(biases or (None, None))))
+        scans.append(scan)
+    y, h_n, c_n, cells = both_directions(call, x, [None if s is None else s[ways] for s in states], own, scans)
+    return y, h_n.unbind(), None if c_n is None else c_n.unbind(), None if cells is None else cells.unbind()
 
 
 def _layer(call, k, x, states, weights, case, stack, ragged, resets):

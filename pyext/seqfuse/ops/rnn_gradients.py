@@ -84,10 +84,38 @@ def bias_gradient(d_rows, by_scan=None):
     return d_rows.sum(0, dtype=torch.float32)
 
 
+def bias_gradients(call, d_rows, dan_rows, db_hh):
+    """(of b_ih, of b_hh), float32; db_hh: what the scan summed. They differ for a GRU's n gate only."""
+    if call.cell != "gru":
+        db = bias_gradient(d_rows, db_hh)
+        return db, db
+    ways = 2 if call.both else 1
+    inputs, hidden = [], []
+    for d, dan, db in zip(d_rows.chunk(ways, -1), dan_rows.chunk(ways, -1), db_hh.chunk(ways), strict=True):
+        H = dan.shape[-1]
+        db_rz = bias_gradient(d[:, : 2 * H], db[: 2 * H])
+        inputs += [db_rz, bias_gradient(d[:, 2 * H :])]
+        hidden += [db_rz, bias_gradient(dan, db[2 * H :])]
+    return torch.cat(inputs), torch.cat(hidden)
+
+
 def dw_hh(call, dxg, dan, y, h0, w_hh, options):
     """sum over t of da_t^T @ h_{t-1}, as GEMMs over the whole sequence. a's gradient is dxg, but dan for a GRU's n."""
-    lengths, resets, hidden_mask = options[:3]
     layout = batch_major(dxg)
+    if not call.both:
+        return _dw_hh(call, (dxg, dan, y), h0, w_hh, options, layout)
+    pieces = zip(*(t.chunk(2, -1) for t in (dxg, dan, y)), strict=True)
+    return torch.cat(
+        [
+            _dw_hh(call._replace(reverse=reverse), sequences, h0[reverse], w_hh.chunk(2)[reverse], options, layout)
+            for reverse, sequences in enumerate(pieces)
+        ]
+    )
+
+
+def _dw_hh(call, sequences, h0, w_hh, options, layout):
+    dxg, dan, y = sequences
+    lengths, resets, hidden_mask = options[:3]
     H, heads = y.shape[-1], y.shape[-1] // w_hh.shape[1]
     plain = y.dim() == 3 and resets is None and hidden_mask is None
     if plain and (lengths is None or not call.reverse or h0 is None):

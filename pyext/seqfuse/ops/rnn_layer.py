@@ -20,7 +20,7 @@ from seqfuse.ops import rnn_ragged
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
 from seqfuse.ops.products import linear, matmul
 from seqfuse.ops.rnn_gradients import (
-    bias_gradient,
+    bias_gradients,
     checkpoints,
     dw_hh,
     flat_rows,
@@ -29,7 +29,7 @@ from seqfuse.ops.rnn_gradients import (
     peephole_gradient,
     recomputed_scan_gradients,
 )
-from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, batch_major
+from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, SCAN_BOTH, batch_major
 from seqfuse.reference import PLAIN
 
 
@@ -52,7 +52,8 @@ class Joined:
 
 class ScanCall(NamedTuple):
     """How one layer and direction is run. save: keep what a backward pass needs. want_cells: c after each step is an
-    output. recompute: keep y and a few c only, and run the scan again in the backward pass. joined: where y is kept."""
+    output. recompute: keep y and a few c only, and run the scan again in the backward pass. joined: where y is kept.
+    both: both directions in one go, with tensors that lie together (csrc/include/seqfuse/rnn_both.h)."""
 
     cell: str
     backend: str
@@ -61,6 +62,7 @@ class ScanCall(NamedTuple):
     want_cells: bool = False
     recompute: bool = False
     joined: Joined | None = None
+    both: bool = False
 
 
 def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
@@ -78,11 +80,35 @@ def rnn_layer(call, x, h0, c0, weights, options=PLAIN):
     save = torch.is_grad_enabled() and (traced() or _any_requires_grad((*tensors, options.peephole)))
     # torch.compile decides by itself what to keep; a plain RNN keeps nothing but y anyway
     recompute = call.recompute and save and not traced() and (call.cell in ("gru", "lstm") or _zoneout(options))
-    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute, call.joined)
+    call = ScanCall(call.cell, call.backend, call.reverse, save, call.want_cells, recompute, call.joined, call.both)
     # as literals: with dynamic=True Dynamo would make a symbol of a float that comes from elsewhere
     fused = (None, None, None, None, None, None, 0.0, 0.0) if options is PLAIN else options[:FUSED_OPTIONS]
     y, h_n, c_n, _, cells = apply(RnnLayerFunction, *tensors, call, *fused)
     return y, h_n, c_n if call.cell == "lstm" else None, cells if call.want_cells else None
+
+
+def both_directions(call, x, states, weights, options):
+    """`rnn_layer` of both directions of a layer, in one go on a backend of SCAN_BOTH.
+
+    states: (h0, c0), [2, B, H] each or None. weights: for each direction (w_ih, w_hh, b_ih, b_hh), the biases may be
+    None. options: the ScanOptions of each; their masks may differ, nothing else.
+    Returns (y [T, B, 2H] in x's layout, h_n [2, B, H], c_n [2, B, H] or None, cells [2, T, B, H] if call.want_cells).
+    """
+
+    def together(pair, join=torch.cat):
+        return None if pair[0] is None else join(pair)
+
+    w_ih, w_hh, b_ih, b_hh = map(together, zip(*weights, strict=True))
+    options = options[0]._replace(
+        **{n: together([getattr(o, n) for o in options], torch.stack) for n in ("zone_h", "zone_c")}
+    )
+    h0, c0 = states
+    if h0 is None:
+        batch = x.shape[1] if x.dim() == 3 else options.lengths.shape[0]
+        h0 = x.new_zeros(2, batch, w_hh.shape[0] // (2 * reference.GATES[call.cell]))
+    if c0 is None and call.cell == "lstm":
+        c0 = torch.zeros_like(h0)  # not h0 itself: Dynamo takes no tensor twice
+    return rnn_layer(call._replace(both=True), x, h0, c0, (w_ih, w_hh, b_ih, b_hh), options)
 
 
 def projected_layer(call, x, h0, c0, weights, options=PLAIN):
@@ -132,6 +158,8 @@ def _zoneout(options):
 
 def _reference(call, tensors, options):
     """The same by the reference, differentiable twice."""
+    if call.both:
+        return _reference_of_both(call, tensors, options)
     if tensors[0].dim() == 2:  # rows: the reference is padded
         ragged = rnn_ragged.rows_of(options.lengths, int(options.lengths.max()))
         padded = {n: ragged.pad(t) for n in ("resets", "zone_h", "zone_c") if (t := getattr(options, n)) is not None}
@@ -150,6 +178,28 @@ def _reference(call, tensors, options):
     else:
         y, h_n, c_n, cells = run(*tensors)
     return y, h_n, c_n, cells if call.want_cells else None
+
+
+def _reference_of_both(call, tensors, options):
+    x, *states_and_weights = tensors
+    found = []
+    for i, reverse in enumerate((False, True)):
+        own = [None if t is None else t.chunk(2)[i] for t in states_and_weights]
+        own[:2] = [None if t is None else t.squeeze(0) for t in own[:2]]
+        zones = {n: t[i] for n in ("zone_h", "zone_c") if (t := getattr(options, n)) is not None}
+        one = call._replace(both=False, reverse=reverse)
+        found.append(_reference(one, (x, *own), options._replace(**zones)))
+    y, *rest = zip(*found, strict=True)
+    return torch.cat(y, -1), *(None if t[0] is None else torch.stack(t) for t in rest)
+
+
+def _scan_backend(call):
+    return SCAN_BOTH[call.backend] if call.both else SCAN[call.backend]
+
+
+def _way(call):
+    """The argument of a scan's direction, which a scan of both has not."""
+    return () if call.both else (call.reverse,)
 
 
 def _initial(cell, x, h0, c0, w_hh, lengths, width=None):
@@ -176,9 +226,8 @@ class RnnLayerFunction(torch.autograd.Function):
         h0, c0 = _initial(call.cell, x, h0, c0, w_hh, options[0])
         xg = _input_gates(x, w_ih, b_ih)
         keeps = call.want_cells or (call.recompute and call.cell == "lstm")
-        out = SCAN[call.backend].fwd(
-            call.cell, xg, h0, c0, w_hh, b_hh, *options, call.reverse, call.save and not call.recompute, keeps
-        )
+        save = call.save and not call.recompute
+        out = _scan_backend(call).fwd(call.cell, xg, h0, c0, w_hh, b_hh, *options, *_way(call), save, keeps)
         if not call.recompute or call.cell != "lstm":
             return out
         y, h_n, c_n, _, cells = out
@@ -227,8 +276,8 @@ class RnnLayerFunction(torch.autograd.Function):
                 call, grads, xg, y, gates, *first, (w_hh, b_hh), options
             )
         else:
-            dxg, dan, dh0, dc0, db_hh = SCAN[call.backend].bwd(
-                call.cell, *grads, y, gates, cells, *first, w_hh, *options, call.reverse
+            dxg, dan, dh0, dc0, db_hh = _scan_backend(call).bwd(
+                call.cell, *grads, y, gates, cells, *first, w_hh, *options, *_way(call)
             )
             if peephole is not None and needs[11]:
                 dpeephole = peephole_gradient(dxg, gates, cells, c0, call.reverse, options, peephole.dtype)
@@ -242,13 +291,8 @@ class RnnLayerFunction(torch.autograd.Function):
         if needs[4]:
             dw = dw_hh(call, dxg, dan, y, h0, w_hh, options)
         if needs[5] or needs[6]:
-            if call.cell == "gru":  # the n gate's two biases have different gradients
-                H = y.shape[-1]
-                db_rz = bias_gradient(d_rows[:, : 2 * H], db_hh[: 2 * H])
-                db_ih = torch.cat([db_rz, bias_gradient(d_rows[:, 2 * H :])]).to(x.dtype)
-                db_hh = torch.cat([db_rz, bias_gradient(flat_rows(dan, layout), db_hh[2 * H :])]).to(x.dtype)
-            else:
-                db_ih = db_hh = bias_gradient(d_rows, db_hh).to(x.dtype)
+            db_ih, db_hh = bias_gradients(call, d_rows, flat_rows(dan, layout) if call.cell == "gru" else None, db_hh)
+            db_ih, db_hh = db_ih.to(x.dtype), db_hh.to(x.dtype)
         return (
             dx,
             dh0 if needs[1] else None,

@@ -12,7 +12,8 @@ from seqfuse.ops.rnn_scan import CELLS
 
 
 class RecurrentCase(NamedTuple):
-    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call."""
+    """What the choice of a backend may depend on. extras: names of what goes beyond torch.nn's plain call.
+    tf32: float32 on a GPU whose products may be in tf32."""
 
     cell: str
     device: str
@@ -26,6 +27,7 @@ class RecurrentCase(NamedTuple):
     grad: bool
     extras: tuple[str, ...] = ()
     heads: int = 1
+    tf32: bool = False
 
     def shape_class(self) -> str:
         def power(n):
@@ -45,7 +47,13 @@ _FUSED = {
     "dropout of a projected h": "the fused scan runs over the state before its projection, so it has no projected h to "
     "drop or to keep",
 }
-_PLAIN_SCAN = "the CUDA C++ kernel, one launch a step, takes the plain scan only, without {}"
+# what the CUDA cluster kernel takes beyond the plain scan, and why it does not take the rest
+_CLUSTER_TAKES = ("lengths", "packed_sequence", "resets", "zoneout", "return_cell_states")
+_CLUSTER = {
+    "peephole": "the CUDA C++ kernels have no peepholes",
+    "heads": "the CUDA C++ kernels have no block-diagonal heads",
+    "variational_dropout of h": "the CUDA C++ kernels have no mask between h and its product",
+}
 _IN_THE_SCAN = (
     "lengths",
     "resets",
@@ -72,9 +80,37 @@ def _fused_refusal(case):
     return "the batch is empty" if case.B == 0 else case.extras and _extra_refusal(case, _FUSED)
 
 
+def _cuda_plans(case):
+    """The cluster kernel's launch plans for the forward pass and, with a gradient, the backward pass."""
+    number, scans = _DTYPE_NUMBERS[case.dtype], 2 if case.bidirectional and "recompute" not in case.extras else 1
+    options = any(e in _CLUSTER_TAKES and e != "return_cell_states" for e in case.extras)
+    dcells = case.grad and "return_cell_states" in case.extras
+    return [
+        native.rnn_cluster_plan_here(
+            CELLS[case.cell],
+            number,
+            case.B,
+            case.hidden_size,
+            scans,
+            case.tf32,
+            options or (backward and dcells),
+            backward,
+        )
+        for backward in (False, *([True] if case.grad else []))
+    ]
+
+
 def _cuda_refusal(case):
-    found = [e for e in case.extras if e in _IN_THE_SCAN or e == "packed_sequence"]
-    return _PLAIN_SCAN.format(found[0]) if found else None
+    """What the CUDA kernels don't take: the cluster kernel has some options, the one with a launch a step has none."""
+    if case.B == 0:
+        return "the batch is empty"
+    if refusal := _extra_refusal(case, {**_FUSED, **_CLUSTER}):
+        return refusal
+    option = next((e for e in case.extras if e in _CLUSTER_TAKES), None)
+    if option is None or (option == "return_cell_states" and not case.grad):
+        return None  # one launch a step will do
+    refusal = next((plan["refusal"] for plan in _cuda_plans(case) if plan["refusal"]), None)
+    return None if refusal is None else f"{option} needs the CUDA cluster kernel, and {refusal}"
 
 
 def torch_refusal(case):
@@ -163,8 +199,15 @@ _DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc
 
 
 def _cuda_path(case):
-    plan = native.rnn_cluster_plan_here(CELLS[case.cell], _DTYPE_NUMBERS[case.dtype], case.B, case.hidden_size)
-    return f"CUDA C++, {'per-step' if plan is None or plan['refusal'] else 'one cluster for each batch group'}"
+    """The launches of forward and, where it differs, backward."""
+    passes = [
+        f"one launch a step, as {plan['refusal']}"
+        if plan["refusal"]
+        else f"clusters of {plan['blocks']} blocks, {plan['groups']} in {plan['waves']} wave{'s' * (plan['waves'] > 1)}"
+        for plan in _cuda_plans(case)
+    ]
+    text = passes[0] if len(set(passes)) == 1 else f"forward {passes[0]}; backward {passes[1]}"
+    return f"CUDA C++, {text} ({library.NOT_RUN_ON_GPU})"
 
 
 def _never(*_):
@@ -190,9 +233,9 @@ def _backends():
             "cuda",
             _never,
             _never,
-            refuses(library.cuda_refusal, lambda c: _cuda_refusal(c) or _fused_refusal(c)),
-            _gpu_prefers,
+            refuses(library.cuda_refusal, _cuda_refusal),
             note=library.NOT_RUN_ON_GPU,
+            by_name_only=f"{library.NOT_RUN_ON_GPU}: only asked for by name",
             path=_cuda_path,
         ),
         dispatch.Backend("torch", _never, None, torch_refusal, note="PyTorch's own op", path=torch_path),

@@ -13,18 +13,40 @@ CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqf
 FUSED_OPTIONS = 8  # how many of ScanOptions the fused scans take
 
 
-def _scan_of(namespace):
+@torch.compiler.assume_constant_result  # Dynamo can't trace it; its guards hold the setting all the same
+def tf32_allowed() -> bool:
+    """Whether torch lets matrix products of float32 on a GPU use tf32: torch.set_float32_matmul_precision, or
+    torch.backends.cuda.matmul.fp32_precision, which knows of the former."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _scan_of(namespace, name="rnn_scan", extra=tuple):
+    """extra(): what the ops want beyond what every backend's scan is called with."""
+
     def fwd(cell, *args):
-        return getattr(torch.ops, namespace).rnn_scan_fwd(CELLS[cell], *args)
+        return getattr(getattr(torch.ops, namespace), f"{name}_fwd")(CELLS[cell], *args, *extra())
 
     def bwd(cell, *args):
-        return getattr(torch.ops, namespace).rnn_scan_bwd(CELLS[cell], *args)
+        return getattr(getattr(torch.ops, namespace), f"{name}_bwd")(CELLS[cell], *args, *extra())
 
     return dispatch.Backend(namespace, fwd, bwd)
 
 
+def _tf32():
+    return (tf32_allowed(),)
+
+
 # "cpu" and "cuda" are one torch op: torch's dispatcher goes by the tensors' device
-SCAN = {"cpu": _scan_of("seqfuse"), "cuda": _scan_of("seqfuse"), "triton": _scan_of("seqfuse_triton")}
+SCAN = {
+    "cpu": _scan_of("seqfuse"),
+    "cuda": _scan_of("seqfuse", extra=_tf32),
+    "triton": _scan_of("seqfuse_triton"),
+}
+# Backends that run both directions of a layer in one go. The same arguments, without `reverse`, of tensors that lie
+# together: csrc/include/seqfuse/rnn_both.h. The CPU has the op too, as one scan after the other, for tests: there is
+# nothing to be gained.
+SCAN_BOTH = {"cuda": _scan_of("seqfuse", "rnn_scan_both", extra=_tf32)}
+SCAN_BOTH_ON_CPU = _scan_of("seqfuse", "rnn_scan_both")
 
 
 def batch_major(x):
@@ -40,7 +62,7 @@ def _empty_like_layout(like, width):
 
 
 def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h,
-              zoneout_c, reverse, save, want_cells):  # fmt: skip
+              zoneout_c, reverse, save, want_cells, tf32=False):  # fmt: skip
     B, H = h0.shape
     lead, lstm = xg.shape[:-1], cell == CELLS["lstm"]
     width = 4 * H if cell >= CELLS["gru"] else H if zone_h is not None or zoneout_h != 0.0 else 0
@@ -55,6 +77,27 @@ def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *opti
     dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
     db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
     return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
+
+
+def _fake_both_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h,
+                   zoneout_c, save, want_cells, tf32=False):  # fmt: skip
+    y, h_n, c_n, gates, cells = _fake_fwd(
+        cell, xg, h0[0], c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c,
+        False, save, want_cells,
+    )  # fmt: skip
+
+    def twice(t):
+        return t.new_empty(2, *t.shape) if t.dim() > 1 else t
+
+    return _empty_like_layout(xg, 2 * h0.shape[-1]), twice(h_n), twice(c_n), twice(gates), twice(cells)
+
+
+def _fake_both_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, *rest):
+    H, (_, w_hh) = h0.shape[-1], rest[:2]
+    dan = _empty_like_layout(y, 2 * H) if cell == CELLS["gru"] else y.new_empty(0)
+    dc0 = y.new_empty(h0.shape if cell == CELLS["lstm"] else (0,))
+    db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
+    return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(h0.shape), dc0, db
 
 
 def _launch(name):
@@ -82,5 +125,7 @@ library.register_op(
     _fake_bwd,
     _launch("rnn_scan_bwd"),
 )
-for _name in ("rnn_scan_fwd", "rnn_scan_bwd"):
+library.register_fake("rnn_scan_both_fwd", _fake_both_fwd)
+library.register_fake("rnn_scan_both_bwd", _fake_both_bwd)
+for _name in ("rnn_scan_fwd", "rnn_scan_bwd", "rnn_scan_both_fwd", "rnn_scan_both_bwd"):
     library.register_vmap(_name)
