@@ -31,31 +31,6 @@ struct ForwardScratch {
   }
 };
 
-// One row of scores becomes weights; `out` is its row of results so far, n long.
-SEQFUSE_INLINE void softmax_row(float* __restrict s, Range c, float factor, float& m, float& l, float* __restrict out,
-                                int64_t n) {
-  vf top0 = splat(-__builtin_inff()), top1 = top0;
-  for (int64_t j = c.begin; j < c.end; j += 2 * VL) top0 = max(top0, load(s + j)), top1 = max(top1, load(s + j + VL));
-  const float block_top = largest(max(top0, top1)) * factor;
-  const float next = block_top > m ? block_top : m;
-  if (next == -__builtin_inff()) {  // nothing seen so far, unless a score is NaN
-    for (int64_t j = c.begin; j < c.end; j += VL) store(s + j, select(load(s + j) == load(s + j), vf{}, load(s + j)));
-    return;
-  }
-  const vf f = splat(factor), shift = splat(next);
-  vf sum0{}, sum1{};
-  for (int64_t j = c.begin; j < c.end; j += 2 * VL) {
-    const vf a = exp2(load(s + j) * f - shift), b = exp2(load(s + j + VL) * f - shift);
-    store(s + j, a), store(s + j + VL, b);
-    sum0 += a, sum1 += b;
-  }
-  const float shrink = m == next ? 1.0f : exp2(m - next);
-  l = l * shrink + sum(sum0 + sum1);
-  m = next;
-  if (shrink != 1.0f)
-    for (int64_t j = 0; j < n; j += VL) store(out + j, load(out + j) * shrink);
-}
-
 template <class T>
 void forward_tile(const AttentionForward& a, const Dropout& dropout, const Sequence& seq, const Unit& u,
                   ForwardScratch& w) {

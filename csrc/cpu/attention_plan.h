@@ -130,13 +130,12 @@ struct BlockView {
 
   BlockView(const Sequence& seq, int64_t block, int64_t i0, int64_t rows) {
     first = block * block_keys, keys = clamp(seq.keys - first, 0, block_keys);
-    whole = keys == block_keys;
+    whole = seq.seen(i0).end >= first + block_keys && seq.seen(i0 + rows - 1).begin <= first;
     for (int64_t s = 0; s < strips; s++) {
       const Range r = seq.seen_by(i0 + s * tile_rows, i0 + clamp((s + 1) * tile_rows, 0, rows));
       seen[s] = {clamp(r.begin - first, 0, keys), clamp(r.end - first, 0, keys)};
       if (s * tile_rows >= rows || seen[s].empty()) seen[s] = {0, 0};
       panels[s] = {seen[s].begin / tile_columns * tile_columns, round_up(seen[s].end, tile_columns)};
-      if (s * tile_rows < rows) whole = whole && seen[s].begin == 0 && seen[s].end == block_keys;
     }
   }
 

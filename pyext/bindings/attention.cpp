@@ -189,6 +189,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor dout_in, std::opt
   return {dq, dk, dv, dbias};
 }
 
+// What a dense cache [B, Hkv, T, *] and pages [P, Hkv, page, *] with a table [B, M] have in common: sets Tk, page,
+// pages, total_pages and block_table of decode's or append's arguments.
+template <class Args>
+void fill_cache(Args& a, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, std::optional<Tensor>& table) {
+  check_cpu_dtype(q, "q");
+  check_like(k_cache, q, "k_cache"), check_like(v_cache, q, "v_cache");
+  a.dtype = dtype_of(q, "q");
+  a.Hkv = k_cache.size(1), a.D = k_cache.size(3), a.Dv = v_cache.size(3), a.Tk = k_cache.size(2);
+  check_shape(v_cache, {k_cache.size(0), a.Hkv, a.Tk, a.Dv}, "v_cache");
+  if (table) {
+    STD_TORCH_CHECK(table->dim() == 2 && table->size(0) == a.B, "block_table must be [B, pages of a sequence]");
+    a.page = a.Tk, a.pages = table->size(1), a.total_pages = k_cache.size(0), a.Tk = a.page * a.pages;
+    STD_TORCH_CHECK(a.total_pages > 0 && a.page > 0, "k_cache has no pages");
+    a.block_table = indices(table, q, a.B * a.pages, "block_table");
+  } else {
+    STD_TORCH_CHECK(k_cache.size(0) == a.B, "k_cache must have the batch of q, or a block_table");
+  }
+}
+
+std::tuple<Tensor, Tensor> decode_cpu(Tensor q_in, Tensor k_in, Tensor v_in, Tensor lengths_in,
+                                      std::optional<Tensor> block_table, std::optional<Tensor> alibi_slopes,
+                                      double scale, int64_t window_left, int64_t window_right, double softcap) {
+  const Tensor q = rows_dense(q_in, "q"), k = rows_dense(k_in, "k_cache"), v = rows_dense(v_in, "v_cache");
+  AttentionDecode a{};
+  a.B = q.size(0), a.Hq = q.size(1), a.Tq = q.size(2);
+  fill_cache(a, q, k, v, block_table);
+  STD_TORCH_CHECK(q.size(3) == a.D, "q and k_cache must have one head dimension");
+  STD_TORCH_CHECK(a.Hkv ? a.Hq % a.Hkv == 0 : a.Hq == 0, "q's ", a.Hq, " heads must be a multiple of the cache's ",
+                  a.Hkv);
+  std::optional<Tensor> lengths = lengths_in;
+  a.lengths = indices(lengths, q, a.B, "lengths");
+  a.alibi_slopes = slopes_of(alibi_slopes, q, a.B, a.Hq, &a.alibi_batch);
+  a.q = view_of(q), a.k = view_of(k), a.v = view_of(v);
+  a.scale = float(scale), a.softcap = float(softcap), a.window_left = window_left, a.window_right = window_right;
+  Tensor out = empty_like(q_in, a.Dv), lse = empty(q, {a.B, a.Hq, a.Tq}, ScalarType::Float);
+  a.out = view_of(out), a.lse = pointer<float>(lse);
+  if (lse.numel()) attention_decode_cpu(a, torch_threads());
+  return {out, lse};
+}
+
+void append_cpu(Tensor k_cache, Tensor v_cache, Tensor k_in, Tensor v_in, Tensor lengths_in,
+                std::optional<Tensor> block_table) {
+  const Tensor k = rows_dense(k_in, "k"), v = rows_dense(v_in, "v");
+  for (const Tensor& t : {k_cache, v_cache})
+    STD_TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) <= 1),
+                    "a cache must be dense in its last dimension");
+  KvCacheAppend a{};
+  a.B = k.size(0), a.Tn = k.size(2);
+  fill_cache(a, k, k_cache, v_cache, block_table);
+  check_like(v, k, "v");
+  check_shape(k, {a.B, a.Hkv, a.Tn, a.D}, "k"), check_shape(v, {a.B, a.Hkv, a.Tn, a.Dv}, "v");
+  std::optional<Tensor> lengths = lengths_in;
+  a.lengths = indices(lengths, k, a.B, "lengths");
+  for (int64_t b = 0; b < a.B; b++) {
+    const int64_t n = a.lengths.wide ? static_cast<const int64_t*>(a.lengths.data)[b]
+                                     : int64_t(static_cast<const int32_t*>(a.lengths.data)[b]);
+    STD_TORCH_CHECK(n >= 0 && n + a.Tn <= a.Tk, "sequence ", b, " has ", n, " keys and gets ", a.Tn,
+                    " more, but its cache holds ", a.Tk);
+  }
+  a.k_cache = view_of(k_cache), a.v_cache = view_of(v_cache), a.k = view_of(k), a.v = view_of(v);
+  kv_cache_append_cpu(a, torch_threads());
+}
+
 }  // namespace
 
 // the options are the fields of reference.AttentionOptions, in their order
@@ -216,6 +279,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&forward_cpu));
   m.impl("attention_bwd", TORCH_BOX(&backward_cpu));
+  m.impl("attention_decode", TORCH_BOX(&decode_cpu));
+  m.impl("kv_cache_append", TORCH_BOX(&append_cpu));
 }
 
 }  // namespace seqfuse
