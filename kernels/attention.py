@@ -49,7 +49,7 @@ def _plane(x: torch.Tensor | None) -> Plane | None:
     return Plane(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides)
 
 
-def _window(width: int) -> int | None:
+def window(width: int) -> int | None:
     return None if width < 0 or width >= _FAR else width
 
 
@@ -76,8 +76,8 @@ def _options(
         sequences=None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, query_start=whole[3],
         seed=None if drop is None else seed, drop_below=drop,
         keep_scale=None if drop is None else 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        scale=float(scale), softcap=float(softcap) or None, window_left=_window(window_left),
-        window_right=_window(window_right), top_left=1 if top_left else None,
+        scale=float(scale), softcap=float(softcap) or None, window_left=window(window_left),
+        window_right=window(window_right), top_left=1 if top_left else None,
     )  # fmt: skip
 
 
@@ -127,6 +127,13 @@ class Call:
             return common.cdiv(rows, block)
         return rows // block + self.o.sequences + 1
 
+    def edge(self, tiles: attention_plan.Tiles) -> bool:
+        """Whether any tile may hold a query or key that does not exist, or a key that a window hides."""
+        o = self.o
+        given = (o.key_lengths, o.sequences, o.window_left, o.window_right)
+        _, _, Tq, Tk = self.sizes
+        return any(x is not None for x in given) or Tq % tiles.block_m > 0 or Tk % tiles.block_n > 0
+
     def constants(self, tiles: attention_plan.Tiles) -> dict:
         D, DV = self.q.shape[3], self.v.shape[3]
         return {
@@ -174,7 +181,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, *rest, tiles=None):
     call = Call.of(q, k, v, options, tiles)
     dout, out = rows(dout), rows(out)
     with common.on_device(q):
-        delta = _delta(out, dout, dlse)
+        delta = _delta(out, dout, dlse, lse)
         tensors = (strided(call.q), strided(call.k), strided(call.v), strided(dout), lse, delta)
         if deterministic:
             _launch_queries(call, tensors, dq)
@@ -190,14 +197,14 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, *rest, tiles=None):
     return dq, dk, dv, dbias
 
 
-def _delta(out, dout, dlse):
+def _delta(out, dout, dlse, lse):
     B, H, Tq, DV = out.shape
     delta = out.new_empty((B, H, Tq), dtype=torch.float32)
     block = max(1, min(64, 8192 // attention_plan.padded(DV)))
     tiles = common.cdiv(Tq, block)
     common.launch(
-        row_kernel, (tiles * H * B,), strided(out), strided(dout), None if dlse is None else dlse.contiguous(), delta,
-        H, Tq, tiles, DV=DV, BLOCK_DV=attention_plan.padded(DV), BLOCK_M=block, num_warps=4,
+        row_kernel, (tiles * H * B,), strided(out), strided(dout), None if dlse is None else dlse.contiguous(), lse,
+        delta, H, Tq, tiles, DV=DV, BLOCK_DV=attention_plan.padded(DV), BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     return delta
 
@@ -209,7 +216,7 @@ def _launch_queries(call, tensors, dq):
     batches = 1 if call.o.sequences is not None else call.q.shape[0]
     common.launch(
         query_kernel, (slots * H * batches,), *tensors, strided(dq), call.o, H, group, Tq, Tk, slots,
-        **call.constants(shape),
+        EDGE=call.edge(shape), **call.constants(shape),
     )  # fmt: skip
 
 
@@ -220,7 +227,7 @@ def _launch_keys(call, tensors, dq32, dk, dv):
     batches = 1 if call.o.sequences is not None else call.q.shape[0]
     common.launch(
         key_kernel, (slots * H // group * batches,), *tensors, dq32, strided(dk), strided(dv), call.o,
-        H // group, group, Tq, Tk, slots, **call.constants(shape),
+        H // group, group, Tq, Tk, slots, EDGE=call.edge(shape), **call.constants(shape),
     )  # fmt: skip
 
 

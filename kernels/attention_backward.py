@@ -20,15 +20,16 @@ import triton
 import triton.language as tl
 
 from .attention_options import (
-    LOG2E, edge_block, kept, key_blocks, load_tile, locate, query_blocks, scores, store_tile,
+    LOG2E, kept, key_blocks, load_tile, locate, query_blocks, scores, store_tile,
 )  # fmt: skip
 
 
 @triton.jit
 def row_kernel(
-    out, dout, dlse, delta_ptr, H, Tq, tiles, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """delta [B, Hq, Tq]; dlse likewise, or None."""
+    out, dout, dlse, lse_ptr, delta_ptr, H, Tq, tiles,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta [B, Hq, Tq], 0 where a query sees no key; dlse likewise, or None."""
     i0 = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -38,44 +39,58 @@ def row_kernel(
     i = i0 + tl.arange(0, BLOCK_M)
     if dlse is not None:
         delta -= tl.load(dlse + bh * Tq + i, i < Tq, other=0.0)
-    tl.store(delta_ptr + bh * Tq + i, delta, i < Tq)
+    lse = tl.load(lse_ptr + bh * Tq + i, i < Tq, other=0.0)
+    tl.store(delta_ptr + bh * Tq + i, tl.where(lse == float("-inf"), 0.0, delta), i < Tq)
 
 
 @triton.jit
-def _load_rows(lse, delta, first, i0, queries, BLOCK_M: tl.constexpr):
-    """(log2(e) * lse, delta) of a tile's queries; infinity for those that see nothing, so that 2^(s - lse) is 0."""
+def _load_lse(lse, first, i0, queries, BLOCK_M: tl.constexpr, INSIDE: tl.constexpr):
+    """log2(e) * lse of a tile's queries; infinity for those that see nothing, so that 2^(s - lse) is 0."""
     i = i0 + tl.arange(0, BLOCK_M)
-    row_lse = tl.load(lse + first + i, i < queries, other=float("-inf"))
-    nothing = row_lse == float("-inf")
-    row_delta = tl.where(nothing, 0.0, tl.load(delta + first + i, i < queries, other=0.0))
-    return tl.where(nothing, float("inf"), row_lse * LOG2E), row_delta
+    if INSIDE:
+        row = tl.load(lse + first + i)
+    else:
+        row = tl.load(lse + first + i, i < queries, other=float("-inf"))
+    return tl.where(row == float("-inf"), float("inf"), row * LOG2E)
 
 
 @triton.jit
-def _gradient(
-    qk, dp, lse, delta, o, b, h, i0, j0, queries, keys, shift,
+def _load_delta(delta, first, i0, queries, BLOCK_M: tl.constexpr, INSIDE: tl.constexpr):
+    i = i0 + tl.arange(0, BLOCK_M)
+    if INSIDE:
+        return tl.load(delta + first + i)
+    else:
+        return tl.load(delta + first + i, i < queries, other=0.0)
+
+
+@triton.jit
+def _weights(
+    qk, lse, o, b, h, i0, j0, queries, keys, shift,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """(weights of v, ds, dx) from the products q k^T and dout v^T: [BLOCK_M, BLOCK_N], or transposed: KEYS_FIRST."""
+    """(p, keep, softcap') from the products q k^T: [BLOCK_M, BLOCK_N], or transposed: KEYS_FIRST."""
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     if KEYS_FIRST:
-        i, j, lse, delta = i[None, :], j[:, None], lse[None, :], delta[None, :]
+        i, j, lse = i[None, :], j[:, None], lse[None, :]
     else:
-        i, j, lse, delta = i[:, None], j[None, :], lse[:, None], delta[:, None]
+        i, j, lse = i[:, None], j[None, :], lse[:, None]
     s, slope = scores(qk, o, b, h, i, j, queries, keys, shift, EDGE)
     exponent = s - lse
     if o.bias is not None:
         exponent = tl.minimum(exponent, 0.0)  # a bias near the lowest float rounds to more than the lse it is part of
-    p = tl.exp2(exponent)
-    weight = p
+    keep = qk  # nothing
     if o.seed is not None:
         keep = kept(o, b, h, i0, j0, BLOCK_M, BLOCK_N)
         if KEYS_FIRST:
             keep = tl.trans(keep)
-        weight = tl.where(keep != 0, p * o.keep_scale, 0.0)
-        dp = tl.where(keep != 0, dp * o.keep_scale, 0.0)
-    ds = p * (dp - delta)
-    return weight, ds, ds * slope
+    return tl.exp2(exponent), keep, slope
+
+
+@triton.jit
+def _dropped(o, x, keep):
+    if o.seed is not None:
+        x = tl.where(keep != 0, x * o.keep_scale, 0.0)
+    return x
 
 
 @triton.jit
@@ -90,7 +105,8 @@ def _query_step(
     v_tile = load_tile(v, v_stride, j0, keys, BLOCK_N, DV, BLOCK_DV, not EDGE)
     qk = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
     dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
-    _, _, dx = _gradient(qk, dp, lse, delta, o, b, h, i0, j0, queries, keys, shift, BLOCK_M, BLOCK_N, False, EDGE)
+    p, keep, slope = _weights(qk, lse, o, b, h, i0, j0, queries, keys, shift, BLOCK_M, BLOCK_N, False, EDGE)
+    dx = p * (_dropped(o, dp, keep) - delta[:, None]) * slope
     return tl.dot(dx.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
 
@@ -98,7 +114,7 @@ def _query_step(
 def query_kernel(
     q, k, v, dout, lse_ptr, delta_ptr, dq, o, H, GROUP, Tq, Tk, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     memory_b, h, b, i0, first_q, queries, first_k, keys, shift = locate(
         o, tl.program_id(0), tiles, H, Tq, Tk, "q", BLOCK_M
@@ -115,37 +131,40 @@ def query_kernel(
     dout_tile = load_tile(
         dout.data + memory_b * dout.b + h64 * dout.h + row * dout.t, dout.t, i0, queries, BLOCK_M, DV, BLOCK_DV, False
     )
-    lse, delta = _load_rows(lse_ptr, delta_ptr, (memory_b * H + h64) * Tq + row, i0, queries, BLOCK_M)
+    row += (memory_b * H + h64) * Tq
+    lse, delta = _load_lse(lse_ptr, row, i0, queries, BLOCK_M, not EDGE), _load_delta(delta_ptr, row, i0, queries, BLOCK_M, not EDGE)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     at = (h, b, i0, queries, keys, shift)
-    b0, b1, b2, b3 = key_blocks(o, i0, tl.minimum(i0 + BLOCK_M, queries) - 1, shift, keys, BLOCK_N)
-    for block in tl.range(b1, b2, num_stages=STAGES):
+    b0, _, _, b3 = key_blocks(o, i0, tl.minimum(i0 + BLOCK_M, queries) - 1, shift, keys, BLOCK_N)
+    for block in tl.range(b0, b3, num_stages=STAGES):
         acc = _query_step(acc, q_tile, dout_tile, lse, delta, k_base, k.t, v_base, v.t, o, at, block,
-                          D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, PRECISION)  # fmt: skip
-    for trip in tl.range(0, b1 - b0 + b3 - b2, num_stages=1):
-        acc = _query_step(acc, q_tile, dout_tile, lse, delta, k_base, k.t, v_base, v.t, o, at,
-                          edge_block(trip, b0, b1, b2),
-                          D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, PRECISION)  # fmt: skip
-    dq_base = dq.data + memory_b * dq.b + h64 * dq.h + row * dq.t
+                          D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE, PRECISION)  # fmt: skip
+    dq_base = dq.data + memory_b * dq.b + h64 * dq.h + first_q.to(tl.int64) * dq.t
     store_tile(dq_base, dq.t, i0, queries, acc * o.scale, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q, q_stride, dout, dout_stride, lse_ptr, delta_ptr, dq_ptr, o, at, block,
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, dq_ptr, o, at, H, Tq, g, block,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    h, b, j0, row, queries, keys, shift = at
+    h, b, memory_b, first_q, j0, queries, keys, shift = at
+    h += g
+    h64 = h.to(tl.int64)
+    row = (memory_b * H + h64) * Tq + first_q
+    q_base = q.data + memory_b * q.b + h64 * q.h + first_q.to(tl.int64) * q.t
+    dout_base = dout.data + memory_b * dout.b + h64 * dout.h + first_q.to(tl.int64) * dout.t
     i0 = block * BLOCK_M
-    q_tile = load_tile(q, q_stride, i0, queries, BLOCK_M, D, BLOCK_D, not EDGE)
-    dout_tile = load_tile(dout, dout_stride, i0, queries, BLOCK_M, DV, BLOCK_DV, not EDGE)
-    lse, delta = _load_rows(lse_ptr, delta_ptr, row, i0, queries, BLOCK_M)
+    q_tile = load_tile(q_base, q.t, i0, queries, BLOCK_M, D, BLOCK_D, not EDGE)
+    dout_tile = load_tile(dout_base, dout.t, i0, queries, BLOCK_M, DV, BLOCK_DV, not EDGE)
     qk = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    dp = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
-    weight, _, dx = _gradient(qk, dp, lse, delta, o, b, h, i0, j0, queries, keys, shift, BLOCK_M, BLOCK_N, True, EDGE)
-    dv = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-    dx = dx.to(q_tile.dtype)
+    lse = _load_lse(lse_ptr, row, i0, queries, BLOCK_M, not EDGE)
+    p, keep, slope = _weights(qk, lse, o, b, h, i0, j0, queries, keys, shift, BLOCK_M, BLOCK_N, True, EDGE)
+    dv = tl.dot(_dropped(o, p, keep).to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)  # only now: the registers of qk are free again
+    delta = _load_delta(delta_ptr, row, i0, queries, BLOCK_M, not EDGE)
+    dx = (p * (_dropped(o, dp, keep) - delta[None, :]) * slope).to(q_tile.dtype)
     dk = tl.dot(dx, q_tile, dk, input_precision=PRECISION)
     if dq_ptr is not None:
         part = tl.dot(tl.trans(dx), k, input_precision=PRECISION)
@@ -159,7 +178,7 @@ def _key_step(
 def key_kernel(
     q, k, v, dout, lse_ptr, delta_ptr, dq_ptr, dk, dv, o, H, GROUP, Tq, Tk, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_ptr: float32 [B, Hq, Tq, D], zero at the start, or None. H: heads of the keys here."""
     memory_b, kv_h, b, j0, first_q, queries, first_k, keys, shift = locate(
@@ -178,29 +197,17 @@ def key_kernel(
     )
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    b0, b1, b2, b3 = query_blocks(o, j0, tl.minimum(j0 + BLOCK_N, keys) - 1, shift, queries, BLOCK_M)
+    b0, _, _, b3 = query_blocks(o, j0, tl.minimum(j0 + BLOCK_N, keys) - 1, shift, queries, BLOCK_M)
     if o.key_lengths is not None:
         b3 = tl.where(j0 < keys, b3, b0)
-        b1, b2 = tl.minimum(b1, b3), tl.minimum(b2, b3)
-    if dq_ptr is not None:  # keys that do not exist must not reach dq; dk and dv drop them at the end
-        b2 = tl.where(j0 + BLOCK_N > keys, b1, b2)
-    for g in range(0, GROUP):
-        h = kv_h * GROUP + g
-        h64 = h.to(tl.int64)
-        row = (memory_b * H * GROUP + h64) * Tq + first_q
-        q_base = q.data + memory_b * q.b + h64 * q.h + first_q.to(tl.int64) * q.t
-        dout_base = dout.data + memory_b * dout.b + h64 * dout.h + first_q.to(tl.int64) * dout.t
-        at = (h, b, j0, row, queries, keys, shift)
-        for block in tl.range(b1, b2, num_stages=STAGES):
-            dk_tile, dv_tile = _key_step(
-                dk_tile, dv_tile, k_tile, v_tile, q_base, q.t, dout_base, dout.t, lse_ptr, delta_ptr, dq_ptr, o, at,
-                block, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, PRECISION,
-            )  # fmt: skip
-        for trip in tl.range(0, b1 - b0 + b3 - b2, num_stages=1):
-            dk_tile, dv_tile = _key_step(
-                dk_tile, dv_tile, k_tile, v_tile, q_base, q.t, dout_base, dout.t, lse_ptr, delta_ptr, dq_ptr, o, at,
-                edge_block(trip, b0, b1, b2), D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, PRECISION,
-            )  # fmt: skip
+    trips = b3 - b0
+    at = (kv_h * GROUP, b, memory_b, first_q, j0, queries, keys, shift)
+    for trip in tl.range(0, trips * GROUP, num_stages=STAGES):  # one loop, so that heads follow each other unbroken
+        dk_tile, dv_tile = _key_step(
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, dq_ptr, o, at, H * GROUP, Tq,
+            trip // trips, b0 + trip % trips,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE, PRECISION,
+        )  # fmt: skip
     exists = (j0 + tl.arange(0, BLOCK_N) < keys)[:, None]
     dk_base = dk.data + memory_b * dk.b + kv_h64 * dk.h + column * dk.t
     dv_base = dv.data + memory_b * dv.b + kv_h64 * dv.h + column * dv.t
@@ -223,7 +230,16 @@ def bias_kernel(
     plane = rest // tl.cdiv(Tq, BLOCK_M)
     shared_b, shared_h = B // BIAS_B, H // BIAS_H  # how many batches and heads add up: all or one
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for pair in tl.range(0, shared_b * shared_h, num_stages=STAGES):
+    pairs = shared_b * shared_h
+    if o.query_start is None:  # the same keys are hidden in every batch
+        shift = plane * 0 + (Tk - Tq)
+        if o.top_left is not None:
+            shift = plane * 0
+        if o.window_right is not None:
+            pairs = tl.where(j0 > i0 + BLOCK_M - 1 + shift + o.window_right, 0, pairs)
+        if o.window_left is not None:
+            pairs = tl.where(j0 + BLOCK_N - 1 < i0 + shift - o.window_left, 0, pairs)
+    for pair in tl.range(0, pairs, num_stages=STAGES):
         b = plane // BIAS_H + pair // shared_h
         h = plane % BIAS_H + pair % shared_h
         shift = b * 0 + (Tk - Tq)
@@ -240,12 +256,12 @@ def bias_kernel(
         k_tile = load_tile(k.data + b64 * k.b + kv_h * k.h, k.t, j0, keys, BLOCK_N, D, BLOCK_D, False)
         v_tile = load_tile(v.data + b64 * v.b + kv_h * v.h, v.t, j0, keys, BLOCK_N, DV, BLOCK_DV, False)
         dout_tile = load_tile(dout.data + b64 * dout.b + h64 * dout.h, dout.t, i0, Tq, BLOCK_M, DV, BLOCK_DV, False)
-        lse, delta = _load_rows(lse_ptr, delta_ptr, (b64 * H + h64) * Tq, i0, Tq, BLOCK_M)
+        row = (b64 * H + h64) * Tq
+        lse, delta = _load_lse(lse_ptr, row, i0, Tq, BLOCK_M, False), _load_delta(delta_ptr, row, i0, Tq, BLOCK_M, False)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-        _, ds, _ = _gradient(qk, dp, lse, delta, o, b, h, i0, j0, Tq, tl.maximum(keys, 1), shift,
-                             BLOCK_M, BLOCK_N, False, True)  # fmt: skip
-        acc += ds
+        p, keep, _ = _weights(qk, lse, o, b, h, i0, j0, Tq, keys, shift, BLOCK_M, BLOCK_N, False, True)
+        acc += p * (_dropped(o, dp, keep) - delta[:, None])
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     at = dbias_ptr + (plane.to(tl.int64) * Tq + i.to(tl.int64)[:, None]) * Tk + j[None, :]
     tl.store(at, acc.to(dbias_ptr.dtype.element_ty), (i < Tq)[:, None] & (j < Tk)[None, :])

@@ -37,3 +37,42 @@ def kind(dtype: torch.dtype, tf32: bool) -> str:
 
 def padded(width: int) -> int:
     return max(16, common.next_power_of_2(width))
+
+
+# (kernel, kind, whether for Hopper) -> padded head dimension -> rows, the first that fits. A head dimension takes the
+# next larger one's rows. `_EXTRA` rows replace them where a bias, mask, softcap, slopes or dropout take registers too.
+_HOPPER, _OTHER = True, False
+_TABLE: dict[tuple[str, str, bool], dict[int, tuple[Tiles, ...]]] = {
+    ("forward", "half", _HOPPER): {
+        64: (Tiles(128, 128, 8, 3),),
+        128: (Tiles(128, 128, 8, 2),),
+        256: (Tiles(128, 64, 8, 2),),
+        512: (Tiles(64, 32, 8, 2),),
+    },
+    ("forward", "half", _OTHER): {
+        64: (Tiles(64, 64, 4, 3),),
+        128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)),
+        256: (Tiles(64, 32, 8, 2),),
+        512: (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+    },
+    ("query", "half", _HOPPER): {
+        64: (Tiles(128, 64, 8, 3),),
+        128: (Tiles(128, 64, 8, 2),),
+        256: (Tiles(64, 32, 8, 2),),
+    },
+    ("query", "half", _OTHER): {
+        64: (Tiles(64, 64, 4, 2),),
+        128: (Tiles(64, 32, 4, 2),),
+        256: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)),
+    },
+    ("key", "half", _HOPPER): {
+        64: (Tiles(64, 128, 8, 2),),
+        128: (Tiles(32, 128, 8, 2),),
+        256: (Tiles(32, 64, 8, 2),),
+    },
+    ("key", "half", _OTHER): {
+        64: (Tiles(64, 64, 4, 2),),
+        128: (Tiles(32, 64, 4, 2),),
+        256: (Tiles(16, 64, 8, 2), Tiles(16, 32, 8, 1)),
+    },
+}
