@@ -41,12 +41,12 @@ def output_like(x: torch.Tensor, width: int) -> torch.Tensor:
     return x.new_empty(B, H, T, width)
 
 
-def _plane(x: torch.Tensor | None) -> Plane | None:
+def _plane(x: torch.Tensor | None, width: int) -> Plane | None:
     """Broadcast dimensions get the stride 0."""
     if x is None:
         return None
     strides = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    return Plane(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides)
+    return Plane(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides, width)
 
 
 def window(width: int) -> int | None:
@@ -61,7 +61,7 @@ def slopes_of(alibi_slopes: torch.Tensor | None) -> tuple[torch.Tensor | None, i
 
 
 def _options(
-    bias, mask, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, query_start, seed,
+    keys, bias, mask, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, query_start, seed,
     scale, window_left, window_right, top_left, softcap, dropout_p,
 ) -> Options:  # fmt: skip
     slopes, slopes_b = slopes_of(alibi_slopes)
@@ -71,7 +71,7 @@ def _options(
         drop = threshold - 1 if threshold <= 2**31 else threshold - 1 - 2**32
     whole = [None if t is None else t.contiguous() for t in (key_lengths, cu_seqlens_q, cu_seqlens_k, query_start)]
     return Options(
-        bias=_plane(bias), mask=_plane(mask), slopes=slopes, slopes_b=slopes_b,
+        bias=_plane(bias, keys), mask=_plane(mask, keys), slopes=slopes, slopes_b=slopes_b,
         key_lengths=whole[0], starts_q=whole[1], starts_k=whole[2],
         sequences=None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, query_start=whole[3],
         seed=None if drop is None else seed, drop_below=drop,
@@ -99,7 +99,7 @@ class Call:
 
     @classmethod
     def of(cls, q, k, v, options, tiles=None) -> Call:
-        return cls(rows(q), rows(k), rows(v), _options(*options), tiles or {})
+        return cls(rows(q), rows(k), rows(v), _options(k.shape[2], *options), tiles or {})
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

@@ -41,6 +41,7 @@ class Plane(NamedTuple):
     h: int
     i: int
     j: int
+    width: int  # Tk
 
 
 class Options(NamedTuple):
@@ -181,10 +182,14 @@ def store_tile(base, stride, first, rows, value, BLOCK: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def load_plane(plane, b, h, i, j):
-    """Its values at the index tensors i and j, which broadcast to a tile."""
+def load_plane(plane, b, h, i, j, EDGE: tl.constexpr):
+    """Its values at the index tensors i and j, which broadcast to a tile; i must exist, j unless EDGE."""
     at = plane.data + (tl.zeros([], tl.int64) + b) * plane.b + (tl.zeros([], tl.int64) + h) * plane.h
-    return tl.load(at + i.to(tl.int64) * plane.i + j.to(tl.int64) * plane.j)
+    at = at + i.to(tl.int64) * plane.i + j * plane.j
+    if EDGE:  # a mask, for a j cut off at the end would hide from the compiler that neighbours lie side by side
+        return tl.load(at, (j < plane.width) & (i >= 0), other=0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -201,9 +206,9 @@ def scores(qk, o, b, h, i, j, queries, keys, shift, EDGE: tl.constexpr):
     if o.slopes is not None:
         alibi = tl.load(o.slopes + b * o.slopes_b + h) * LOG2E
         s -= alibi * tl.abs(i + shift - j).to(tl.float32)
-    i_there, j_there = tl.minimum(i, queries - 1), tl.minimum(j, keys - 1)
+    i_there = tl.minimum(i, queries - 1)
     if o.bias is not None:
-        bias = load_plane(o.bias, b, h, i_there, j_there).to(tl.float32)
+        bias = load_plane(o.bias, b, h, i_there, j, EDGE).to(tl.float32)
         # a finite bias stays finite: the lowest float hides what others do not, but is no -inf
         s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, _LOWEST))
     if EDGE:
@@ -214,7 +219,7 @@ def scores(qk, o, b, h, i, j, queries, keys, shift, EDGE: tl.constexpr):
             seen = seen & (j <= i + shift + o.window_right)
         s = tl.where(seen, s, float("-inf"))
     if o.mask is not None:
-        s = tl.where(load_plane(o.mask, b, h, i_there, j_there) != 0, s, float("-inf"))
+        s = tl.where(load_plane(o.mask, b, h, i_there, j, EDGE) != 0, s, float("-inf"))
     return s, slope
 
 
