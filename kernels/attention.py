@@ -183,7 +183,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, *rest, tiles=None):
     with common.on_device(q):
         delta = _delta(out, dout, dlse, lse)
         tensors = (strided(call.q), strided(call.k), strided(call.v), strided(dout), lse, delta)
-        if deterministic:
+        if deterministic or max(q.shape[3], v.shape[3]) > attention_plan.MAX_ATOMIC_HEAD_DIM:
             _launch_queries(call, tensors, dq)
             _launch_keys(call, tensors, None, dk, dv)
         else:

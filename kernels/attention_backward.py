@@ -132,7 +132,10 @@ def query_kernel(
         dout.data + memory_b * dout.b + h64 * dout.h + row * dout.t, dout.t, i0, queries, BLOCK_M, DV, BLOCK_DV, False
     )
     row += (memory_b * H + h64) * Tq
-    lse, delta = _load_lse(lse_ptr, row, i0, queries, BLOCK_M, not EDGE), _load_delta(delta_ptr, row, i0, queries, BLOCK_M, not EDGE)
+    lse, delta = (
+        _load_lse(lse_ptr, row, i0, queries, BLOCK_M, not EDGE),
+        _load_delta(delta_ptr, row, i0, queries, BLOCK_M, not EDGE),
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     at = (h, b, i0, queries, keys, shift)
     b0, _, _, b3 = key_blocks(o, i0, tl.minimum(i0 + BLOCK_M, queries) - 1, shift, keys, BLOCK_N)
@@ -257,7 +260,10 @@ def bias_kernel(
         v_tile = load_tile(v.data + b64 * v.b + kv_h * v.h, v.t, j0, keys, BLOCK_N, DV, BLOCK_DV, False)
         dout_tile = load_tile(dout.data + b64 * dout.b + h64 * dout.h, dout.t, i0, Tq, BLOCK_M, DV, BLOCK_DV, False)
         row = (b64 * H + h64) * Tq
-        lse, delta = _load_lse(lse_ptr, row, i0, Tq, BLOCK_M, False), _load_delta(delta_ptr, row, i0, Tq, BLOCK_M, False)
+        lse, delta = (
+            _load_lse(lse_ptr, row, i0, Tq, BLOCK_M, False),
+            _load_delta(delta_ptr, row, i0, Tq, BLOCK_M, False),
+        )
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
         p, keep, _ = _weights(qk, lse, o, b, h, i0, j0, Tq, keys, shift, BLOCK_M, BLOCK_N, False, True)

@@ -235,5 +235,10 @@ def kept(o, b, h, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     zero = tl.zeros([1, 1], tl.int32)
     w0, w1, w2, w3 = tl.philox(tl.load(o.seed), j4 + zero, i + zero, h + zero, b + zero)
     below = tl.full([], o.drop_below, tl.int32).to(tl.uint32, bitcast=True)
-    k0, k1, k2, k3 = (w0 > below).to(tl.int8), (w1 > below).to(tl.int8), (w2 > below).to(tl.int8), (w3 > below).to(tl.int8)
+    k0, k1, k2, k3 = (
+        (w0 > below).to(tl.int8),
+        (w1 > below).to(tl.int8),
+        (w2 > below).to(tl.int8),
+        (w3 > below).to(tl.int8),
+    )
     return tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), [BLOCK_M, BLOCK_N])

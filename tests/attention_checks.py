@@ -101,8 +101,10 @@ def attend(names=(), B=2, H=2, Hkv=1, Tq=21, Tk=37, D=16, DV=None, dtype=torch.f
 
     def run():
         out, lse = attention.attention_fwd(q, k, v, *o, tiles=tiles)
-        return out, lse, *attention.attention_bwd(
-            dout, dl, q, k, v, out, lse, *o, want_dbias, deterministic, tiles=tiles
+        return (
+            out,
+            lse,
+            *attention.attention_bwd(dout, dl, q, k, v, out, lse, *o, want_dbias, deterministic, tiles=tiles),
         )
 
     results = run()
@@ -162,9 +164,7 @@ def decode(lengths, Tq=1, H=4, Hkv=2, T=60, D=16, DV=None, dtype=torch.float32, 
             assert torch.equal(cache.nan_to_num(7.0), wanted.nan_to_num(7.0)), "appended to the wrong place"
 
     def run():
-        return attention_decode.attention_decode(
-            q, *caches, ends, table, slopes, *settings, tiles=tiles, splits=splits
-        )
+        return attention_decode.attention_decode(q, *caches, ends, table, slopes, *settings, tiles=tiles, splits=splits)
 
     results = run()
     if repeat:
