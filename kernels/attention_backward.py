@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 
 from .attention_options import (
-    LOG2E, kept, key_blocks, load_tile, locate, query_blocks, scores, store_tile,
+    LOG2E,
+    kept,
+    key_blocks,
+    load_tile,
+    locate,
+    query_blocks,
+    scores,
+    store_tile,
 )  # fmt: skip
 
 

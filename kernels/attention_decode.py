@@ -102,7 +102,7 @@ def decode_kernel(
     if past.slopes is not None:
         slope = tl.load(past.slopes + b * past.slopes_b + head, there, other=0.0) * LOG2E
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for block in tl.range(begin, stop, num_stages=STAGES):
         j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,14 +126,14 @@ def decode_kernel(
         finite = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp2(s - finite[:, None])
         shrink = tl.exp2(m - finite)
-        l = l * shrink + tl.sum(weight, 1)
+        total = total * shrink + tl.sum(weight, 1)
         m = top
         v_at, exists = cache_rows(v, past.table, past.table_b, b, h, j, j < length, PAGE)
         v_tile = tl.load(v_at[:, None] + cv[None, :] * v.d, exists[:, None] & (cv < DV)[None, :], other=0.0)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-    got = l > 0.0
-    inverse = tl.where(l != l, l, tl.where(got, 1.0 / tl.where(got, l, 1.0), 0.0))
-    lse = tl.where(l != l, l, tl.where(got, LN2 * (m + tl.log2(tl.where(got, l, 1.0))), float("-inf")))
+    got = total > 0.0
+    inverse = tl.where(total != total, total, tl.where(got, 1.0 / tl.where(got, total, 1.0), 0.0))
+    lse = tl.where(total != total, total, tl.where(got, LN2 * (m + tl.log2(tl.where(got, total, 1.0))), float("-inf")))
     part = (tl.zeros([], tl.int64) + split) * B + b
     tl.store(lse_ptr + (part * H * GROUP + head) * Tq + i, lse, there)
     out_at = out.data + part * out.b + head * out.h + i * out.t
@@ -152,7 +152,7 @@ def merge_kernel(
     there = n < N
     n64 = n.to(tl.int64)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     wide = tl.zeros([], tl.int64)
     for split in range(0, splits):
@@ -163,11 +163,11 @@ def merge_kernel(
         finite = tl.where(top == float("-inf"), 0.0, top)
         weight, shrink = tl.exp2(lse - finite), tl.exp2(m - finite)
         acc = acc * shrink[:, None] + part * weight[:, None]
-        l = l * shrink + weight
+        total = total * shrink + weight
         m = top
-    got = l > 0.0
-    inverse = tl.where(l != l, l, tl.where(got, 1.0 / tl.where(got, l, 1.0), 0.0))
-    lse = tl.where(l != l, l, tl.where(got, LN2 * (m + tl.log2(tl.where(got, l, 1.0))), float("-inf")))
+    got = total > 0.0
+    inverse = tl.where(total != total, total, tl.where(got, 1.0 / tl.where(got, total, 1.0), 0.0))
+    lse = tl.where(total != total, total, tl.where(got, LN2 * (m + tl.log2(tl.where(got, total, 1.0))), float("-inf")))
     tl.store(lse_ptr + n, lse, there)
     i, h, b = n64 % Tq, n64 // Tq % H, n64 // Tq // H
     at = out.data + b * out.b + h * out.h + i * out.t

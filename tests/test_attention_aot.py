@@ -1,6 +1,7 @@
 """The Triton attention kernels compiled ahead of time with the planned tiles, for GPUs that are not here.
 
-Asserted as in tests/test_triton_aot.py: spills, registers, shared memory, tensor cores. Not provable here: that it runs.
+Asserted as in tests/test_triton_aot.py: spills, registers, shared memory, tensor cores.
+That it runs is not provable here.
 """
 
 import os
