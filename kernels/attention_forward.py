@@ -1,8 +1,9 @@
 """Attention, forward: one program a tile of queries of one head, keys and values streamed past it (FlashAttention:
 Dao et al. 2022, arXiv:2205.14135; its online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
 
-    m' = max(m, max_j s_j)     total = total * 2^(m - m') + sum_j 2^(s_j - m')     acc = acc * 2^(m - m') + sum_j 2^(s_j - m') v_j
-    out = acc / total              lse = ln(2) * (m + log2(total))
+    m' = max(m, max_j s_j)          total = total * 2^(m - m') + sum_j 2^(s_j - m')
+    out = acc / total               acc = acc * 2^(m - m') + sum_j 2^(s_j - m') v_j
+    lse = ln(2) * (m + log2(total))
 
 s is what attention_options.scores gives. Traffic allowed: q, out and lse once; k and v once for each tile of queries
 that sees them (from L2, whose heads' tiles run next to each other); bias and mask once a query head. No [Tq, Tk]
@@ -87,5 +88,6 @@ def forward_kernel(
     out_base = out.data + memory_b * out.b + h64 * out.h + first_q.to(tl.int64) * out.t
     store_tile(out_base, out.t, i0, queries, acc * inverse[:, None], BLOCK_M, DV, BLOCK_DV)
     i = i0 + tl.arange(0, BLOCK_M)
-    lse = tl.where(seen, LN2 * (m + tl.log2(tl.where(seen, total, 1.0))), tl.where(total != total, total, float("-inf")))
+    nothing = tl.where(total != total, total, float("-inf"))
+    lse = tl.where(seen, LN2 * (m + tl.log2(tl.where(seen, total, 1.0))), nothing)
     tl.store(lse_ptr + (memory_b * H + h64) * Tq + first_q + i, lse, i < queries)

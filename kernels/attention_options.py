@@ -78,9 +78,9 @@ def locate(o, program, tiles, H, Tq, Tk, TILE_OF: tl.constexpr, BLOCK: tl.conste
         # Sequence s may use the slots from starts[s] // BLOCK + s up to the next one's first, which are enough for
         # its tiles: no prefix sum over tiles is needed. The rows after the last sequence are the sequence S.
         S = o.sequences
-        starts, total = o.starts_q, Tq
+        starts = o.starts_q
         if TILE_OF == "k":
-            starts, total = o.starts_k, Tk
+            starts = o.starts_k
         count = tl.zeros([], tl.int32)
         for first in range(0, S + 1, _STARTS):
             r = first + tl.arange(0, _STARTS)

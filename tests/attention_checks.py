@@ -66,7 +66,8 @@ def make_options(names, B, H, Tq, Tk, D, dtype, device, generator) -> AttentionO
 
 
 def attend(names=(), B=2, H=2, Hkv=1, Tq=21, Tk=37, D=16, DV=None, dtype=torch.float32, device="cpu", *, tiles=SMALL,
-           deterministic=True, dlse=True, heads_inside=False, want_dbias=True, seed=0, repeat=False, scale=None):  # fmt: skip
+           deterministic=True, dlse=True, heads_inside=False, want_dbias=True, seed=0, repeat=False,
+           scale=None):  # fmt: skip
     """Forward and backward of one call with the options of these names, by the error rule."""
     generator = torch.Generator().manual_seed(seed)
     B = 1 if "packed" in names else B
@@ -123,7 +124,8 @@ def attend(names=(), B=2, H=2, Hkv=1, Tq=21, Tk=37, D=16, DV=None, dtype=torch.f
 
 
 def decode(lengths, Tq=1, H=4, Hkv=2, T=60, D=16, DV=None, dtype=torch.float32, device="cpu", *, page=0, alibi=False,
-           window=(-1, 0), softcap=0.0, tiles=SMALL["decode"], splits=None, append=0, seed=0, repeat=False):  # fmt: skip
+           window=(-1, 0), softcap=0.0, tiles=SMALL["decode"], splits=None, append=0, seed=0,
+           repeat=False):  # fmt: skip
     """Decoding (after an append of so many positions) by the error rule; a page table in random order where page."""
     generator = torch.Generator().manual_seed(seed)
     B = len(lengths)
