@@ -1,4 +1,5 @@
 // The public CPU entry points: each call goes to the copy of the kernel compiled for the active instruction set.
+#include "seqfuse/attention.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
@@ -13,6 +14,10 @@
 
 // one line an op: entry point, kernel, arguments
 #define SEQFUSE_CPU_OPS(X)                                           \
+  X(attention_forward_cpu, attention_forward, AttentionForward)      \
+  X(attention_backward_cpu, attention_backward, AttentionBackward)   \
+  X(attention_decode_cpu, attention_decode, AttentionDecode)         \
+  X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
   X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
   X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                   \

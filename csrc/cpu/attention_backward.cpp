@@ -1,0 +1,336 @@
+// Attention on the CPU, backward. Contract: seqfuse/attention.h
+//
+// Nothing but lse and out is kept from forward: the weights w of a block are computed again. With delta_i = dout_i .
+// out_i
+// - dlse_i and, for every score seen,
+//
+//   w = exp(s - lse),  dw = dout v^T,  ds = w (dw - delta),  dv += w^T dout,  dq += scale ds k,  dk += scale ds^T q
+//
+// ds is the gradient of the bias. Dropout multiplies w in dv, and dw, by its factor. Softcap multiplies ds by its
+// slope. Floor: 2 (3 D + 2 Dv) operations a score seen, and its exponential.
+//
+// A tile of queries meets the keys block by block and sums its dq; dk and dv of a whole head are summed in fp32 by the
+// worker that has the head. Where workers share a head, each sums its own tiles, and the sums are added in the order of
+// the workers: no atomics, and the same bits every time. A bias gradient that several heads share is summed by one
+// worker, head after head, in a pass of its own if that leaves workers idle or has to be rounded.
+#include "cpu/attention_plan.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+namespace {
+
+constexpr int64_t tile = 96;
+using View = BlockView<tile>;
+
+// dk and dv of one head, in fp32
+struct KeySums {
+  float *dk, *dv;
+  int64_t sequence = -1, kv_head = -1;
+
+  bool of(const KeySums& other) const { return sequence == other.sequence && kv_head == other.kv_head; }
+};
+
+struct BackwardScratch {
+  PackedHead head;
+  float *q, *dout, *dq, *weights, *grad, *cap_slope, *kept;
+  float delta[tile], lse[tile];
+
+  BackwardScratch(const AttentionBackward& a, int64_t most_keys) : head(a, most_keys, true) {}
+  void take(Scratch& scratch) {
+    head.take(scratch);
+    scratch.take(q, tile * leading(head.D)), scratch.take(dq, tile * leading(head.D));
+    scratch.take(dout, tile * leading(head.Dv));
+    scratch.take(weights, tile * block_keys), scratch.take(grad, tile * block_keys);
+    scratch.take(cap_slope, tile * block_keys), scratch.take(kept, block_keys + 4 * VL);
+  }
+};
+
+// The gradient of the bias: where this head's rows of it lie, and whether they hold something already.
+struct BiasRows {
+  char* rows;   // null: not wanted
+  int64_t row;  // bytes from one to the next
+  bool wide, add;
+
+  template <class B>
+  SEQFUSE_INLINE void put(int64_t r, int64_t first, const float* ds, int64_t n) const {
+    B* out = reinterpret_cast<B*>(rows + r * row) + first;
+    for_vectors(0, n, [=, this](int64_t c, int m) {
+      const vf x = ds ? take(ds + c, m) : vf{};
+      give(out + c, add ? x + take(out + c, m) : x, m);
+    });
+  }
+  // row r of the tile gets the gradients of n keys, or zeros
+  SEQFUSE_INLINE void put(int64_t r, int64_t first, const float* ds, int64_t n) const {
+    if (!rows || n <= 0 || (add && !ds)) return;
+    wide ? put<float>(r, first, ds, n) : put<bf16>(r, first, ds, n);
+  }
+};
+
+// Scores and dw of a row become weights (what multiplies dout in dv) and gradients of scores.
+SEQFUSE_INLINE void gradient_row(float* __restrict s, float* __restrict g, const float* __restrict kept, Range c,
+                                 float factor, float lse, float delta) {
+  const vf f = splat(factor), shift = splat(lse), d = splat(delta);
+  for (int64_t j = c.begin; j < c.end; j += VL) {
+    const vf w = exp2(load(s + j) * f - shift);
+    if (kept) {
+      const vf k = load(kept + j - c.begin);
+      store(s + j, w * k), store(g + j, w * (load(g + j) * k - d));
+    } else {
+      store(s + j, w), store(g + j, w * (load(g + j) - d));
+    }
+  }
+}
+
+template <class T>
+struct Backward {
+  const AttentionBackward& a;
+  const Dropout dropout;
+  const int64_t group, ldq, ldv;
+
+  explicit Backward(const AttentionBackward& a)
+      : a(a), dropout(a.seed, a.dropout_p), group(a.Hq / a.Hkv), ldq(leading(a.D)), ldv(leading(a.Dv)) {}
+
+  // q, dout, delta and lse of a tile
+  void load_tile(const Sequence& seq, int64_t h, int64_t i0, int64_t rows, BackwardScratch& w) const {
+    const int64_t capacity = round_up(rows, tile_rows);
+    pack_rows(row_of<T>(a.q, seq.batch, h, seq.q0 + i0), a.q.row, rows, capacity, a.D, w.q);
+    pack_rows(row_of<T>(a.dout, seq.batch, h, seq.q0 + i0), a.dout.row, rows, capacity, a.Dv, w.dout);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t at = (seq.batch * a.Hq + h) * a.Tq + seq.q0 + i0 + r;
+      const T* out = row_of<T>(a.out, seq.batch, h, seq.q0 + i0 + r);
+      const float* dout = w.dout + r * ldv;
+      vf products{};
+      for_vectors(0, a.Dv, [&](int64_t c, int n) { products += load(dout + c) * take(out + c, n); });
+      w.delta[r] = sum(products) - (a.dlse ? a.dlse[at] : 0.0f);
+      w.lse[r] = a.lse[at] * log2_e;
+    }
+  }
+
+  // weights and gradients of scores of one block, zero where a query doesn't see a key
+  void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows,
+                       const View& view, const BiasRows& bias, BackwardScratch& w) const {
+    view.scores(w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    view.scores(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
+    for (int64_t r = 0; r < rows; r++) {
+      Range c = view.panels[r / tile_rows];
+      float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys, *slope = w.cap_slope + r * block_keys;
+      if (w.lse[r] == -__builtin_inff()) c = {0, 0};
+      if (!view.whole || c.empty()) {
+        memset(s, 0, sizeof(float) * size_t(c.begin)), memset(g, 0, sizeof(float) * size_t(c.begin));
+        memset(s + c.end, 0, sizeof(float) * size_t(block_keys - c.end));
+        memset(g + c.end, 0, sizeof(float) * size_t(block_keys - c.end));
+      }
+      if (!c.empty()) {
+        const int64_t i = i0 + r;
+        if (!rule.plain) rule.apply(s, i, i + seq.shift, view.first, c, seq.keys, slope);
+        if (!view.whole) {
+          const Range seen = seq.seen(i);
+          hide(s, c, {seen.begin - view.first, seen.end - view.first});
+        }
+        if (a.dropout_p > 0.0) dropout.row(seq.index, h, i, view.first + c.begin, c.end - c.begin, w.kept);
+        gradient_row(s, g, a.dropout_p > 0.0 ? w.kept : nullptr, c, rule.factor, w.lse[r], w.delta[r]);
+      }
+      bias.put(r, view.first, g, clamp(a.Tk - view.first, 0, block_keys));
+      if (a.softcap != 0.0f)
+        for (int64_t j = c.begin; j < c.end; j += VL) store(g + j, load(g + j) * load(slope + j));
+    }
+  }
+
+  // One tile of queries. sums null: only the gradient of the bias is wanted.
+  void run(const Sequence& seq, const Unit& u, const BiasRows& bias, KeySums* sums, BackwardScratch& w) const {
+    const int64_t h = u.kv_head * group + u.member, i0 = u.tile * tile, rows = clamp(seq.queries - i0, 0, tile);
+    if (rows == 0) return;
+    const ScoreRule rule(a, seq, h);
+    load_tile(seq, h, i0, rows, w);
+    if (sums) memset(w.dq, 0, sizeof(float) * size_t(round_up(rows, tile_rows) * ldq));
+    const Range keys = seq.seen_by(i0, i0 + rows);
+    for (int64_t block = 0; block * block_keys < (bias.rows ? a.Tk : keys.end); block++) {
+      const int64_t first = block * block_keys;
+      if (first >= keys.end || first + block_keys <= keys.begin ||
+          !rule.any(i0, i0 + rows, {first, clamp(first + block_keys, 0, seq.keys)})) {
+        for (int64_t r = 0; r < rows; r++) bias.put(r, first, nullptr, clamp(a.Tk - first, 0, block_keys));
+        continue;
+      }
+      const View view(seq, block, i0, rows);
+      w.head.ensure<T>(a, seq, u.kv_head, block);
+      block_gradients(seq, rule, h, i0, rows, view, bias, w);
+      if (!sums) continue;
+      view.spread(w.weights, rows, w.dout, ldv, a.Dv, sums->dv + first * ldv);
+      view.spread(w.grad, rows, w.q, ldq, a.D, sums->dk + first * ldq);
+      view.combine(w.grad, w.head.keys + first * ldq, ldq, a.D, w.dq);
+    }
+    if (!sums) return;
+    for (int64_t r = 0; r < rows; r++)
+      write_row(w.dq + r * ldq, a.D, a.scale, row_to_write<T>(a.dq, seq.batch, h, seq.q0 + i0 + r));
+  }
+
+  void begin_head(KeySums& sums, const Sequence& seq, int64_t kv_head) const {
+    sums.sequence = seq.index, sums.kv_head = kv_head;
+    const int64_t rows = round_up(seq.keys, block_keys);
+    memset(sums.dk, 0, sizeof(float) * size_t(rows * ldq)), memset(sums.dv, 0, sizeof(float) * size_t(rows * ldv));
+  }
+
+  void write_keys(const KeySums& sums, const Sequence& seq, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; j++) {
+      write_row(sums.dk + j * ldq, a.D, a.scale, row_to_write<T>(a.dk, seq.batch, sums.kv_head, seq.k0 + j));
+      write_row(sums.dv + j * ldv, a.Dv, 1.0f, row_to_write<T>(a.dv, seq.batch, sums.kv_head, seq.k0 + j));
+    }
+  }
+};
+
+// [begin, end) of every head's rows become zero
+template <class T>
+void clear(const HeadsView& v, int64_t b, int64_t heads, int64_t begin, int64_t end, int64_t D) {
+  for (int64_t h = 0; h < heads; h++)
+    for (int64_t t = begin; t < end; t++) memset(row_to_write<T>(v, b, h, t), 0, sizeof(T) * size_t(D));
+}
+
+// Rows that belong to no sequence and keys past key_lengths: no tile comes by them.
+template <class T>
+void clear_unused(const AttentionBackward& a) {
+  if (a.cu_seqlens_q.data) {
+    const int64_t q = a.sequences ? clamp(index_at(a.cu_seqlens_q, a.sequences), 0, a.Tq) : 0;
+    const int64_t k = a.sequences ? clamp(index_at(a.cu_seqlens_k, a.sequences), 0, a.Tk) : 0;
+    clear<T>(a.dq, 0, a.Hq, q, a.Tq, a.D);
+    clear<T>(a.dk, 0, a.Hkv, k, a.Tk, a.D), clear<T>(a.dv, 0, a.Hkv, k, a.Tk, a.Dv);
+  } else if (a.key_lengths.data) {
+    for (int64_t b = 0; b < a.B; b++) {
+      const int64_t keys = sequence_at(a, b).keys;
+      clear<T>(a.dk, b, a.Hkv, keys, a.Tk, a.D), clear<T>(a.dv, b, a.Hkv, keys, a.Tk, a.Dv);
+    }
+  }
+}
+
+// How the gradient of the bias is summed over the heads that share it.
+struct BiasSharing {
+  bool batch, heads;  // summed over them
+  bool own_pass;      // after everything else, else while dk and dv are computed
+  int64_t whole;      // kv heads that one worker must have, see Plan
+
+  BiasSharing(const AttentionBackward& a, int workers) {
+    batch = a.dbias && a.dbias_batch < a.B, heads = a.dbias && a.dbias_heads < a.Hq;
+    const int64_t groups = (batch ? 1 : a.B) * (heads ? 1 : a.Hkv);
+    const bool balanced = groups % workers == 0 || groups >= 4 * workers;
+    own_pass = (batch || heads) && (a.bias_dtype != DType::f32 || !balanced);
+    whole = (batch || heads) && !own_pass ? (batch ? a.B : 1) * (heads ? a.Hkv : 1) : 0;
+  }
+
+  BiasRows rows(const AttentionBackward& a, int64_t s, int64_t h, int64_t i0) const {
+    if (!a.dbias) return {};
+    const bool wide = a.bias_dtype == DType::f32;
+    const int64_t slice = (batch ? 0 : s) * a.dbias_heads + (heads ? 0 : h), row = a.Tk * (wide ? 4 : 2);
+    return {static_cast<char*>(a.dbias) + (slice * a.Tq + i0) * row, row, wide, (batch && s > 0) || (heads && h > 0)};
+  }
+};
+
+// The gradient of a bias that heads share, alone: for a tile of each slice, summed over the heads in fp32.
+template <class T>
+void bias_pass(const AttentionBackward& a, const BiasSharing& sharing, int64_t most_keys, int workers,
+               const Parallel& parallel) {
+  const Backward<T> kernel(a);
+  const int64_t tiles = ceil_div(a.Tq, tile), units = a.dbias_batch * a.dbias_heads * tiles;
+  auto job = [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    BackwardScratch w(a, most_keys);
+    float* sums = nullptr;
+    for (int pass = 0; pass < 2; pass++) {
+      w.take(scratch), scratch.take(sums, tile * a.Tk);
+      if (pass == 0) scratch.allocate();
+    }
+    for (int64_t worker = begin; worker < end; worker++)
+      for (int64_t unit = worker; unit < units; unit += workers) {
+        const int64_t t = unit % tiles, h0 = unit / tiles % a.dbias_heads, s0 = unit / tiles / a.dbias_heads;
+        const int64_t s_end = sharing.batch ? a.B : s0 + 1, h_end = sharing.heads ? a.Hq : h0 + 1;
+        for (int64_t s = s0; s < s_end; s++)
+          for (int64_t h = h0; h < h_end; h++) {
+            const BiasRows rows{reinterpret_cast<char*>(sums), a.Tk * 4, true, s > s0 || h > h0};
+            const Unit u{s, h / kernel.group, h % kernel.group, t, false, false};
+            kernel.run(sequence_at(a, s), u, rows, nullptr, w);
+          }
+        BiasRows to = sharing.rows(a, s0, h0, t * tile);
+        to.add = false;
+        for (int64_t r = 0; r < clamp(a.Tq - t * tile, 0, tile); r++) to.put(r, 0, sums + r * a.Tk, a.Tk);
+      }
+  };
+  parallel(workers, job);
+}
+
+// Heads that several workers had: their sums are added in the order of the workers.
+template <class T>
+void join(const Backward<T>& kernel, KeySums* sums, int64_t count, const Parallel& parallel) {
+  for (int64_t n = 0, next; n < count; n = next) {
+    for (next = n + 1; next < count && (sums[next].sequence < 0 || sums[next].of(sums[n]));) next++;
+    if (sums[n].sequence < 0) {
+      next = n + 1;
+      continue;
+    }
+    const Sequence seq = sequence_at(kernel.a, sums[n].sequence);
+    const int64_t workers = clamp(parallel.threads, 1, ceil_div(seq.keys + 1, block_keys));
+    auto job = [&](int64_t begin, int64_t end) {
+      const int64_t first = seq.keys * begin / workers, last = seq.keys * end / workers;
+      for (int64_t m = n + 1; m < next; m++) {
+        if (sums[m].sequence < 0) continue;
+        auto add = [](float* to, const float* from, int64_t i, int64_t end) {
+          for (; i < end; i += VL) store(to + i, load(to + i) + load(from + i));
+        };
+        add(sums[n].dk, sums[m].dk, first * kernel.ldq, last * kernel.ldq);
+        add(sums[n].dv, sums[m].dv, first * kernel.ldv, last * kernel.ldv);
+      }
+      kernel.write_keys(sums[n], seq, first, last);
+    };
+    parallel(workers, job);
+  }
+}
+
+template <class T>
+void backward(const AttentionBackward& a, const Parallel& parallel) {
+  const Backward<T> kernel(a);
+  const int workers = Plan(a, tile, parallel.threads).workers();
+  const BiasSharing sharing(a, workers);
+  const Plan plan(a, tile, workers, sharing.batch, sharing.whole);
+  const int64_t rows = round_up(plan.most_keys(), block_keys);
+  Scratch scratch;
+  KeySums* sums = nullptr;  // of each worker: the head that another one began, the head that it begins
+  float *dk = nullptr, *dv = nullptr;
+  for (int pass = 0; pass < 2; pass++) {
+    scratch.take(sums, 2 * workers);
+    scratch.take(dk, 2 * workers * rows * kernel.ldq), scratch.take(dv, 2 * workers * rows * kernel.ldv);
+    if (pass == 0) scratch.allocate();
+  }
+  for (int n = 0; n < 2 * workers; n++) sums[n] = {dk + n * rows * kernel.ldq, dv + n * rows * kernel.ldv};
+
+  auto job = [&](int64_t begin, int64_t end) {
+    Scratch local;
+    BackwardScratch w(a, plan.most_keys());
+    w.take(local), local.allocate(), w.take(local);
+    for (int64_t worker = begin; worker < end; worker++) {
+      KeySums *const continued = sums + 2 * worker, *const own = continued + 1, *now = nullptr;
+      plan.each(worker, [&](const Unit& u, const Sequence& seq) {
+        if (u.first || !now) kernel.begin_head(*(now = u.first ? own : continued), seq, u.kv_head);
+        const BiasRows bias = sharing.own_pass
+                                  ? BiasRows{}
+                                  : sharing.rows(a, u.sequence, u.kv_head * kernel.group + u.member, u.tile * tile);
+        kernel.run(seq, u, bias, now, w);
+        if (!u.last) return;
+        if (now == own) {
+          kernel.write_keys(*own, seq, 0, seq.keys);
+          own->sequence = -1;
+        }
+        now = nullptr;
+      });
+    }
+  };
+  parallel(workers, job);
+  join(kernel, sums, 2 * workers, parallel);
+  clear_unused<T>(a);
+  if (sharing.own_pass) bias_pass<T>(a, sharing, plan.most_keys(), workers, parallel);
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& a, const Parallel& p) {
+  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,132 @@
+// Attention on the CPU, forward. Contract: seqfuse/attention.h
+//
+// Flash attention (Dao et al. 2022, arXiv:2205.14135): a tile of queries meets the keys block by block. Of a block's
+// scores s (in the first-level cache) a row keeps its running maximum m and sum l, to base 2:
+//
+//   m' = max(m, max_j s_j),  w_j = 2^(s_j - m'),  l' = l 2^(m - m') + sum_j w_j,  out' = out 2^(m - m') + w v
+//
+// Floor: 2 (D + Dv) operations a score seen, 16 a cycle and core with AVX2, and about one cycle for its exponential.
+// Memory: q and out once; keys and values are packed once for each head and worker and then read once for each tile.
+#include <cmath>
+
+#include "cpu/attention_plan.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+namespace {
+
+constexpr int64_t tile = 48;
+using View = BlockView<tile>;
+
+struct ForwardScratch {
+  PackedHead head;
+  float *q, *weights, *out, *kept;
+  float m[tile], l[tile];
+
+  ForwardScratch(const AttentionForward& a, int64_t most_keys) : head(a, most_keys, false) {}
+  void take(Scratch& scratch) {
+    head.take(scratch);
+    scratch.take(q, tile * leading(head.D)), scratch.take(out, tile * leading(head.Dv));
+    scratch.take(weights, tile * block_keys), scratch.take(kept, block_keys + 4 * VL);
+  }
+};
+
+// One row of scores becomes weights; `out` is its row of results so far, n long.
+SEQFUSE_INLINE void softmax_row(float* __restrict s, Range c, float factor, float& m, float& l, float* __restrict out,
+                                int64_t n) {
+  vf top0 = splat(-__builtin_inff()), top1 = top0;
+  for (int64_t j = c.begin; j < c.end; j += 2 * VL) top0 = max(top0, load(s + j)), top1 = max(top1, load(s + j + VL));
+  const float block_top = largest(max(top0, top1)) * factor;
+  const float next = block_top > m ? block_top : m;
+  if (next == -__builtin_inff()) {  // nothing seen so far, unless a score is NaN
+    for (int64_t j = c.begin; j < c.end; j += VL) store(s + j, select(load(s + j) == load(s + j), vf{}, load(s + j)));
+    return;
+  }
+  const vf f = splat(factor), shift = splat(next);
+  vf sum0{}, sum1{};
+  for (int64_t j = c.begin; j < c.end; j += 2 * VL) {
+    const vf a = exp2(load(s + j) * f - shift), b = exp2(load(s + j + VL) * f - shift);
+    store(s + j, a), store(s + j + VL, b);
+    sum0 += a, sum1 += b;
+  }
+  const float shrink = m == next ? 1.0f : exp2(m - next);
+  l = l * shrink + sum(sum0 + sum1);
+  m = next;
+  if (shrink != 1.0f)
+    for (int64_t j = 0; j < n; j += VL) store(out + j, load(out + j) * shrink);
+}
+
+template <class T>
+void forward_tile(const AttentionForward& a, const Dropout& dropout, const Sequence& seq, const Unit& u,
+                  ForwardScratch& w) {
+  const int64_t h = u.kv_head * (a.Hq / a.Hkv) + u.member, i0 = u.tile * tile;
+  const int64_t rows = clamp(seq.queries - i0, 0, tile), ldq = leading(a.D), ldo = leading(a.Dv);
+  if (rows == 0) return;
+  const ScoreRule rule(a, seq, h);
+  pack_rows(row_of<T>(a.q, seq.batch, h, seq.q0 + i0), a.q.row, rows, round_up(rows, tile_rows), a.D, w.q);
+  memset(w.out, 0, sizeof(float) * size_t(round_up(rows, tile_rows) * ldo));
+  for (int64_t r = 0; r < rows; r++) w.m[r] = -__builtin_inff(), w.l[r] = 0.0f;
+  const int64_t padded = round_up(a.Dv, VL);
+
+  const Range keys = seq.seen_by(i0, i0 + rows);
+  for (int64_t block = keys.begin / block_keys; block * block_keys < keys.end && !keys.empty(); block++) {
+    const View view(seq, block, i0, rows);
+    if (!rule.any(i0, i0 + rows, {view.first, view.first + view.keys})) continue;
+    w.head.ensure<T>(a, seq, u.kv_head, block);
+    view.scores(w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    for (int64_t r = 0; r < rows; r++) {
+      const Range columns = view.panels[r / tile_rows];
+      if (columns.empty()) continue;
+      float* s = w.weights + r * block_keys;
+      const int64_t i = i0 + r;
+      if (!rule.plain) rule.apply(s, i, i + seq.shift, view.first, columns, seq.keys, nullptr);
+      if (!view.whole) {
+        const Range seen = seq.seen(i);
+        hide(s, columns, {seen.begin - view.first, seen.end - view.first});
+      }
+      softmax_row(s, columns, rule.factor, w.m[r], w.l[r], w.out + r * ldo, padded);
+      if (a.dropout_p > 0.0) {
+        dropout.row(seq.index, h, i, view.first + columns.begin, columns.end - columns.begin, w.kept);
+        for (int64_t c = columns.begin; c < columns.end; c += VL)
+          store(s + c, load(s + c) * load(w.kept + c - columns.begin));
+      }
+    }
+    view.combine(w.weights, w.head.values + view.first * ldo, ldo, a.Dv, w.out);
+  }
+
+  for (int64_t r = 0; r < rows; r++) {
+    const bool none = w.m[r] == -__builtin_inff() && w.l[r] == 0.0f;
+    write_row(w.out + r * ldo, a.Dv, none ? 1.0f : 1.0f / w.l[r],
+              row_to_write<T>(a.out, seq.batch, h, seq.q0 + i0 + r));
+    a.lse[(seq.batch * a.Hq + h) * a.Tq + seq.q0 + i0 + r] = none ? w.m[r] : w.m[r] * ln_2 + std::log(w.l[r]);
+  }
+}
+
+template <class T>
+void forward(const AttentionForward& a, const Parallel& parallel) {
+  const Plan plan(a, tile, parallel.threads);
+  const Dropout dropout(a.seed, a.dropout_p);
+  auto job = [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    ForwardScratch w(a, plan.most_keys());
+    w.take(scratch), scratch.allocate(), w.take(scratch);
+    for (int64_t worker = begin; worker < end; worker++)
+      plan.each(worker, [&](const Unit& u, const Sequence& seq) { forward_tile<T>(a, dropout, seq, u, w); });
+  };
+  parallel(plan.workers(), job);
+  if (a.cu_seqlens_q.data)  // rows behind the last sequence
+    for (int64_t h = 0; h < a.Hq; h++)
+      for (int64_t i = a.sequences ? clamp(index_at(a.cu_seqlens_q, a.sequences), 0, a.Tq) : 0; i < a.Tq; i++) {
+        memset(row_to_write<T>(a.out, 0, h, i), 0, sizeof(T) * size_t(a.Dv));
+        a.lse[h * a.Tq + i] = -__builtin_inff();
+      }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& a, const Parallel& p) {
+  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,192 @@
+// Who computes what: tiles of queries, in the order of the heads whose keys they share, shared out by work.
+#pragma once
+#include "cpu/attention_scores.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+constexpr int64_t least_work = 1 << 18;  // multiply-adds that are worth waking a thread for
+
+struct Unit {
+  int64_t sequence, kv_head, member, tile;  // member: of the query heads that share kv_head
+  bool first, last;                         // of its kv_head
+};
+
+// Workers get consecutive units of about equal cost, which is the number of keys seen. A unit belongs to the worker in
+// whose share of the total cost it begins; so it is the same for any timing.
+class Plan {
+ public:
+  // tile: queries in a unit. by_head: all sequences of a kv head come one after another, else all kv heads of a
+  // sequence. whole: so many kv heads in a row stay with one worker; 0: even one may be split.
+  Plan(const AttentionProblem& a, int64_t tile, int threads, bool by_head = false, int64_t whole = 0)
+      : a_(a), tile_(tile), by_head_(by_head), whole_(whole), group_(a.Hkv ? a.Hq / a.Hkv : 0) {
+    for (int64_t s = 0; s < a.sequences; s++) {
+      const Sequence seq = sequence_at(a, s);
+      total_ += head_cost(seq) * a.Hkv;
+      if (seq.keys > most_keys_) most_keys_ = seq.keys;
+    }
+    const int64_t useful = total_ * tile_ / least_work * (a.D + a.Dv);
+    workers_ = int(clamp(useful, 1, threads < 1 ? 1 : threads));
+  }
+
+  int workers() const { return workers_; }
+  int64_t most_keys() const { return most_keys_; }  // of any sequence
+
+  // f(unit, sequence) for each unit of a worker
+  template <class F>
+  void each(int64_t worker, F f) const {
+    const int64_t begin = total_ * worker / workers_, end = total_ * (worker + 1) / workers_;
+    const int64_t heads = a_.sequences * a_.Hkv;
+    int64_t at = 0, group_at = 0;
+    for (int64_t n = 0; n < heads && group_at < end; n++) {
+      const int64_t s = by_head_ ? n % a_.sequences : n / a_.Hkv, kv_head = by_head_ ? n / a_.sequences : n % a_.Hkv;
+      const Sequence seq = sequence_at(a_, s);
+      const int64_t cost = head_cost(seq), tiles = tiles_of(seq);
+      if (!whole_ || n % whole_ == 0) group_at = at;
+      if (whole_ ? group_at >= begin && group_at < end : at + cost > begin && at < end) {
+        for (int64_t i = 0; i < group_ * tiles; i++) {
+          if (whole_ || (at >= begin && at < end))
+            f(Unit{s, kv_head, i / tiles, i % tiles, i == 0, i == group_ * tiles - 1}, seq);
+          at += tile_cost(seq, i % tiles);
+        }
+      } else {
+        at += cost;
+      }
+    }
+  }
+
+ private:
+  int64_t tiles_of(const Sequence& seq) const {  // one at least: somebody must write zeros to unseen keys' gradients
+    return seq.queries > tile_ ? ceil_div(seq.queries, tile_) : 1;
+  }
+  int64_t tile_cost(const Sequence& seq, int64_t tile) const {
+    const int64_t i = tile * tile_, end = clamp(i + tile_, 0, seq.queries);
+    const Range seen = seq.seen_by(i, end);
+    return 16 + (seen.empty() ? 0 : seen.end - seen.begin);
+  }
+  int64_t head_cost(const Sequence& seq) const {
+    int64_t cost = 0;
+    for (int64_t t = 0; t < tiles_of(seq); t++) cost += tile_cost(seq, t);
+    return cost * group_;
+  }
+
+  const AttentionProblem& a_;
+  int64_t tile_;
+  bool by_head_;
+  int64_t whole_, group_, total_ = 0, most_keys_ = 0;
+  int workers_ = 1;
+};
+
+// The keys and values of one head as the products want them, block by block, each packed when it is first needed.
+struct PackedHead {
+  bool backward;
+  int64_t D, Dv, blocks;
+  float *keys_across, *values_across;  // transposed: for scores, and for the gradients of weights
+  float *keys, *values;                // row by row: for dq, and for out
+
+  PackedHead(const AttentionProblem& a, int64_t most_keys, bool backward)
+      : backward(backward), D(a.D), Dv(a.Dv), blocks(ceil_div(most_keys, block_keys)) {}
+
+  void take(Scratch& scratch) {
+    const int64_t n = blocks * block_keys;
+    scratch.take(keys_across, n * D), scratch.take(keys, backward ? n * leading(D) : 0);
+    scratch.take(values_across, backward ? n * Dv : 0), scratch.take(values, backward ? 0 : n * leading(Dv));
+    scratch.take(packed_, blocks);
+  }
+
+  template <class T>
+  void ensure(const AttentionProblem& a, const Sequence& seq, int64_t kv_head, int64_t block) {
+    if (seq.index != sequence_ || kv_head != kv_head_) {
+      sequence_ = seq.index, kv_head_ = kv_head;
+      memset(packed_, 0, size_t(blocks));
+    }
+    if (packed_[block]) return;
+    packed_[block] = true;
+    const int64_t first = block * block_keys, rows = clamp(seq.keys - first, 0, block_keys);
+    const T* k = row_of<T>(a.k, seq.batch, kv_head, seq.k0 + first);
+    const T* v = row_of<T>(a.v, seq.batch, kv_head, seq.k0 + first);
+    pack_transposed(k, a.k.row, rows, D, keys_across + first * D);
+    if (backward) {
+      pack_rows(k, a.k.row, rows, block_keys, D, keys + first * leading(D));
+      pack_transposed(v, a.v.row, rows, Dv, values_across + first * Dv);
+    } else {
+      pack_rows(v, a.v.row, rows, block_keys, Dv, values + first * leading(Dv));
+    }
+  }
+
+ private:
+  int64_t sequence_ = -1, kv_head_ = -1;  // whose blocks are packed
+  bool* packed_;
+};
+
+// What the strips (tile_rows queries) of a tile see of one block of keys.
+template <int64_t Rows>
+struct BlockView {
+  static constexpr int64_t strips = Rows / tile_rows;
+  int64_t first, keys;   // the block's first key, and how many of its keys exist
+  Range seen[strips];    // columns of the block
+  Range panels[strips];  // the same, widened to whole tiles
+  bool whole;            // every query sees every column of a block that is full
+
+  BlockView(const Sequence& seq, int64_t block, int64_t i0, int64_t rows) {
+    first = block * block_keys, keys = clamp(seq.keys - first, 0, block_keys);
+    whole = keys == block_keys;
+    for (int64_t s = 0; s < strips; s++) {
+      const Range r = seq.seen_by(i0 + s * tile_rows, i0 + clamp((s + 1) * tile_rows, 0, rows));
+      seen[s] = {clamp(r.begin - first, 0, keys), clamp(r.end - first, 0, keys)};
+      if (s * tile_rows >= rows || seen[s].empty()) seen[s] = {0, 0};
+      panels[s] = {seen[s].begin / tile_columns * tile_columns, round_up(seen[s].end, tile_columns)};
+      if (s * tile_rows < rows) whole = whole && seen[s].begin == 0 && seen[s].end == block_keys;
+    }
+  }
+
+  // out[r][c] = x_r . w_c over n, for what is seen; w is transposed (pack_transposed)
+  void scores(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
+    for (int64_t c = 0; c < block_keys; c += tile_columns, w += n * tile_columns)
+      for (int64_t s = 0; s < strips; s++)
+        if (c >= panels[s].begin && c < panels[s].end)
+          multiply_tile<false, false, 2>(x + s * tile_rows * ldx, ldx, w, tile_columns, n,
+                                         out + s * tile_rows * block_keys + c, block_keys);
+  }
+
+  // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n)
+  void combine(const float* weights, const float* w, int64_t ld, int64_t n, float* out) const {
+    for (int64_t c = 0; c < n; c += tile_columns)
+      for (int64_t s = 0; s < strips; s++) {
+        if (seen[s].empty()) continue;
+        const float* x = weights + s * tile_rows * block_keys + seen[s].begin;
+        const float* from = w + seen[s].begin * ld + c;
+        float* to = out + s * tile_rows * ld + c;
+        const int64_t K = seen[s].end - seen[s].begin;
+        n - c > VL ? multiply_tile<false, true, 2>(x, block_keys, from, ld, K, to, ld)
+                   : multiply_tile<false, true, 1>(x, block_keys, from, ld, K, to, ld);
+      }
+  }
+
+  // out[c][0..n) += sum over the queries r < rows whose strip sees c of weights[r][c] * x[r][0..n). Weights of what a
+  // query doesn't see are zero.
+  void spread(const float* weights, int64_t rows, const float* x, int64_t ld, int64_t n, float* out) const {
+    Range by[block_keys / tile_rows];  // queries that see a strip of keys
+    for (int64_t t = 0; t * tile_rows < keys; t++) {
+      by[t] = {rows, 0};
+      for (int64_t s = 0; s < strips; s++) {
+        if (seen[s].end <= t * tile_rows || seen[s].begin >= (t + 1) * tile_rows) continue;
+        if (s * tile_rows < by[t].begin) by[t].begin = s * tile_rows;
+        by[t].end = clamp((s + 1) * tile_rows, 0, rows);
+      }
+    }
+    for (int64_t c = 0; c < n; c += tile_columns)
+      for (int64_t t = 0; t * tile_rows < keys; t++) {
+        if (by[t].empty()) continue;
+        const float* w = weights + by[t].begin * block_keys + t * tile_rows;
+        const float* from = x + by[t].begin * ld + c;
+        float* to = out + t * tile_rows * ld + c;
+        const int64_t K = by[t].end - by[t].begin;
+        n - c > VL ? multiply_tile<true, true, 2>(w, block_keys, from, ld, K, to, ld)
+                   : multiply_tile<true, true, 1>(w, block_keys, from, ld, K, to, ld);
+      }
+  }
+};
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

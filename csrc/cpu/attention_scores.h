@@ -1,0 +1,256 @@
+// What forward, backward and decoding share of attention: which keys a query sees, and how a score comes out of q . k.
+#pragma once
+#include "cpu/attention_dropout.h"
+#include "cpu/attention_tile.h"
+#include "cpu/scratch.h"
+#include "seqfuse/attention.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
+
+// 2^x by rounding x to an integer and a polynomial of degree 5 for the rest: about 1.3 ulp. Exactly 1 at 0, exactly 0
+// below -127 (p is 1 there, and taking 127 from its exponent leaves no bit), a NaN stays one.
+SEQFUSE_INLINE vf exp2(vf x) {
+  x = max(x, splat(-127.0f));
+  const vf shifted = x + splat(12582912.0f);  // 1.5 * 2^23: its low bits are x, rounded
+  const vf r = x - (shifted - splat(12582912.0f));
+  vf p = splat(1.3264727e-3f);
+  p = p * r + 9.6715128e-3f;
+  p = p * r + 5.5507337e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.9314698e-1f;
+  p = p * r + 1.0f;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));
+}
+SEQFUSE_INLINE float exp2(float x) {
+  return exp2(splat(x))[0];
+}
+
+SEQFUSE_INLINE float largest(vf x) {
+  float m = x[0];
+  for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m;
+  return m;
+}
+
+SEQFUSE_INLINE int64_t index_at(const IndexView& v, int64_t i) {
+  return v.wide ? static_cast<const int64_t*>(v.data)[i] : int64_t(static_cast<const int32_t*>(v.data)[i]);
+}
+SEQFUSE_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// f(rows) with the type of a pointer's elements
+template <class T>
+SEQFUSE_INLINE const T* row_of(const HeadsView& v, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(v.data) + b * v.batch + h * v.head + t * v.row;
+}
+template <class T>
+SEQFUSE_INLINE T* row_to_write(const HeadsView& v, int64_t b, int64_t h, int64_t t) {
+  return static_cast<T*>(v.data) + b * v.batch + h * v.head + t * v.row;
+}
+
+struct Range {
+  int64_t begin, end;
+  SEQFUSE_INLINE bool empty() const { return begin >= end; }
+};
+
+// One sequence: where its rows lie and which keys its queries see. Keys and queries are counted inside it.
+struct Sequence {
+  int64_t index;  // what dropout and ALiBi call b
+  int64_t batch;  // where it lies in memory
+  int64_t q0, queries, k0, keys;
+  int64_t shift;  // query i stands at key i + shift
+  int64_t left, right;
+
+  // keys that query i sees
+  SEQFUSE_INLINE Range seen(int64_t i) const {
+    const int64_t p = i + shift;
+    return {left < 0 ? 0 : clamp(p - left, 0, keys), right < 0 ? keys : clamp(p + right + 1, 0, keys)};
+  }
+  // keys that any of the queries [i, end) may see
+  SEQFUSE_INLINE Range seen_by(int64_t i, int64_t end) const {
+    return i < end ? Range{seen(i).begin, seen(end - 1).end} : Range{0, 0};
+  }
+};
+
+SEQFUSE_INLINE Sequence sequence_at(const AttentionProblem& a, int64_t s) {
+  Sequence r{s, s, 0, a.Tq, 0, a.Tk, 0, a.window_left, a.window_right};
+  if (a.cu_seqlens_q.data) {
+    r.batch = 0;
+    r.q0 = clamp(index_at(a.cu_seqlens_q, s), 0, a.Tq), r.k0 = clamp(index_at(a.cu_seqlens_k, s), 0, a.Tk);
+    r.queries = clamp(index_at(a.cu_seqlens_q, s + 1), r.q0, a.Tq) - r.q0;
+    r.keys = clamp(index_at(a.cu_seqlens_k, s + 1), r.k0, a.Tk) - r.k0;
+  }
+  r.shift = a.top_left ? 0 : r.keys - r.queries;
+  if (a.query_start.data) r.shift = index_at(a.query_start, s);
+  if (a.key_lengths.data) r.keys = clamp(index_at(a.key_lengths, s), 0, r.keys);
+  return r;
+}
+
+// Turns q . k of one query and a block of keys into scores. Where nothing but a scale is asked for, `plain`, the scale
+// is left to the exponential.
+struct ScoreRule {
+  bool plain;
+  float factor;  // of a score, for the exponential to base 2
+  float scale, softcap, slope;
+  const char *bias, *mask;
+  int64_t bias_row, bias_column, mask_row, mask_column;  // bias_row in bytes
+  bool bias_wide;                                        // float, else bf16
+
+  ScoreRule() = default;
+  ScoreRule(const AttentionProblem& a, const Sequence& s, int64_t h) {
+    scale = a.scale, softcap = a.softcap;
+    slope = a.alibi_slopes ? a.alibi_slopes[s.index * a.alibi_batch + h] : 0.0f;
+    bias_wide = a.bias_dtype == DType::f32;
+    const int64_t size = bias_wide ? 4 : 2;
+    bias = mask = nullptr;
+    bias_row = a.bias.row * size, bias_column = a.bias.column, mask_row = a.mask.row, mask_column = a.mask.column;
+    if (a.bias.data) bias = static_cast<const char*>(a.bias.data) + (s.batch * a.bias.batch + h * a.bias.head) * size;
+    if (a.mask.data) mask = static_cast<const char*>(a.mask.data) + s.batch * a.mask.batch + h * a.mask.head;
+    plain = softcap == 0.0f && slope == 0.0f && !bias && !mask && scale > 0.0f;
+    factor = plain ? scale * log2_e : log2_e;
+  }
+
+  // s[c], columns.begin <= c < columns.end (whole vectors), belongs to query i at position p and key first + c. Keys
+  // from `keys` on don't exist: what becomes of them is of no interest. cap_slope: where the derivative of softcap
+  // goes.
+  void apply(float* s, int64_t i, int64_t p, int64_t first, Range columns, int64_t keys, float* cap_slope) const {
+    const int64_t end = columns.end < keys - first ? columns.end : keys - first;
+    const vf f = splat(scale);
+    if (softcap != 0.0f) {
+      const vf cap = splat(softcap), inverse = splat(scale / softcap);
+      for (int64_t c = columns.begin; c < columns.end; c += VL) {
+        const vf t = SEQFUSE_ISA::tanh(load(s + c) * inverse);
+        store(s + c, cap * t);
+        if (cap_slope) store(cap_slope + c, 1.0f - t * t);
+      }
+    } else {
+      for (int64_t c = columns.begin; c < columns.end; c += VL) store(s + c, load(s + c) * f);
+    }
+    if (slope != 0.0f) {
+      vf distance;
+      for (int l = 0; l < VL; l++) distance[l] = float(p - first - columns.begin - l);
+      for (int64_t c = columns.begin; c < columns.end; c += VL, distance -= float(VL))
+        store(s + c, load(s + c) - slope * max(distance, -distance));
+    }
+    if (bias) {
+      const char* row = bias + i * bias_row;
+      bias_wide ? add_bias(s, reinterpret_cast<const float*>(row), first, {columns.begin, end})
+                : add_bias(s, reinterpret_cast<const bf16*>(row), first, {columns.begin, end});
+    }
+    if (mask) {
+      const char* row = mask + i * mask_row + first * mask_column;
+      for (int64_t c = columns.begin; c < end; c++)
+        if (!row[c * mask_column]) s[c] = -__builtin_inff();
+    }
+  }
+
+  // whether the mask leaves any of these queries any of these keys
+  bool any(int64_t i, int64_t i_end, Range keys) const {
+    if (!mask) return true;
+    for (; i < i_end; i++) {
+      const char* row = mask + i * mask_row;
+      for (int64_t j = keys.begin; j < keys.end; j++)
+        if (row[j * mask_column]) return true;
+    }
+    return false;
+  }
+
+ private:
+  template <class T>
+  SEQFUSE_INLINE void add_bias(float* s, const T* row, int64_t first, Range columns) const {
+    if (bias_column == 1)
+      for_vectors(columns.begin, columns.end,
+                  [=](int64_t c, int n) { give(s + c, take(s + c, n) + take(row + first + c, n), n); });
+    else
+      for (int64_t c = columns.begin; c < columns.end; c++) s[c] += widen(row[(first + c) * bias_column]);
+  }
+};
+
+// Hides what a query doesn't see: columns outside `seen`, inside `columns`.
+SEQFUSE_INLINE void hide(float* s, Range columns, Range seen) {
+  const float hidden = -__builtin_inff();
+  for (int64_t c = columns.begin; c < columns.end && c < seen.begin; c++) s[c] = hidden;
+  for (int64_t c = seen.end > columns.begin ? seen.end : columns.begin; c < columns.end; c++) s[c] = hidden;
+}
+
+// n elements of a row as floats, and zeros up to `padded`
+template <class T>
+SEQFUSE_INLINE void copy_row(const T* p, int64_t n, int64_t padded, float* out) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) store(out + i, load(p + i));
+  for (; i < n; i++) out[i] = widen(p[i]);
+  for (; i < padded; i++) out[i] = 0.0f;
+}
+template <class T>
+SEQFUSE_INLINE void write_row(const float* p, int64_t n, float factor, T* out) {
+  for_vectors(0, n, [=](int64_t i, int m) { give(out + i, take(p + i, m) * factor, m); });
+}
+
+// lanes of a and b by turns: the first half of both, or the second
+template <bool High>
+SEQFUSE_INLINE vf interleave(vf a, vf b) {
+#if SEQFUSE_VBYTES == 64
+  if (High) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif SEQFUSE_VBYTES == 32
+  if (High) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  if (High) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+// VL rows of VL elements, transposed in registers by log2(VL) perfect shuffles
+SEQFUSE_INLINE void transpose(vf (&x)[VL]) {
+  vf y[VL];
+#pragma GCC unroll 4
+  for (int n = 1; n < VL; n *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; i++) {
+      y[2 * i] = interleave<false>(x[i], x[i + VL / 2]);
+      y[2 * i + 1] = interleave<true>(x[i], x[i + VL / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) x[i] = y[i];
+  }
+}
+
+// A block of up to block_keys rows of D elements, transposed to panels [D][tile_columns]; missing rows become zero.
+template <class T>
+void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, float* out) {
+  for (int64_t r = 0; r < block_keys; r += VL) {
+    float* panel = out + r / tile_columns * D * tile_columns + r % tile_columns;
+    const int n = int(clamp(rows - r, 0, VL));
+    int64_t d = 0;
+    if (n == VL)
+      for (; d + VL <= D; d += VL) {
+        vf x[VL];
+#pragma GCC unroll 16
+        for (int l = 0; l < VL; l++) x[l] = load(p + (r + l) * row + d);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int l = 0; l < VL; l++) store(panel + (d + l) * tile_columns, x[l]);
+      }
+    for (; d < D; d++)
+      for (int l = 0; l < VL; l++) panel[d * tile_columns + l] = l < n ? widen(p[(r + l) * row + d]) : 0.0f;
+  }
+}
+
+// The same block, row by row as it lies; missing rows become zero.
+template <class T>
+void pack_rows(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t D, float* out) {
+  const int64_t ld = leading(D), padded = round_up(D, tile_columns);
+  for (int64_t r = 0; r < capacity; r++) {
+    if (r < rows)
+      copy_row(p + r * row, D, padded, out + r * ld);
+    else
+      memset(out + r * ld, 0, sizeof(float) * size_t(padded));
+  }
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,67 @@
+// The products inside attention, all of one form: a tile of `tile_rows` x `tile_columns` sums over k,
+//
+//   out[r * ldo + c] (+)= sum_k x(r, k) * w[k * ldw + c]
+//
+// with x broadcast element by element and w read as vectors. x is a block of rows (queries, weights) read along them
+// or, for the gradients of keys and values, across them. Scores need the keys transposed, [D][tile_columns] a panel;
+// everything else is read row by row as it lies.
+#pragma once
+#include "cpu/vec.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int tile_rows = 12;
+#else
+constexpr int tile_rows = 6;
+#endif
+constexpr int tile_columns = 2 * VL;
+constexpr int block_keys = 96;  // a multiple of tile_rows and tile_columns of every level
+
+SEQFUSE_INLINE int64_t round_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
+
+// Floats from one row to the next of a block that holds n columns: whole vectors, and an odd number of cache lines, so
+// that a column of the block spreads over all sets of the first-level cache.
+SEQFUSE_INLINE int64_t leading(int64_t n) {
+  const int64_t lines = (round_up(n, tile_columns) + 15) / 16;
+  return (lines | 1) * 16;
+}
+
+// Across: x(r, k) is x[k * ldx + r], else x[r * ldx + k]. Add: to what stands in out. V: vectors of columns.
+template <bool Across, bool Add, int V>
+SEQFUSE_INLINE void multiply_tile(const float* __restrict x, int64_t ldx, const float* __restrict w, int64_t ldw,
+                                  int64_t K, float* __restrict out, int64_t ldo) {
+  vf acc[tile_rows][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) acc[r][v] = vf{};
+  const float* rows[tile_rows];
+#pragma GCC unroll 12
+  for (int r = 0; r < tile_rows; r++) rows[r] = x + r * ldx;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; k++) {
+    vf b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) b[v] = load(w + k * ldw + v * VL);
+#pragma GCC unroll 12
+    for (int r = 0; r < tile_rows; r++) {
+      const vf a = splat(Across ? x[k * ldx + r] : rows[r][k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) acc[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      float* o = out + r * ldo + v * VL;
+      store(o, Add ? acc[r][v] + load(o) : acc[r][v]);
+    }
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse
