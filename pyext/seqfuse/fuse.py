@@ -48,6 +48,9 @@ RULES = [
     Rule(torch.nn.GRUCell, nn.GRUCell),
     Rule(torch.nn.RNNCell, nn.RNNCell),
     Rule(torch.nn.LayerNorm, nn.LayerNorm),
+    Rule(torch.nn.MultiheadAttention, nn.MultiheadAttention),
+    Rule(torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer),
+    Rule(torch.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer),
 ]
 
 
@@ -56,8 +59,8 @@ def fuse(
     include: Iterable[str | type] | None = None,
     exclude: Iterable[str | type] | None = None,
 ) -> torch.nn.Module:
-    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells and LayerNorm of `model`, in place;
-    returns `model`.
+    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, MultiheadAttention and
+    TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with

@@ -168,6 +168,19 @@ def scaled_dot_product_attention(
     return out.reshape(*batch, *out.shape[-2:])
 
 
+def attend_masked(q, k, v, mask, bias, top_left, dropout_p):
+    """out of [B, H, T, D] tensors as nn.MultiheadAttention has them: a mask and a bias together, top-left if causal."""
+    q, k, v = autocast(q, k, v)
+    options = _options("MultiheadAttention", q, False, None, None, None, dropout_p)
+    options = options._replace(
+        window_right=0 if top_left else -1,
+        top_left=top_left,
+        mask=check.mask("MultiheadAttention", "attn_mask", mask, q, k),
+        bias=check.bias("MultiheadAttention", "attn_mask", bias, q, k),
+    )
+    return attend(q, k, v, options, False, False)[0]
+
+
 def _options(op, q, causal, scale, window, softcap, dropout_p):
     left, right = check.window(op, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else check.number(op, "scale", scale)

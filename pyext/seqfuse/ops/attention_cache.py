@@ -58,7 +58,9 @@ def attention_with_kv_cache(
     (B, _, _, D), capacity = q.shape, _capacity(k_cache, block_table)
     check.integers(_OP, "cache_lengths", cache_lengths, q, (B,))
     if wants_gradient(q, k_cache, v_cache, k, v):
-        raise ValueError(f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()")
+        raise ValueError(
+            f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()"
+        )
     new = 0 if k is None else k.shape[2]
     _check_numbers(cache_lengths, new, capacity, block_table, k_cache)
     left, right = check.window(_OP, window)
@@ -90,7 +92,9 @@ def _check(q, k_cache, v_cache, k, v, block_table):
         for name, value in zip(names, (q, k_cache, v_cache), strict=True):
             checks.tensor(_OP, name, value, (4,))
         if not isinstance(block_table, torch.Tensor) or block_table.dim() != 2:
-            raise ValueError(f"{_OP}: block_table must be [B, pages of each sequence], got {checks.describe(block_table)}")
+            raise ValueError(
+                f"{_OP}: block_table must be [B, pages of each sequence], got {checks.describe(block_table)}"
+            )
         check.integers(_OP, "block_table", block_table, q, (q.shape[0], block_table.shape[1]))
         # the batch of pages is not q's, everything else must agree
         check.agree(_OP, names, (q[:1], k_cache[:1], v_cache[:1]), heads=1)
@@ -138,9 +142,7 @@ def _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_tab
     }
     (B, Hq, Tq, D), Hkv = q.shape, k_cache.shape[1]
     options = tuple(name for name, there in given.items() if there)
-    return rules.AttentionCase(
-        q.device.type, q.dtype, B, Hq, Hkv, Tq, capacity, D, v_cache.shape[3], False, options
-    )
+    return rules.AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, capacity, D, v_cache.shape[3], False, options)
 
 
 def _torch_decode(q, k_cache, v_cache, lengths, block_table, slopes, scale, left, right, softcap):

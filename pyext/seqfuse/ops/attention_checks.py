@@ -182,7 +182,9 @@ def as_batch(op, q, k, v, gqa):
         batch = torch.broadcast_shapes(*(t.shape[:-heads] for t in (q, k, v)))
     except RuntimeError:
         got = ", ".join(checks.describe(t) for t in (q, k, v))
-        raise ValueError(f"{op}: query, key and value must broadcast but for their last {heads} dimensions, got {got}") from None
+        raise ValueError(
+            f"{op}: query, key and value must broadcast but for their last {heads} dimensions, got {got}"
+        ) from None
     q, k, v = (t.expand(*batch, *t.shape[-heads:]) for t in (q, k, v))
     batch = q.shape[:-2]
     q, k, v = (_four(t) for t in (q, k, v))
