@@ -168,10 +168,11 @@ def scaled_dot_product_attention(
     return out.reshape(*batch, *out.shape[-2:])
 
 
-def attend_masked(q, k, v, mask, bias, top_left, dropout_p):
-    """out of [B, H, T, D] tensors as nn.MultiheadAttention has them: a mask and a bias together, top-left if causal."""
+def attend_masked(q, k, v, mask, bias, top_left, dropout_p, scale=None, softcap=None):
+    """out of [B, H, T, D] tensors as modules have them: a mask and a bias together, top-left if causal."""
     q, k, v = autocast(q, k, v)
-    options = _options("MultiheadAttention", q, False, None, None, None, dropout_p)
+    check.qkv("MultiheadAttention", q, k, v)
+    options = _options("MultiheadAttention", q, False, scale, None, softcap, dropout_p)
     options = options._replace(
         window_right=0 if top_left else -1,
         top_left=top_left,
