@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from seqfuse import explanation, nn
+from seqfuse.interop import hf_attention
 
 
 def _nothing(module) -> None:
@@ -48,6 +49,9 @@ RULES = [
     Rule(torch.nn.GRUCell, nn.GRUCell),
     Rule(torch.nn.RNNCell, nn.RNNCell),
     Rule(torch.nn.LayerNorm, nn.LayerNorm),
+    Rule(torch.nn.MultiheadAttention, nn.MultiheadAttention),
+    Rule(torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer),
+    Rule(torch.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer),
 ]
 
 
@@ -56,15 +60,17 @@ def fuse(
     include: Iterable[str | type] | None = None,
     exclude: Iterable[str | type] | None = None,
 ) -> torch.nn.Module:
-    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells and LayerNorm of `model`, in place;
-    returns `model`.
+    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, MultiheadAttention and
+    TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
+    Hugging Face models (without include) change their attention implementation to "seqfuse"; exclude their class to keep it.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
     a forward of their own and scripted modules are left alone. A module already fused stays as it is.
     """
     wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
     rules = {rule.original: rule for rule in RULES}
+    banned = [p for p in ([exclude] if isinstance(exclude, (str, type)) else exclude or ()) if isinstance(p, type)]
     for path, module in _modules(model, "fuse"):
         rule = rules.get(_plain_class(module))
         if rule is None or "forward" in module.__dict__:
@@ -73,6 +79,7 @@ def fuse(
             continue
         _change_class(module, rule.fused)
         rule.after_fuse(module)
+    hf_attention.fuse(model, lambda part: include is None and not any(issubclass(type(part), c) for c in banned))
     return model
 
 
@@ -93,6 +100,7 @@ def unfuse(model: torch.nn.Module) -> torch.nn.Module:
             _change_class(module, rule.original)
             explanation.forget(module)
             rule.after_unfuse(module)
+    hf_attention.unfuse(model)
     return model
 
 

@@ -110,3 +110,10 @@ def _member_by_member(namespace, name):
         return out, (0,) * len(out)
 
     return rule
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether torch.ops.seqfuse.NAME is implemented for this dispatch key ("CPU", "CUDA")."""
+    if native.missing() is not None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqfuse::{name}", key)

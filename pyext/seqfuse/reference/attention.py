@@ -57,7 +57,7 @@ def attention(q, k, v, options):
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // max(k.shape[1], 1)
     keys, values = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
-    where = _Positions(q, k, options)
+    where = Positions(q, k, options)
     score = q.to(wide) @ keys.mT * options.scale  # (B, Hq, Tq, Tk)
     if options.softcap:
         score = options.softcap * (score / options.softcap).tanh()
@@ -82,7 +82,7 @@ def attention(q, k, v, options):
     return (weight @ values).to(q.dtype), lse
 
 
-class _Positions:
+class Positions:
     """b, i, p, j of every (query, key), as integer tensors that broadcast to [B, Hq, Tq, Tk]."""
 
     def __init__(self, q, k, options):
@@ -157,7 +157,7 @@ def attention_decode(
     Returns (out [B, Hq, Tq, Dv], lse [B, Hq, Tq]).
     """
     if block_table is not None:
-        k_cache, v_cache = (_gather_pages(c, block_table) for c in (k_cache, v_cache))
+        k_cache, v_cache = (gather_pages(c, block_table) for c in (k_cache, v_cache))
     options = AttentionOptions(
         alibi_slopes=alibi_slopes, key_lengths=lengths, query_start=lengths - q.shape[2], scale=scale,
         window_left=window_left, window_right=window_right, softcap=softcap,
@@ -165,6 +165,21 @@ def attention_decode(
     return attention(q, k_cache, v_cache, options)
 
 
-def _gather_pages(cache, block_table):
+def gather_pages(cache, block_table):
     pages = cache[block_table.long().clamp_min(0)]  # (B, M, Hkv, page, D)
     return pages.transpose(1, 2).flatten(2, 3)
+
+
+def kv_cache_append(k_cache, v_cache, k, v, lengths, block_table):
+    """Writes k [B, Hkv, Tn, D] and v [B, Hkv, Tn, Dv] into the caches, at the positions lengths[b] .. of sequence b.
+
+    Caches, block_table and lengths as in attention_decode, but lengths are those before.
+    """
+    positions = lengths.long()[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, Tn)
+    if block_table is None:
+        place = torch.arange(k.shape[0], device=k.device)[:, None], slice(None), positions
+    else:
+        page = k_cache.shape[2]
+        place = block_table.long().gather(1, positions // page), slice(None), positions % page
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[place] = new.transpose(1, 2)

@@ -1,0 +1,1 @@
+"""What connects seqfuse with other libraries, none of which it depends on."""

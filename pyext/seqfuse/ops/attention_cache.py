@@ -1,0 +1,184 @@
+"""Decoding: attention over a KV cache, dense or in pages, that grows in place."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from seqfuse import dispatch, reference
+from seqfuse.ops import attention_checks as check
+from seqfuse.ops import attention_rules as rules
+from seqfuse.ops import checks
+from seqfuse.ops.autograd import traced, wants_gradient
+from seqfuse.ops.library import NOT_RUN_ON_GPU
+from seqfuse.reference import AttentionOptions
+from seqfuse.reference.attention import Positions, gather_pages
+
+_OP = "attention_with_kv_cache"
+
+
+def attention_with_kv_cache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    *,
+    cache_lengths,
+    block_table=None,
+    causal=True,
+    scale=None,
+    window=None,
+    softcap=None,
+    alibi_slopes=None,
+    return_lse=False,
+):
+    """Writes the new keys and values into the cache, in place, and attends over all that each sequence then has.
+
+    q: [B, Hq, Tq, D]. The last query of sequence b stands at its last key, so that with `causal` (bottom-right) 2 queries
+    over 4 keys see
+
+          keys 0 1 2 3
+        q0     x x x .
+        q1     x x x x
+
+    k_cache: [B, Hkv, T, D], v_cache: [B, Hkv, T, Dv]: room for T keys each; of q's dtype. Or pages, with block_table.
+    k, v: [B, Hkv, Tn, D] and [B, Hkv, Tn, Dv], written at cache_lengths[b] .. cache_lengths[b] + Tn - 1; both or neither.
+    cache_lengths: int32 or int64 [B], the keys that each sequence had before this call. Not changed: the caller adds Tn.
+    block_table: int32 or int64 [B, M]: then k_cache is [pages, Hkv, page, D], v_cache likewise, and sequence b has the
+        pages block_table[b, 0], block_table[b, 1] and so on.
+    scale, window, softcap, alibi_slopes, return_lse: as in `attention`.
+    Returns out [B, Hq, Tq, Dv]; with return_lse (out, lse [B, Hq, Tq]). A query that sees no key gives 0.
+
+    For inference: it has no gradient, and raises if one is asked for. Raises TypeError or ValueError on bad arguments
+    before anything is written; lengths and page numbers are looked at on a CPU only, where that waits for no device.
+    Source: split-KV decoding as in Dao et al., "Flash-Decoding", 2023; pages as in Kwon et al. 2023 (arXiv:2309.06180).
+    """
+    _check(q, k_cache, v_cache, k, v, block_table)
+    (B, _, _, D), capacity = q.shape, _capacity(k_cache, block_table)
+    check.integers(_OP, "cache_lengths", cache_lengths, q, (B,))
+    if wants_gradient(q, k_cache, v_cache, k, v):
+        raise ValueError(
+            f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()"
+        )
+    new = 0 if k is None else k.shape[2]
+    _check_numbers(cache_lengths, new, capacity, block_table, k_cache)
+    left, right = check.window(_OP, window)
+    right = 0 if causal else right
+    scale = 1.0 / math.sqrt(D) if scale is None else check.number(_OP, "scale", scale)
+    softcap = check.softcap(_OP, softcap)
+    slopes = check.slopes(_OP, alibi_slopes, q, B)
+
+    case = _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_table, return_lse)
+    backend = "reference" if 0 in q.shape or not capacity else dispatch.select("attention_decode", case).backend
+    if new:
+        _APPEND[backend](k_cache, v_cache, k, v, cache_lengths, block_table)
+    decode = dispatch.get("attention_decode", backend).fwd
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = decode(q, k_cache, v_cache, cache_lengths + new, block_table, slopes, scale, left, right, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _capacity(k_cache, block_table):
+    return k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
+
+
+def _check(q, k_cache, v_cache, k, v, block_table):
+    names = "q", "k_cache", "v_cache"
+    if block_table is None:
+        check.qkv(_OP, q, k_cache, v_cache, names)
+    else:
+        check.tensors(_OP, names, (q, k_cache, v_cache))
+        for name, value in zip(names, (q, k_cache, v_cache), strict=True):
+            checks.tensor(_OP, name, value, (4,))
+        if not isinstance(block_table, torch.Tensor) or block_table.dim() != 2:
+            raise ValueError(
+                f"{_OP}: block_table must be [B, pages of each sequence], got {checks.describe(block_table)}"
+            )
+        check.integers(_OP, "block_table", block_table, q, (q.shape[0], block_table.shape[1]))
+        # the batch of pages is not q's, everything else must agree
+        check.agree(_OP, names, (q[:1], k_cache[:1], v_cache[:1]), heads=1)
+    if (k is None) != (v is None):
+        raise ValueError(f"{_OP}: k and v must be given both or neither, got {'v' if k is None else 'k'} alone")
+    if k is None:
+        return
+    for name, value, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        checks.tensor(_OP, name, value, (4,))
+        checks.same_device(_OP, name, value, "q", q)
+        checks.same_dtype(_OP, name, value, f"{name}_cache", cache)
+        checks.shape(_OP, name, value, (q.shape[0], cache.shape[1], k.shape[2], cache.shape[3]))
+
+
+def _check_numbers(cache_lengths, new, capacity, block_table, k_cache):
+    """What the numbers in lengths and tables must be, where looking at them does not wait for a device."""
+    if not cache_lengths.is_cpu or traced() or not cache_lengths.numel():
+        return
+    least, most = (int(n) for n in cache_lengths.aminmax())
+    if least < 0 or most + new > capacity:
+        raise ValueError(
+            f"{_OP}: cache_lengths must be at least 0 and leave room for {new} new keys in a cache of {capacity}, "
+            f"got {least} to {most}"
+        )
+    if block_table is None or not block_table.numel():
+        return
+    page = k_cache.shape[2]
+    used = torch.arange(block_table.shape[1]) * page < (cache_lengths.long() + new)[:, None]
+    numbers = block_table[used]
+    if numbers.numel() and (int(numbers.min()) < 0 or int(numbers.max()) >= k_cache.shape[0]):
+        raise ValueError(
+            f"{_OP}: block_table must name pages 0 to {k_cache.shape[0] - 1} where a sequence has keys, "
+            f"got {int(numbers.min())} to {int(numbers.max())}"
+        )
+
+
+def _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_table, return_lse):
+    given = {
+        "window": left >= 0 or right > 0,
+        "causal": right == 0,
+        "softcap": softcap,
+        "ALiBi": slopes is not None,
+        "pages": block_table is not None,
+        "return_lse": return_lse,
+    }
+    (B, Hq, Tq, D), Hkv = q.shape, k_cache.shape[1]
+    options = tuple(name for name, there in given.items() if there)
+    return rules.AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, capacity, D, v_cache.shape[3], False, options)
+
+
+def _torch_decode(q, k_cache, v_cache, lengths, block_table, slopes, scale, left, right, softcap):
+    """scaled_dot_product_attention over the whole room of the cache, under a mask. (out, None)."""
+    if block_table is not None:
+        k_cache, v_cache = (gather_pages(c, block_table) for c in (k_cache, v_cache))
+    start = lengths - q.shape[2]
+    options = AttentionOptions(key_lengths=lengths, query_start=start, window_left=left, window_right=right)
+    mask = Positions(q, k_cache, options).visible()
+    gqa = q.shape[1] != k_cache.shape[1]
+    return F.scaled_dot_product_attention(q, k_cache, v_cache, mask, scale=scale, enable_gqa=gqa), None
+
+
+def _kernels(namespace):
+    def decode(*args):
+        return getattr(torch.ops, namespace).attention_decode.default(*args)
+
+    def append(*args):
+        return getattr(torch.ops, namespace).kv_cache_append.default(*args)
+
+    return decode, append
+
+
+_cpu_decode, _cpu_append = _kernels("seqfuse")
+_triton_decode, _triton_append = _kernels("seqfuse_triton")
+_APPEND = {
+    "cpu": _cpu_append,
+    "triton": _triton_append,
+    "torch": reference.kv_cache_append,
+    "reference": reference.kv_cache_append,
+}
+
+dispatch.register(
+    "attention_decode",
+    dispatch.Backend("cpu", _cpu_decode, None, rules.cpu_decode_refusal),
+    dispatch.Backend("triton", _triton_decode, None, rules.triton_refusal, rules.triton_prefers, note=NOT_RUN_ON_GPU),
+    dispatch.Backend("torch", _torch_decode, None, rules.torch_refusal, note="PyTorch's own op under a mask"),
+    dispatch.Backend("reference", reference.attention_decode, None),
+)

@@ -1,0 +1,88 @@
+"""Autograd of attention, written once for every backend that is a (fwd, bwd) pair, and the call that leads to it."""
+
+import torch
+
+from seqfuse import dispatch, reference
+from seqfuse.ops.attention_rules import describe
+from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
+from seqfuse.reference import AttentionOptions
+
+_TENSORS = 8  # of the options, the first: bias ... seed
+
+
+class AttentionFunction(torch.autograd.Function):
+    """(out, lse) of (q, k, v, *AttentionOptions, backend, deterministic). q, k, v and the bias get gradients."""
+
+    generate_vmap_rule = True  # the ops have one: member by member
+
+    @staticmethod
+    def forward(q, k, v, *rest):
+        *options, name, _ = rest
+        return dispatch.get("attention", name).fwd(q, k, v, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *options, name, deterministic = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, *options[:_TENSORS])
+        ctx.call = tuple(options[_TENSORS:]), name, deterministic
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        numbers, name, deterministic = ctx.call
+        bias, want_dbias = tensors[0], ctx.needs_input_grad[3]
+        nothing = (None,) * (_TENSORS - 1 + len(numbers) + 2)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            again = reference.attention(q, k, v, AttentionOptions(*tensors, *numbers))
+            return *differentiable_gradients(again, (dout, dlse), (q, k, v, bias)), *nothing
+        if dout is None:  # only lse was used
+            dout = torch.zeros_like(out)
+        bwd = dispatch.get("attention", name).bwd
+        dq, dk, dv, dbias = bwd(dout, dlse, q, k, v, out, lse, *tensors, *numbers, want_dbias, deterministic)
+        return dq, dk, dv, dbias if want_dbias else None, *nothing
+
+
+def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: bool):
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the backend that the dispatcher chooses."""
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    drop_all = options.dropout_p == 1.0  # then only the values are gone: lse and NaN are what they were
+    if drop_all:
+        options = options._replace(dropout_p=0.0, seed=None)
+    if options.dropout_p:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        options = options._replace(seed=seed)
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        out, lse = reference.attention(q, k, v, options)  # no kernel has anything to do
+    else:
+        grad = wants_gradient(q, k, v, options.bias)
+        name = dispatch.select("attention", describe(q, k, v, options, grad, return_lse)).backend
+        out, lse = _without_autocast(_run, q, k, v, options, grad, name, deterministic)
+    return (out * 0.0 if drop_all else out), lse
+
+
+def _run(q, k, v, options, grad, name, deterministic):
+    backend = dispatch.get("attention", name)
+    if backend.bwd is None or not grad:
+        return backend.fwd(q, k, v, *options)
+    if k is q:  # Dynamo takes no tensor twice
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    return apply(AttentionFunction, q, k, v, *options, name, deterministic)
+
+
+def _without_autocast(call, q, *args):
+    """call(q, *args): its dtypes are settled, and autocast would round what the reference keeps in float32."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return call(q, *args)
+    with torch.autocast(q.device.type, enabled=False):
+        return call(q, *args)
+
+
+def autocast(q, *others):
+    """The floating-point tensors in autocast's dtype, as scaled_dot_product_attention has them under autocast."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, *others
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, *others))

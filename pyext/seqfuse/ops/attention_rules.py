@@ -1,0 +1,208 @@
+"""Which backend runs a call of attention or of decoding, what each of them takes, and the built-in rules of `auto`."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from seqfuse import dispatch, reference
+from seqfuse.ops import attention_op, library  # noqa: F401 (attention_op registers the ops)
+from seqfuse.reference import AttentionOptions
+from seqfuse.reference.attention import Positions
+
+
+class AttentionCase(NamedTuple):
+    """What the choice of a backend may depend on. options: what the call does besides softmax(q k^T) v, as `describe`
+    names it; packed sequences have B = their number and the T of all of them together."""
+
+    device: str
+    dtype: torch.dtype
+    B: int
+    Hq: int
+    Hkv: int
+    Tq: int
+    Tk: int
+    D: int
+    Dv: int
+    grad: bool
+    options: tuple[str, ...] = ()
+
+    def shape_class(self) -> str:
+        def power(n):
+            return f"2^{max(n, 1).bit_length()}"
+
+        return (
+            f"{str(self.dtype)[6:]} Tq{power(self.Tq)} Tk{power(self.Tk)} D{self.D} BH{power(self.B * self.Hq)}"
+            f"{' gqa' if self.Hq != self.Hkv else ''}{' grad' if self.grad else ''}"
+            f"{''.join(f' +{o}' for o in self.options)}"
+        )
+
+
+def describe(q, k, v, options: AttentionOptions, grad: bool, lse: bool) -> AttentionCase:
+    """The case of checked arguments."""
+    o, found = options, []
+    if o.window_left >= 0 or o.window_right > 0:
+        found.append("window")
+    elif o.window_right == 0:
+        found.append("causal")
+    if o.top_left and o.window_right >= 0:
+        found.append("top-left")
+    given = {
+        "softcap": o.softcap,
+        "ALiBi": o.alibi_slopes is not None,
+        "bias": o.bias is not None,
+        "bias gradient": o.bias is not None and o.bias.requires_grad and grad,
+        "mask": o.mask is not None,
+        "key_lengths": o.key_lengths is not None,
+        "packed sequences": o.cu_seqlens_q is not None,
+        "dropout": o.dropout_p,
+        "return_lse": lse,
+    }
+    found += [name for name, there in given.items() if there]
+    (B, Hq, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
+    B = B if o.cu_seqlens_q is None else o.cu_seqlens_q.shape[0] - 1
+    return AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, Tk, D, v.shape[3], grad, tuple(found))
+
+
+# What PyTorch's scaled_dot_product_attention has no argument for, and no mask can say.
+_BEYOND_SDPA = {
+    "softcap": "scaled_dot_product_attention has no softcap",
+    "ALiBi": "scaled_dot_product_attention has no ALiBi but as a bias of Tq x Tk for every head",
+    "packed sequences": "scaled_dot_product_attention takes no packed sequences",
+    "dropout": "scaled_dot_product_attention draws another dropout mask, and ours is the same on every backend",
+    "return_lse": "scaled_dot_product_attention does not return the log-sum-exp",
+}
+
+
+def torch_refusal(case: AttentionCase) -> str | None:
+    """Why scaled_dot_product_attention can't express the call, or None."""
+    return next((_BEYOND_SDPA[o] for o in case.options if o in _BEYOND_SDPA), None)
+
+
+_MASKED = ("window", "mask", "key_lengths", "bias")
+
+
+def _needs_mask(case):
+    if any(o in _MASKED for o in case.options):
+        return True
+    return "causal" in case.options and "top-left" not in case.options and case.Tq != case.Tk
+
+
+def _torch_path(case):
+    return "SDPA with a mask of Tq x Tk" if _needs_mask(case) else "SDPA"
+
+
+def torch_attention(q, k, v, *options):
+    """scaled_dot_product_attention, with whatever hides keys as its mask. (out, None)."""
+    o = AttentionOptions(*options)
+    Tq, Tk = q.shape[2], k.shape[2]
+    limited = o.window_left >= 0 or o.window_right >= 0
+    bare = o.bias is None and o.mask is None and o.key_lengths is None and o.query_start is None
+    causal = bare and o.window_left < 0 and o.window_right == 0 and (o.top_left or Tq == Tk)
+    mask = None
+    if not causal and (limited or not bare):
+        mask = Positions(q, k, o).visible()
+        if o.bias is not None:
+            mask = o.bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+        else:
+            mask = mask.expand(*mask.shape[:-2], Tq, Tk)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=o.scale, enable_gqa=gqa), None
+
+
+def _fwd(namespace):
+    return lambda *args: getattr(torch.ops, namespace).attention_fwd.default(*args)
+
+
+def _bwd(namespace):
+    return lambda *args: getattr(torch.ops, namespace).attention_bwd.default(*args)
+
+
+def _reference(q, k, v, *options):
+    return reference.attention(q, k, v, AttentionOptions(*options))
+
+
+def _kernel_missing(name, key):
+    return None if library.has_kernel(name, key) else f"this build has no {key} kernel for it"
+
+
+# asked once: whether a kernel is registered does not change, and torch.compile need not trace the question
+_MISSING = {
+    (op, key): _kernel_missing(op, key) for op in ("attention_fwd", "attention_bwd", "attention_decode")
+    for key in ("CPU", "CUDA")
+}  # fmt: skip
+
+# Head dimensions above which a kernel is not made: {backend: (forward, with gradients)}.
+WIDEST = {"cpu": (512, 256), "triton": (512, 256), "cuda": (128, 128)}
+
+
+def _too_wide(backend, case):
+    forward, backward = WIDEST[backend]
+    limit = backward if case.grad else forward
+    if max(case.D, case.Dv) <= limit:
+        return None
+    return f"its kernels take head dimensions up to {limit}{' with gradients' if case.grad else ''}"
+
+
+def _cpu_refusal(case):
+    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_fwd", "CPU"] or _too_wide("cpu", case)
+
+
+def triton_refusal(case):
+    return library.triton_refusal(case.device, case.dtype) or _too_wide("triton", case)
+
+
+def cpu_decode_refusal(case):
+    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_decode", "CPU"] or _too_wide("cpu", case)
+
+
+def _cuda_refusal(case):
+    refusal = library.cuda_refusal(case.device, case.dtype) or _MISSING["attention_fwd", "CUDA"]
+    if refusal is None and case.grad:
+        refusal = _MISSING["attention_bwd", "CUDA"]
+    return refusal or _cuda_takes(case)
+
+
+def _cuda_takes(case):
+    if case.dtype == torch.float32:
+        return "the CUDA C++ kernels take bfloat16 and float16"
+    if case.D != case.Dv or case.D not in (64, 128):
+        return f"the CUDA C++ kernels take head dimensions 64 and 128, not {case.D} and {case.Dv}"
+    extra = next((o for o in case.options if o not in ("causal", "return_lse")), None)
+    return None if extra is None else f"the CUDA C++ kernels have no {extra}"
+
+
+# Where the CPU kernel was measured slower than PyTorch's: {(dtype, with gradients): Tq * Tk from which ours is faster}.
+CPU_FASTER_FROM: dict[tuple[torch.dtype, bool], int] = {}
+
+
+def _cpu_prefers(case):
+    if torch_refusal(case) is not None:
+        return None  # what is left is the reference, which keeps whole matrices of Tq x Tk
+    if case.Tq * case.Tk < CPU_FASTER_FROM.get((case.dtype, case.grad), 0):
+        return "at this size PyTorch's own scaled_dot_product_attention was measured faster"
+    return None
+
+
+def _gpu_prefers(case):
+    if torch_refusal(case) is not None:
+        return None  # what is left is the reference, which keeps whole matrices of Tq x Tk
+    return "not yet measured against PyTorch's own scaled_dot_product_attention on a GPU"
+
+
+def triton_prefers(case):
+    return "the interpreter is for tests" if case.device == "cpu" else _gpu_prefers(case)
+
+
+dispatch.register(
+    "attention",
+    dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), _cpu_refusal, _cpu_prefers, path=lambda c: "flash on the CPU"),
+    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, _gpu_prefers, note=library.NOT_RUN_ON_GPU),
+    dispatch.Backend("triton", _fwd("seqfuse_triton"), _bwd("seqfuse_triton"), triton_refusal, triton_prefers,
+                     note=library.NOT_RUN_ON_GPU),
+    dispatch.Backend("torch", torch_attention, None, torch_refusal, note="PyTorch's own op", path=_torch_path),
+    dispatch.Backend("reference", _reference, None, path=lambda c: "whole matrices of Tq x Tk in float32"),
+)  # fmt: skip
+
+for _name in ("attention_fwd", "attention_bwd"):
+    library.register_vmap(_name)
