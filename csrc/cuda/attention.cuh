@@ -5,7 +5,7 @@
 namespace seqfuse::cuda {
 
 constexpr int kTileRows = 128;  // queries of a block, keys of a stage
-constexpr int kPartRows = 64;  // queries of a warp group: the m of a wgmma
+constexpr int kPartRows = 64;   // queries of a warp group: the m of a wgmma
 constexpr int kAttentionThreads = 3 * dev::kWarpGroup;
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;

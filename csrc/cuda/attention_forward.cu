@@ -1,8 +1,7 @@
 // The launch of attention_forward.cuh, contract: seqfuse/attention_cuda.h.
-#include "seqfuse/attention_cuda.h"
-
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_launch.cuh"
+#include "seqfuse/attention_cuda.h"
 
 namespace seqfuse {
 namespace {
@@ -38,9 +37,8 @@ int forward(const AttentionForwardCuda& a, void* stream) {
 int attention_forward_cuda(const AttentionForwardCuda& a, void* stream) {
   if (dev::capability() != 90 || !(a.scale > 0.0f)) return kNotSupported;
   if (!a.B || !a.Hq || !a.Tq) return 0;
-  return with_attention_instance(a.D, a.causal, a.dtype, [&]<int D, bool Causal, class T>() {
-    return forward<D, Causal, T>(a, stream);
-  });
+  return with_attention_instance(a.D, a.causal, a.dtype,
+                                 [&]<int D, bool Causal, class T>() { return forward<D, Causal, T>(a, stream); });
 }
 
 }  // namespace seqfuse

@@ -15,8 +15,8 @@
 // this is.)
 //
 // Who. 3 warp groups of 128 threads, one block an SM. Group 0 produces: one thread asks TMA for q once, and for k and v
-// block by block into kStages buffers each; it gives its registers away (24 left). Groups 1 and 2 consume: 64 rows each,
-// S, P and O in registers (64 + 32 + D / 2 of 240 a thread), q, k and v from shared memory by wgmma.
+// block by block into kStages buffers each; it gives its registers away (24 left). Groups 1 and 2 consume: 64 rows
+// each, S, P and O in registers (64 + 32 + D / 2 of 240 a thread), q, k and v from shared memory by wgmma.
 //
 // What is in flight when, in one consumer group; its own order is a column, the two groups run half a turn apart:
 //
@@ -34,8 +34,8 @@
 // the turns come out even; the one that would be left over is not passed.
 //
 // Buffers. full[s]: one arrival (the producer's) and the bytes of a tile. free[s]: 8 arrivals, one for each warp of the
-// consumers, after the wait that ends the product that read it. The i-th use of a buffer waits for parity i % 2 of full,
-// and the producer for the opposite parity of free, which is there from the start.
+// consumers, after the wait that ends the product that read it. The i-th use of a buffer waits for parity i % 2 of
+// full, and the producer for the opposite parity of free, which is there from the start.
 //
 // Shared memory: (1 + 2 kStages) tiles of 256 D bytes: 160 KB for D = 128, 80 KB for D = 64, and the barriers. q's tile
 // takes the result on its way out, so that it is stored 16 bytes a thread: each warp writes and reads only the 16 rows
@@ -203,8 +203,7 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const AttentionForward<T>& p, co
   // the last visible column of each row, counted from this thread's first column
   int last[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++)
-    last[i] = visible.last(at.tile * kTileRows + warp_row + lane / 4 + 8 * i) - lane % 4 * 2;
+  for (int i = 0; i < 2; i++) last[i] = visible.last(at.tile * kTileRows + warp_row + lane / 4 + 8 * i) - lane % 4 * 2;
 
   float o[D / 2] = {}, scores[kTileRows / 2], shrink[2];
   uint32_t weights[kTileRows / 4];
@@ -238,7 +237,8 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const AttentionForward<T>& p, co
     };
     int i = 1;
     if constexpr (Causal)
-      for (const int masked = blocks - visible.whole_blocks(first_row); i < masked; i++) turn.template operator()<true>(i);
+      for (const int masked = blocks - visible.whole_blocks(first_row); i < masked; i++)
+        turn.template operator()<true>(i);
     for (; i < blocks; i++) turn.template operator()<false>(i);
 
     const Stage end(blocks - 1);

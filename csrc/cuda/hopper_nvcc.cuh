@@ -55,16 +55,16 @@ constexpr bool kWarpGroups = true;
 
 SEQFUSE_DEVICE void load_panel(void* to, const TensorMap& map, int d, int t, int h, int b, Arrivals& a) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(shared_address(to)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(&a)), "r"(d), "r"(t), "r"(h), "r"(b)
       : "memory");
 }
 SEQFUSE_DEVICE void arrivals_init(Arrivals& a, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(
-                   shared_address(&a)),
-               "r"(count)
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&a)),
+      "r"(count)
+      : "memory");
 }
 SEQFUSE_DEVICE void arrivals_arrive(Arrivals& a) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&a)) : "memory");
@@ -99,18 +99,20 @@ SEQFUSE_DEVICE void wgmma_wait(float (&d)[Words]) {
 }
 
 // d as asm operands, and their numbers
-#define SEQFUSE_D8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SEQFUSE_D8(i)                                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define SEQFUSE_D32(i) SEQFUSE_D8(i), SEQFUSE_D8(i + 8), SEQFUSE_D8(i + 16), SEQFUSE_D8(i + 24)
-#define SEQFUSE_N32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SEQFUSE_N32                                                                                                    \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31"
 #define SEQFUSE_N64                                                                                              \
   SEQFUSE_N32                                                                                                    \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58" \
   ",%59,%60,%61,%62,%63"
-#define SEQFUSE_WGMMA(n, type, numbers, a, b, add, transposed)                                                       \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" \
-      numbers "}, " a ", " b ", p, 1, 1, " transposed ";\n}"
+#define SEQFUSE_WGMMA(n, type, numbers, a, b, add, transposed)                                                 \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+  " {" numbers "}, " a ", " b ", p, 1, 1, " transposed ";\n}"
 
 template <class T, int N, bool Transposed>
 SEQFUSE_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {

@@ -15,6 +15,7 @@
 
 #include "cuda/rnn_cluster_plan.h"
 #include "self_test.cuh"
+#include "seqfuse/attention_cuda.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
 
@@ -168,6 +169,21 @@ int rnn_backward(const Job& j, bool cluster) {
   return rnn_backward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, true), nullptr);
 }
 
+HeadStrides head_strides(const Job& j, const std::string& name) {
+  return {j.integer((name + "_b").c_str()), j.integer((name + "_h").c_str()), j.integer((name + "_t").c_str())};
+}
+
+int attention_forward(const Job& j) {
+  AttentionForwardCuda a{};
+  a.dtype = DType(j.integer("dtype")), a.causal = j.integer("causal"), a.scale = float(j.floats.at("scale"));
+  a.B = j.integer("B"), a.Hq = j.integer("Hq"), a.Hkv = j.integer("Hkv");
+  a.Tq = j.integer("Tq"), a.Tk = j.integer("Tk"), a.D = j.integer("D");
+  a.q = j.pointer("q"), a.k = j.pointer("k"), a.v = j.pointer("v"), a.out = j.pointer("out");
+  a.q_strides = head_strides(j, "q"), a.k_strides = head_strides(j, "k"), a.v_strides = head_strides(j, "v");
+  a.out_strides = head_strides(j, "out"), a.lse = j.pointer<float>("lse");
+  return attention_forward_cuda(a, nullptr);
+}
+
 // the plan's sentence, for what the job says the device is
 int plan_here(const Job& j) {
   host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
@@ -226,6 +242,8 @@ int main(int argc, char** argv) {
     error = rnn_forward(job, job.op != "rnn_forward");
   else if (job.op == "rnn_backward" || job.op == "rnn_cluster_backward")
     error = rnn_backward(job, job.op != "rnn_backward");
+  else if (job.op == "attention_forward")
+    error = attention_forward(job);
   else if (job.op == "rnn_cluster_plan")
     error = plan_here(job);
   else
