@@ -10,7 +10,7 @@ using namespace cuda;
 
 template <int D, bool Causal, class T>
 int forward(const AttentionForwardCuda& a, void* stream) {
-  AttentionForward<T> p{};
+  ForwardArguments<T> p{};
   const int64_t tiles = (a.Tq + kTileRows - 1) / kTileRows, blocks = tiles * a.B * a.Hq;
   if (blocks > kMostBlocks || a.Tk > kMostBlocks) return kNotSupported;
   // where there are no keys nothing is loaded, but a map must be of something

@@ -49,7 +49,7 @@ constexpr int kStages = 2;
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // 2 * 128 * 240 + 128 * 24 <= 65536
 
 template <class T>
-struct AttentionForward {
+struct ForwardArguments {
   dev::TensorMap q, k, v;
   T* out;
   float* lse;
@@ -80,7 +80,7 @@ struct Stage {
 };
 
 template <int D, class T>
-SEQFUSE_DEVICE void produce(ForwardTiles<D>& s, const AttentionForward<T>& p, const Place& at, int blocks) {
+SEQFUSE_DEVICE void produce(ForwardTiles<D>& s, const ForwardArguments<T>& p, const Place& at, int blocks) {
   constexpr int kBytes = kTileRows * D * 2;
   const int head = at.head / p.group;
   dev::arrivals_expect(s.q_full, kBytes);
@@ -163,7 +163,7 @@ SEQFUSE_DEVICE void release(dev::Arrivals& free) {
 
 // out and lse of this warp's 16 rows of the tile
 template <int D, class T>
-SEQFUSE_DEVICE void store_rows(Panels<kTileRows, D>& tile, const AttentionForward<T>& p, const Place& at, int first,
+SEQFUSE_DEVICE void store_rows(Panels<kTileRows, D>& tile, const ForwardArguments<T>& p, const Place& at, int first,
                                const float (&o)[D / 2], const RowState& state) {
   const int r = dev::lane() / 4, q = dev::lane() % 4;
   auto* const bytes = reinterpret_cast<unsigned char*>(tile.x);
@@ -196,7 +196,7 @@ SEQFUSE_DEVICE void store_rows(Panels<kTileRows, D>& tile, const AttentionForwar
 
 // `group` 0 or 1: which 64 rows of the tile
 template <int D, bool Causal, class T>
-SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const AttentionForward<T>& p, const Place& at, int blocks, int group) {
+SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const ForwardArguments<T>& p, const Place& at, int blocks, int group) {
   const Visible<Causal> visible{p.Tk, p.Tk - p.Tq};
   const int lane = dev::lane(), first_row = at.tile * kTileRows + group * kPartRows;
   const int warp_row = group * kPartRows + dev::warp() % 4 * 16;  // in the tile
@@ -253,7 +253,7 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const AttentionForward<T>& p, co
 
 template <int D, bool Causal, class T>
 SEQFUSE_KERNEL(kAttentionThreads, 1)
-attention_forward(SEQFUSE_CONSTANT AttentionForward<T> p) {
+attention_forward(SEQFUSE_CONSTANT ForwardArguments<T> p) {
   if constexpr (dev::kWarpGroups) {
     using Shared = ForwardTiles<D>;
     Shared& s = dev::dynamic_shared<Shared>();

@@ -218,6 +218,21 @@ int self(const Job& j) {
     return dev::launch(&mistaken, {1}, kThreads, nullptr, in, out, number("n"), Mistake(number("mistake")));
   if (j.op == "round")
     return dev::launch(number("dtype") == 1 ? &round_bf16 : &round_f16, {1}, kThreads, nullptr, in, out, number("n"));
+  if (j.op == "panels") {
+    auto map = [&](const char* name, int64_t rows, int64_t columns) {
+      dev::TensorMap m;
+      const dev::Tiled t{
+          DType(number("dtype")), j.pointer(name), {columns, rows, 1, 1}, {columns, columns, columns}, 64};
+      if (dev::make_tensor_map(m, t)) host::fail("no tensor map of %s", name);
+      return m;
+    };
+    return dev::launch(number("dtype") == 1 ? &panels_bf16 : &panels_f16, {1, 1, 1, int64_t(sizeof(PanelShared))},
+                       kThreads, nullptr, map("a", 64, 128), map("b", 64, 128), map("c", number("rows"), 64), out,
+                       number("by_columns") != 0, PanelMistake(number("mistake")));
+  }
+  if (j.op == "place")
+    return dev::launch(&place, {number("tiles") * number("heads") * number("batches")}, kThreads, nullptr, out,
+                       number("tiles"), number("heads"), number("batches"), number("section"), number("longest") != 0);
   if (j.op == "mma" && number("dtype") == 1)
     return dev::launch(&mma_bf16, {1}, 32, nullptr, j.pointer<const dev::bf16>("a"), j.pointer<const dev::bf16>("b"),
                        out);
@@ -233,6 +248,7 @@ int main(int argc, char** argv) {
   const Job job = read(argv[1]);
   if (job.ints.count("seed")) host::seed = uint64_t(job.integer("seed"));
   if (job.ints.count("multiprocessors")) host::multiprocessors = int(job.integer("multiprocessors"));
+  if (job.ints.count("capability")) host::capability = int(job.integer("capability"));
   int error = 0;
   if (job.op == "layer_norm_forward")
     error = layer_norm_forward(job);
