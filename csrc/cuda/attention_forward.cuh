@@ -116,15 +116,13 @@ struct RowState {
         for (int e = 0; e < 2; e++) {
           float& x = s[4 * c + 2 * i + e];
           if (Masked && first_key + 8 * c + e > last[i]) x = kHidden;
-          high = x > high ? x : high;
+          high = dev::maximum(high, x);
         }
       }
 #pragma unroll
-      for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = dev::as_float(dev::shuffle_xor(dev::as_bits(high), mask));
-        high = other > high ? other : high;
-      }
-      high = top[i] > high ? top[i] : high;
+      for (int mask = 1; mask < 4; mask *= 2)
+        high = dev::maximum(high, dev::as_float(dev::shuffle_xor(dev::as_bits(high), mask)));
+      high = dev::maximum(high, top[i]);
       const float base = high == kHidden ? 0.0f : high * scale_log2;
       shrink[i] = dev::exp2(top[i] * scale_log2 - base);
       top[i] = high;
@@ -230,6 +228,7 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const ForwardArguments<T>& p, co
       dev::wgmma_wait<1>(scores);
       release(s.k_free[now.slot]);
       state.softmax<Masked>(scores, shrink, p.scale_log2, (blocks - 1 - i) * kTileRows, last);
+      dev::settle(state.total[0] + state.total[1]);  // the exponentials, beside the products
       dev::wgmma_wait<0>(o);
       release(s.v_free[before.slot]);
       shrink_rows(o, shrink);

@@ -4,30 +4,30 @@
 // C++.
 //
 // What both sides supply, in namespace seqfuse::dev:
-//   kWarpGroups                                 false where the architecture lacks all this: such kernels are empty
-//   there TensorMap, make_tensor_map(map, tiled)      what TMA knows of a tensor; made by the host, a kernel argument
-//   that is
-//                                               declared SEQFUSE_CONSTANT. Returns an error code
-//   load_panel(to, map, d, t, h, b, a)          by one thread: the map's box at (d, t, h, b) to `to`, 1024-byte
-//   aligned;
-//                                               its bytes (all of the box's) are counted by a. Outside the tensor:
-//                                               zeros
-//   arrivals_init(a, count)                     a phase of `a` ends when `count` threads have arrived (arrivals_expect
-//   arrivals_arrive(a)                          is one of them) and all bytes have come
-//   shared_address(p)                           the address in shared memory's own 32-bit space
-//   wgmma<T, N, Transposed>(d, a, b, add)       d = a b (+ d): fp32 [64, N], [64, 16], [16, N]; a and b are
-//   descriptors.
-//                                               b's memory is [N, 16], or [16, N] if Transposed
-//   wgmma<T, N, Transposed>(d, words, b, add)   the same with a in registers, 4 words a thread
-//   wgmma_fence()                               before the first wgmma of a group: what registers hold now is seen by
-//   it wgmma_commit()                              ends a group of products wgmma_wait<K>(d) until all but the last K
-//   groups are done; d, which they made, may be read part_barrier(id, threads)                   barrier `id` (1 to 15)
-//   of so many threads, of which this warp is a part part_arrive(id, threads)                    the same without
-//   waiting warp_barrier() uniform(x)                                  x, of which all lanes have the same: lets the
-//   compiler know. wgmma in a
-//                                               branch that it thinks divergent is run one at a time (ptxas C7520)
-//   take_registers<N>() give_registers<N>()     a warp group's registers a thread become N
-//   exp2 log2                                   fp32, approximate: 2 ulp
+//   kWarpGroups                           false where the architecture lacks all this: such kernels are empty there
+//   TensorMap                             what TMA knows of a tensor; a kernel argument declared SEQFUSE_CONSTANT
+//   make_tensor_map(map, tiled)           by the host; returns an error code
+//   load_panel(to, map, d, t, h, b, a)    by one thread: the map's box at (d, t, h, b) to `to`, 1024-byte aligned; a
+//                                         counts the bytes of the whole box. What is outside the tensor is 0
+//   arrivals_init(a, count)               a phase of `a` ends when `count` threads have arrived (arrivals_expect is
+//   arrivals_arrive(a)                    one of them) and all bytes have come
+//   shared_address(p)                     the address in shared memory's own 32-bit space
+//   wgmma<T, N, Transposed>(d, a, b, add) d = a b (+ d): fp32 [64, N], [64, 16], [16, N]. a and b are descriptors; b's
+//                                         memory is [N, 16], or [16, N] if Transposed
+//   wgmma<T, N, Transposed>(d, w, b, add) the same with a in registers, words w[4] of a thread
+//   wgmma_fence()                         before the first wgmma of a group, which then sees what registers hold
+//   wgmma_commit()                        ends a group of products
+//   wgmma_wait<K>(d)                      until all groups but the last K are done; their d may then be used
+//   settle(x)                             all that x, which is never negative, comes from is computed before any
+//                                         wgmma_wait that follows: else the compiler may put it behind
+//   part_barrier(id, threads)             barrier `id` (1 to 15) of so many threads, this warp among them
+//   part_arrive(id, threads)              the same without waiting
+//   warp_barrier()                        of this warp
+//   uniform(x)                            x, which is the same in all lanes, so that the compiler knows: wgmma in a
+//                                         branch that may be divergent is run one at a time (ptxas C7520)
+//   take_registers<N>()                   a warp group's registers a thread become N: more,
+//   give_registers<N>()                   or fewer
+//   exp2 log2 maximum                     fp32; the first two approximate: 2 ulp; of NaN and x the maximum is x
 //
 // Panels. A 16-bit tile [rows, D] lies in shared memory as D / 64 panels [rows, 64]: a row of a panel is 128 bytes, 8
 // chunks of 16. With the 128-byte swizzle chunk c of row r lies at chunk c ^ (r % 8), so that 8 rows of one chunk,

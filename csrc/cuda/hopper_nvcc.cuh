@@ -33,6 +33,9 @@ inline int make_tensor_map(TensorMap& map, const Tiled& t) {
   return error == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
 }
 
+SEQFUSE_DEVICE float maximum(float x, float y) {
+  return fmaxf(x, y);
+}
 SEQFUSE_DEVICE float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -90,12 +93,20 @@ SEQFUSE_DEVICE void wgmma_fence() {
 SEQFUSE_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+
 // The compiler may not use d before the wait: it does not know that the products were still under way.
 template <int K, int Words>
 SEQFUSE_DEVICE void wgmma_wait(float (&d)[Words]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(K) : "memory");
 #pragma unroll
   for (int i = 0; i < Words; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// ptxas moves arithmetic across a wait, as far as it likes; not across a barrier of the warp, whose mask comes from x.
+SEQFUSE_DEVICE void settle(float x) {
+  asm volatile(
+      "{\n.reg .pred negative;\n.reg .b32 mask;\nsetp.lt.f32 negative, %0, 0f00000000;\n"
+      "selp.b32 mask, 0, 0xffffffff, negative;\nbar.warp.sync mask;\n}" ::"f"(x)
+      : "memory");
 }
 
 // d as asm operands, and their numbers
@@ -179,6 +190,7 @@ SEQFUSE_DEVICE void wgmma_fence() {}
 SEQFUSE_DEVICE void wgmma_commit() {}
 template <int K, int Words>
 SEQFUSE_DEVICE void wgmma_wait(float (&)[Words]) {}
+SEQFUSE_DEVICE void settle(float) {}
 template <class T, int N, bool Transposed>
 SEQFUSE_DEVICE void wgmma(float (&)[N / 2], uint64_t, uint64_t, bool) {}
 template <class T, int N, bool Transposed>

@@ -77,6 +77,9 @@ void give_registers() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
 }
 
+inline float maximum(float x, float y) {
+  return std::fmax(x, y);
+}
 inline float exp2(float x) {
   return std::exp2(x);
 }
@@ -93,6 +96,9 @@ inline void wgmma_commit() {
 template <int K, int Words>
 void wgmma_wait(float (&)[Words]) {
   host::wgmma_wait(K);
+}
+inline void settle(float x) {
+  if (x < 0.0f) host::fail("settle: %f is negative", double(x));
 }
 template <class T, int N, bool Transposed>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
