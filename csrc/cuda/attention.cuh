@@ -17,11 +17,15 @@ struct alignas(1024) Panels {
   uint16_t x[D / dev::kPanelColumns][Rows][dev::kPanelColumns];
 };
 
-template <int Rows, int D>
+// BoxRows: of the map
+template <int BoxRows, int Rows, int D>
 SEQFUSE_DEVICE void load_tile(Panels<Rows, D>& to, const dev::TensorMap& map, int t, int h, int b, dev::Arrivals& a) {
 #pragma unroll
-  for (int panel = 0; panel < D / dev::kPanelColumns; panel++)
-    dev::load_panel(to.x[panel], map, panel * dev::kPanelColumns, t, h, b, a);
+  for (int panel = 0; panel < D / dev::kPanelColumns; panel++) {
+#pragma unroll
+    for (int row = 0; row < Rows; row += BoxRows)
+      dev::load_panel(to.x[panel][row], map, panel * dev::kPanelColumns, t + row, h, b, a);
+  }
 }
 
 // Both products are one group of wgmma: started here, to be waited for by the caller.
@@ -47,6 +51,42 @@ SEQFUSE_DEVICE void multiply_columns(float (&d)[D / 2], const uint32_t (&a)[K / 
 #pragma unroll
   for (int k = 0; k < K / 16; k++) dev::wgmma<T, D, true>(d, a + 4 * k, dev::moved(right, k * 2048), true);
   dev::wgmma_commit();
+}
+
+// The accumulator [64, 2 * Words] in 16 bits: the same words are the operand a of the next product (hopper.cuh).
+template <class T, int Words>
+SEQFUSE_DEVICE void narrow_all(const float (&x)[2 * Words], uint32_t (&out)[Words]) {
+#pragma unroll
+  for (int w = 0; w < Words; w++) out[w] = dev::narrow_pair<T>(x[2 * w], x[2 * w + 1]);
+}
+
+SEQFUSE_DEVICE void release(dev::Arrivals& free) {
+  if (dev::lane() == 0) dev::arrivals_arrive(free);
+}
+
+// This warp's 16 rows of an accumulator, rows `first` on of the tile, times a factor for each of a thread's two rows,
+// to out: 16 bytes a thread, by way of `tile`, which nothing else may use. out is the tile's row 0; `rows` exist.
+template <class T, int D>
+SEQFUSE_DEVICE void store_rows(Panels<kTileRows, D>& tile, int first, const float (&x)[D / 2], const float (&factor)[2],
+                               T* out, int64_t stride, int rows) {
+  const int r = dev::lane() / 4, q = dev::lane() % 4;
+  auto* const bytes = reinterpret_cast<unsigned char*>(tile.x);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int row = first + r + 8 * i;
+#pragma unroll
+    for (int c = 0; c < D / 8; c++) {
+      const uint32_t word = dev::narrow_pair<T>(x[4 * c + 2 * i] * factor[i], x[4 * c + 2 * i + 1] * factor[i]);
+      dev::store_4(bytes + c / 8 * kTileRows * 128 + dev::swizzled(row, c % 8 * 16 + 4 * q), word);
+    }
+  }
+  dev::warp_barrier();
+#pragma unroll
+  for (int v = dev::lane(); v < 16 * D / 8; v += dev::kWarp) {
+    const int row = first + v / (D / 8), c = v % (D / 8);
+    const auto* from = bytes + c / 8 * kTileRows * 128 + dev::swizzled(row, c % 8 * 16);
+    if (row < rows) dev::store_16(out + row * stride + c * 8, *reinterpret_cast<const dev::Bits16*>(from));
+  }
 }
 
 // The order of the blocks of a grid. Blocks that run together should read the same keys, so that K and V come from the

@@ -84,16 +84,16 @@ SEQFUSE_DEVICE void produce(ForwardTiles<D>& s, const ForwardArguments<T>& p, co
   constexpr int kBytes = kTileRows * D * 2;
   const int head = at.head / p.group;
   dev::arrivals_expect(s.q_full, kBytes);
-  load_tile(s.q, p.q, at.tile * kTileRows, at.head, at.batch, s.q_full);
+  load_tile<kTileRows>(s.q, p.q, at.tile * kTileRows, at.head, at.batch, s.q_full);
   for (int i = 0; i < blocks; i++) {
     const Stage to(i);
     const int first = (blocks - 1 - i) * kTileRows;
     dev::arrivals_wait(s.k_free[to.slot], to.parity ^ 1);
     dev::arrivals_expect(s.k_full[to.slot], kBytes);
-    load_tile(s.k[to.slot], p.k, first, head, at.batch, s.k_full[to.slot]);
+    load_tile<kTileRows>(s.k[to.slot], p.k, first, head, at.batch, s.k_full[to.slot]);
     dev::arrivals_wait(s.v_free[to.slot], to.parity ^ 1);
     dev::arrivals_expect(s.v_full[to.slot], kBytes);
-    load_tile(s.v[to.slot], p.v, first, head, at.batch, s.v_full[to.slot]);
+    load_tile<kTileRows>(s.v[to.slot], p.v, first, head, at.batch, s.v_full[to.slot]);
   }
 }
 
@@ -148,48 +148,25 @@ SEQFUSE_DEVICE void shrink_rows(float (&o)[Words], const float (&shrink)[2]) {
   for (int w = 0; w < Words; w++) o[w] *= shrink[w / 2 % 2];
 }
 
-// The accumulator [64, 2 * Words] in 16 bits: the same words are the operand a of the next product.
-template <class T, int Words>
-SEQFUSE_DEVICE void narrow_all(const float (&x)[2 * Words], uint32_t (&out)[Words]) {
-#pragma unroll
-  for (int w = 0; w < Words; w++) out[w] = dev::narrow_pair<T>(x[2 * w], x[2 * w + 1]);
-}
-
-SEQFUSE_DEVICE void release(dev::Arrivals& free) {
-  if (dev::lane() == 0) dev::arrivals_arrive(free);
-}
-
-// out and lse of this warp's 16 rows of the tile
+// out and lse of this warp's 16 rows, from row `first` of the tile
 template <int D, class T>
-SEQFUSE_DEVICE void store_rows(Panels<kTileRows, D>& tile, const ForwardArguments<T>& p, const Place& at, int first,
-                               const float (&o)[D / 2], const RowState& state) {
-  const int r = dev::lane() / 4, q = dev::lane() % 4;
-  auto* const bytes = reinterpret_cast<unsigned char*>(tile.x);
+SEQFUSE_DEVICE void store_result(Panels<kTileRows, D>& tile, const ForwardArguments<T>& p, const Place& at, int first,
+                                 const float (&o)[D / 2], const RowState& state) {
+  const int rows = p.Tq - at.tile * kTileRows;
+  float inverse[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     float total = state.total[i];
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) total += dev::as_float(dev::shuffle_xor(dev::as_bits(total), mask));
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    const int row = first + r + 8 * i, t = at.tile * kTileRows + row;
-    if (q == 0 && t < p.Tq)
-      p.lse[(int64_t(at.batch) * p.order.heads + at.head) * p.Tq + t] =
+    inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
+    const int row = first + dev::lane() / 4 + 8 * i;
+    if (dev::lane() % 4 == 0 && row < rows)
+      p.lse[(int64_t(at.batch) * p.order.heads + at.head) * p.Tq + at.tile * kTileRows + row] =
           total == 0.0f ? kHidden : kLn2 * (state.top[i] * p.scale_log2 + dev::log2(total));
-#pragma unroll
-    for (int c = 0; c < D / 8; c++) {
-      const int panel = c / 8, place = dev::swizzled(row, c % 8 * 16 + 4 * q);
-      const uint32_t word = dev::narrow_pair<T>(o[4 * c + 2 * i] * inverse, o[4 * c + 2 * i + 1] * inverse);
-      dev::store_4(bytes + panel * kTileRows * 128 + place, word);
-    }
   }
-  dev::warp_barrier();
-  T* const out = p.out + at.batch * p.out_b + at.head * p.out_h;
-#pragma unroll
-  for (int v = dev::lane(); v < 16 * D / 8; v += dev::kWarp) {
-    const int row = first + v / (D / 8), c = v % (D / 8), t = at.tile * kTileRows + row;
-    const auto* from = bytes + c / 8 * kTileRows * 128 + dev::swizzled(row, c % 8 * 16);
-    if (t < p.Tq) dev::store_16(out + t * p.out_t + c * 8, *reinterpret_cast<const dev::Bits16*>(from));
-  }
+  T* const out = p.out + at.batch * p.out_b + at.head * p.out_h + int64_t(at.tile) * kTileRows * p.out_t;
+  store_rows(tile, first, o, inverse, out, p.out_t, rows);
 }
 
 // `group` 0 or 1: which 64 rows of the tile
@@ -247,7 +224,7 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const ForwardArguments<T>& p, co
     release(s.v_free[end.slot]);
   }
   dev::part_barrier(rows_of(group), dev::kWarpGroup);  // all of the group's products have read q
-  store_rows<D>(s.q, p, at, warp_row, o, state);
+  store_result<D>(s.q, p, at, warp_row, o, state);
 }
 
 template <int D, bool Causal, class T>

@@ -135,7 +135,7 @@ SEQFUSE_DEVICE void panels(const dev::TensorMap& a, const dev::TensorMap& b, con
   if (dev::thread() == 0) {
     dev::arrivals_init(s.full, 1);
     dev::arrivals_expect(s.full, 3 * 64 * 128 * 2 - (mistake == PanelMistake::few_bytes ? 16 : 0));
-    cuda::load_tile(s.a, a, 0, 0, 0, s.full), cuda::load_tile(s.b, b, 0, 0, 0, s.full);
+    cuda::load_tile<64>(s.a, a, 0, 0, 0, s.full), cuda::load_tile<64>(s.b, b, 0, 0, 0, s.full);
     dev::load_panel(mistake == PanelMistake::unaligned ? &s.c.x[0][0][8] : s.c.x[0][0], c, 0, 0, 0, 0, s.full);
     dev::load_panel(s.c.x[0][64], c, 0, 64, 0, 0, s.full);
   }
