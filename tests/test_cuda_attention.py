@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from host_device.runner import DTYPES, Failed, host_device
 
 from seqfuse import reference
@@ -233,6 +234,111 @@ def test_what_the_launcher_refuses(host, what):
     numbers = {"capability": 80} if what == "capability" else {}
     with pytest.raises(Failed, match="attention_forward returned 801"):
         forward(host, q, k, v, False, -1.0 if what == "scale" else 0.125, layout, **numbers)
+
+
+# Backward
+
+
+def backward(host, q, k, v, out, lse, dout, dlse, causal, scale, layout="dense", **numbers):
+    (B, Hq, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
+    results = {"dq": q, "dk": k, "dv": v}
+    layouts = {n: Heads(layout, *t.shape) for n, t in (tensors | results).items()}
+    numbers |= {"B": B, "Hq": Hq, "Hkv": Hkv, "Tq": Tq, "Tk": Tk, "D": D, "causal": causal, "scale": float(scale)}
+    numbers["dtype"] = DTYPES[q.dtype]
+    for name, here in layouts.items():
+        numbers |= here.numbers(name)
+    inputs = {n: layouts[n].store(t) for n, t in tensors.items()} | {"lse": lse, "dlse": dlse}
+    found = host("attention_backward", numbers, inputs, {n: (layouts[n].count, q.dtype) for n in results})
+    for name in results:
+        gaps = torch.ones(layouts[name].count, dtype=torch.bool)
+        layouts[name].view(gaps).fill_(False)
+        assert found[name][gaps].isnan().all(), f"written between the rows of {name}"
+    return {n: layouts[n].view(found[n]) for n in results}
+
+
+def gradients(q, k, v, dout, dlse, causal, scale, dtype):
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out, lse = truth(*leaves, causal, scale, dtype)
+    visible = lse > -torch.inf
+    loss = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        loss = loss + torch.where(visible, lse, 0.0).mul(dlse.to(lse.dtype)).sum()
+    return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, leaves), strict=True))
+
+
+def pytorch_gradients(q, k, v, dout, dlse, causal, scale):
+    """By torch's own ops at the kernel's dtype, which round P and dS to it as every flash kernel does."""
+    (Tq, Tk), group = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
+    if min(Tq, Tk) == 0 or (causal and Tq > Tk):  # rows that see no key: not SDPA's
+        return gradients(q, k, v, dout, dlse, causal, scale, q.dtype)
+    visible = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq) if causal else None
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*leaves, attn_mask=visible, scale=scale, enable_gqa=group > 1)
+    loss = (out * dout).sum()
+    if dlse is not None:
+        scores = leaves[0] @ leaves[1].repeat_interleave(group, 1).mT * scale
+        scores = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+        loss = loss + (scores.logsumexp(-1) * dlse).sum()
+    return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, leaves), strict=True))
+
+
+def check_backward(
+    host, B, Hq, Hkv, Tq, Tk, D, dtype, causal, scale=None, seed=0, layout="dense", with_dlse=True, **numbers
+):
+    q, k, v = sample(B, Hq, Hkv, Tq, Tk, D, dtype, seed)
+    scale = D**-0.5 if scale is None else scale
+    dout = torch.randn(B, Hq, Tq, D).to(dtype)
+    dlse = torch.randn(B, Hq, Tq) if with_dlse else None
+    out, lse = truth(q, k, v, causal, scale, dtype)
+    numbers["seed"] = seed + 1
+    got = backward(host, q, k, v, out, lse.float(), dout, dlse, causal, scale, layout, **numbers)
+    true = gradients(q, k, v, dout, dlse, causal, scale, torch.float64)
+    theirs = pytorch_gradients(q, k, v, dout, dlse, causal, scale)
+    for name, x in got.items():
+        assert_accurate(x, true[name], theirs[name], dims=(0, 1, 2), what=name)
+    return got
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_backward(host, dtype, D, causal):
+    check_backward(host, 1, 2, 1, 200, 200, D, HALVES[dtype], causal)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "Tq{}-Tk{}".format(*s))
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+def test_backward_of_odd_sizes(host, causal, size):
+    check_backward(host, 1, 1, 1, *size, 64, torch.bfloat16, causal)
+
+
+@pytest.mark.parametrize("layout", ["bthd", "padded"])
+def test_backward_of_strided_heads(host, layout):
+    check_backward(host, 2, 4, 2, 70, 150, 64, torch.bfloat16, True, layout=layout)
+    check_backward(host, 1, 3, 1, 150, 70, 128, torch.float16, False, layout=layout, with_dlse=False)
+
+
+def test_backward_under_many_schedules(host):
+    """Streams longer than the buffers; even and odd seeds (scheduler.cpp), the same bits under each."""
+    q, k, v = sample(1, 2, 1, 130, 330, 64, torch.bfloat16)
+    out, lse = truth(q, k, v, True, 0.125, torch.bfloat16)
+    dout, first = torch.randn(q.shape).bfloat16(), None
+    for seed in range(1, 7):
+        got = backward(host, q, k, v, out, lse.float(), dout, None, True, 0.125, seed=seed)
+        first = first or got
+        assert all(torch.equal(got[n], first[n]) for n in got)
+
+
+def test_rows_that_see_no_key_have_no_gradient(host):
+    got = check_backward(host, 1, 1, 1, 200, 30, 64, torch.bfloat16, True)
+    assert (got["dq"][:, :, :170] == 0).all()
+
+
+def test_queries_without_keys_and_keys_without_queries(host):
+    assert (check_backward(host, 1, 1, 1, 5, 0, 64, torch.bfloat16, True)["dq"] == 0).all()
+    got = check_backward(host, 1, 1, 1, 0, 5, 128, torch.bfloat16, False)
+    assert (got["dk"] == 0).all() and (got["dv"] == 0).all()
 
 
 # The rules in Python

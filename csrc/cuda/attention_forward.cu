@@ -16,12 +16,14 @@ int forward(const AttentionForwardCuda& a, void* stream) {
   // where there are no keys nothing is loaded, but a map must be of something
   const bool keys = a.Tk > 0;
   const HeadStrides nothing{};
-  if (const int error = map_heads(p.q, a.dtype, a.q, {a.B, a.Hq, a.Tq, D}, a.q_strides)) return error;
+  if (const int error = map_heads(p.q, a.dtype, a.q, {a.B, a.Hq, a.Tq, D}, a.q_strides, kTileRows)) return error;
   const Heads kv{a.B, a.Hkv, keys ? a.Tk : 1, D};
   const Heads one{1, 1, 1, D};
-  if (const int error = map_heads(p.k, a.dtype, keys ? a.k : a.q, keys ? kv : one, keys ? a.k_strides : nothing))
+  if (const int error =
+          map_heads(p.k, a.dtype, keys ? a.k : a.q, keys ? kv : one, keys ? a.k_strides : nothing, kTileRows))
     return error;
-  if (const int error = map_heads(p.v, a.dtype, keys ? a.v : a.q, keys ? kv : one, keys ? a.v_strides : nothing))
+  if (const int error =
+          map_heads(p.v, a.dtype, keys ? a.v : a.q, keys ? kv : one, keys ? a.v_strides : nothing, kTileRows))
     return error;
   p.out = static_cast<T*>(a.out), p.lse = a.lse;
   p.out_b = a.out_strides.b, p.out_h = a.out_strides.h, p.out_t = a.out_strides.t;

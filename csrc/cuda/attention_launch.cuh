@@ -14,9 +14,10 @@ struct Heads {
   int64_t B, H, T, D;
 };
 
-// TMA's view of a tensor in boxes of a tile's rows. The stride of a dimension of size 1 says nothing: torch lets it be
+// TMA's view of a tensor in boxes of `rows` rows. The stride of a dimension of size 1 says nothing: torch lets it be
 // anything, TMA does not.
-inline int map_heads(dev::TensorMap& map, DType dtype, const void* data, const Heads& size, const HeadStrides& s) {
+inline int map_heads(dev::TensorMap& map, DType dtype, const void* data, const Heads& size, const HeadStrides& s,
+                     int rows) {
   auto stride = [&](int64_t n, int64_t stride) { return n == 1 ? size.D : stride; };
   for (const int64_t step : {stride(size.T, s.t), stride(size.H, s.h), stride(size.B, s.b)})
     if (step <= 0 || step % 8) return kNotSupported;
@@ -25,7 +26,7 @@ inline int map_heads(dev::TensorMap& map, DType dtype, const void* data, const H
                          data,
                          {size.D, size.T, size.H, size.B},
                          {stride(size.T, s.t), stride(size.H, s.h), stride(size.B, s.b)},
-                         kTileRows};
+                         rows};
   return dev::make_tensor_map(map, tiled);
 }
 

@@ -9,6 +9,7 @@
 //   make_tensor_map(map, tiled)           by the host; returns an error code
 //   load_panel(to, map, d, t, h, b, a)    by one thread: the map's box at (d, t, h, b) to `to`, 1024-byte aligned; a
 //                                         counts the bytes of the whole box. What is outside the tensor is 0
+//   load_bytes(to, from, bytes, a)        by one thread: a multiple of 16 bytes, 16-byte aligned; counted by a
 //   arrivals_init(a, count)               a phase of `a` ends when `count` threads have arrived (arrivals_expect is
 //   arrivals_arrive(a)                    one of them) and all bytes have come
 //   shared_address(p)                     the address in shared memory's own 32-bit space

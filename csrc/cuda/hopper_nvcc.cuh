@@ -63,6 +63,12 @@ SEQFUSE_DEVICE void load_panel(void* to, const TensorMap& map, int d, int t, int
       "l"(&map), "r"(shared_address(&a)), "r"(d), "r"(t), "r"(h), "r"(b)
       : "memory");
 }
+SEQFUSE_DEVICE void load_bytes(void* to, const void* from, int bytes, Arrivals& a) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&a))
+               : "memory");
+}
 SEQFUSE_DEVICE void arrivals_init(Arrivals& a, int count) {
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&a)),
@@ -178,6 +184,7 @@ SEQFUSE_DEVICE void wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool
 // declared, so that kernels can name them; kWarpGroups keeps them from being called
 constexpr bool kWarpGroups = false;
 SEQFUSE_DEVICE void load_panel(void*, const TensorMap&, int, int, int, int, Arrivals&) {}
+SEQFUSE_DEVICE void load_bytes(void*, const void*, int, Arrivals&) {}
 SEQFUSE_DEVICE void arrivals_init(Arrivals&, int) {}
 SEQFUSE_DEVICE void arrivals_arrive(Arrivals&) {}
 SEQFUSE_DEVICE void part_barrier(int, int) {}

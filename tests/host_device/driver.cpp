@@ -184,6 +184,24 @@ int attention_forward(const Job& j) {
   return attention_forward_cuda(a, nullptr);
 }
 
+int attention_backward(const Job& j) {
+  AttentionBackwardCuda a{};
+  a.dtype = DType(j.integer("dtype")), a.causal = j.integer("causal"), a.scale = float(j.floats.at("scale"));
+  a.B = j.integer("B"), a.Hq = j.integer("Hq"), a.Hkv = j.integer("Hkv");
+  a.Tq = j.integer("Tq"), a.Tk = j.integer("Tk"), a.D = j.integer("D");
+  a.q = j.pointer("q"), a.k = j.pointer("k"), a.v = j.pointer("v");
+  a.out = j.pointer("out"), a.dout = j.pointer("dout");
+  a.q_strides = head_strides(j, "q"), a.k_strides = head_strides(j, "k"), a.v_strides = head_strides(j, "v");
+  a.out_strides = head_strides(j, "out"), a.dout_strides = head_strides(j, "dout");
+  a.lse = j.pointer<float>("lse"), a.dlse = j.pointer<float>("dlse");
+  a.dq = j.pointer("dq"), a.dk = j.pointer("dk"), a.dv = j.pointer("dv");
+  a.dq_strides = head_strides(j, "dq"), a.dk_strides = head_strides(j, "dk"), a.dv_strides = head_strides(j, "dv");
+  const Buffer scratch = allocate(size_t(attention_backward_workspace_cuda(a.B, a.Hq, a.Tq)) * sizeof(float), 0);
+  std::memset(scratch.data, 0xff, scratch.bytes);
+  a.workspace = reinterpret_cast<float*>(scratch.data);
+  return attention_backward_cuda(a, nullptr);
+}
+
 // the plan's sentence, for what the job says the device is
 int plan_here(const Job& j) {
   host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
@@ -260,6 +278,8 @@ int main(int argc, char** argv) {
     error = rnn_backward(job, job.op != "rnn_backward");
   else if (job.op == "attention_forward")
     error = attention_forward(job);
+  else if (job.op == "attention_backward")
+    error = attention_backward(job);
   else if (job.op == "rnn_cluster_plan")
     error = plan_here(job);
   else

@@ -49,6 +49,13 @@ void load_panel(void* to, const Tiled& map, const int (&at)[4], const void* arri
   });
 }
 
+void load_bytes(void* to, const void* from, int bytes, const void* arrivals) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16)
+    fail("load_bytes of %d bytes at an address that is no multiple of 16", bytes);
+  unsigned char* const base = shared_bytes(shared_address(to), size_t(bytes));
+  later(arrivals, bytes, [=] { std::memcpy(base, from, size_t(bytes)); });
+}
+
 // wgmma, of each warp for itself: its 16 rows of d depend on nothing that the other three do.
 
 namespace {

@@ -16,6 +16,7 @@ constexpr int kReservedShared = 1024;  // the system's, at the start of a block'
 
 int check_tensor_map(const Tiled& t);  // an error code where cuTensorMapEncodeTiled would refuse
 void load_panel(void* to, const Tiled& map, const int (&at)[4], const void* arrivals);
+void load_bytes(void* to, const void* from, int bytes, const void* arrivals);
 void arrivals_arrive(const void* a);
 void part_barrier(int id, int threads, bool wait);
 uint32_t shared_address(const void* p);
@@ -40,6 +41,9 @@ inline int make_tensor_map(TensorMap& map, const Tiled& t) {
 }
 inline void load_panel(void* to, const TensorMap& map, int d, int t, int h, int b, Arrivals& a) {
   host::load_panel(to, map, {d, t, h, b}, &a);
+}
+inline void load_bytes(void* to, const void* from, int bytes, Arrivals& a) {
+  host::load_bytes(to, from, bytes, &a);
 }
 
 constexpr bool kWarpGroups = true;

@@ -30,4 +30,24 @@ struct AttentionForwardCuda {
 // 0, or a cudaError_t as int: 801 (not supported) where the device or a stride is none of the above.
 int attention_forward_cuda(const AttentionForwardCuda&, void* stream);
 
+// Gradients of q, k, v from those of out and lse; the same limits. out and lse are what forward gave. Rows that see no
+// key get and give no gradient. Deterministic.
+struct AttentionBackwardCuda {
+  DType dtype;
+  bool causal;
+  float scale;
+  int64_t B, Hq, Hkv, Tq, Tk, D;
+  const void *q, *k, *v, *out, *dout;
+  HeadStrides q_strides, k_strides, v_strides, out_strides, dout_strides;
+  const float* lse;   // [B, Hq, Tq] contiguous
+  const float* dlse;  // the same, or null
+  void *dq, *dk, *dv;
+  HeadStrides dq_strides, dk_strides, dv_strides;
+  float*
+      workspace;  // attention_backward_workspace_cuda floats, 16-byte aligned; for the duration of the call's kernels
+};
+
+int64_t attention_backward_workspace_cuda(int64_t B, int64_t Hq, int64_t Tq);
+int attention_backward_cuda(const AttentionBackwardCuda&, void* stream);
+
 }  // namespace seqfuse
