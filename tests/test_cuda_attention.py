@@ -351,7 +351,6 @@ class Case(NamedTuple):
     capability: tuple[int, int] = (9, 0)
     options: frozenset[str] = frozenset({"causal"})
     scale: float = 0.1
-    grad: bool = False
 
 
 @pytest.mark.parametrize(
@@ -364,7 +363,6 @@ class Case(NamedTuple):
         ({"Dv": 64}, "not D=128 with Dv=64"),
         ({"options": frozenset({"causal", "dropout"})}, "do not take dropout"),
         ({"scale": 0.0}, "a positive scale, not 0.0"),
-        ({"grad": True}, "no backward"),
     ],
     ids=str,
 )

@@ -170,6 +170,10 @@ SEQFUSE_DEVICE void consume_backward(BackwardTiles<D>& s, const BackwardArgument
         if ((Causal && key > query + shift) || key >= p.Tk) scores[w] = 0.0f;
       }
     }
+    uint32_t all = 0;  // the exponentials stay here, beside the products
+#pragma unroll
+    for (int w = 0; w < kWords; w++) all |= dev::as_bits(scores[w]);
+    dev::settle(all);
   };
   // dP becomes dS; P and dS in 16 bits
   auto differentiate = [&] {

@@ -205,7 +205,7 @@ SEQFUSE_DEVICE void consume(ForwardTiles<D>& s, const ForwardArguments<T>& p, co
       dev::wgmma_wait<1>(scores);
       release(s.k_free[now.slot]);
       state.softmax<Masked>(scores, shrink, p.scale_log2, (blocks - 1 - i) * kTileRows, last);
-      dev::settle(state.total[0] + state.total[1]);  // the exponentials, beside the products
+      dev::settle(dev::as_bits(state.total[0] + state.total[1]));  // the exponentials, beside the products
       dev::wgmma_wait<0>(o);
       release(s.v_free[before.slot]);
       shrink_rows(o, shrink);

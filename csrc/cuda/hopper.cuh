@@ -19,7 +19,7 @@
 //   wgmma_fence()                         before the first wgmma of a group, which then sees what registers hold
 //   wgmma_commit()                        ends a group of products
 //   wgmma_wait<K>(d)                      until all groups but the last K are done; their d may then be used
-//   settle(x)                             all that x, which is never negative, comes from is computed before any
+//   settle(x)                             all that x, whose bits are never all 1, comes from is computed before any
 //                                         wgmma_wait that follows: else the compiler may put it behind
 //   part_barrier(id, threads)             barrier `id` (1 to 15) of so many threads, this warp among them
 //   part_arrive(id, threads)              the same without waiting

@@ -108,10 +108,10 @@ SEQFUSE_DEVICE void wgmma_wait(float (&d)[Words]) {
   for (int i = 0; i < Words; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 // ptxas moves arithmetic across a wait, as far as it likes; not across a barrier of the warp, whose mask comes from x.
-SEQFUSE_DEVICE void settle(float x) {
+SEQFUSE_DEVICE void settle(uint32_t x) {
   asm volatile(
-      "{\n.reg .pred negative;\n.reg .b32 mask;\nsetp.lt.f32 negative, %0, 0f00000000;\n"
-      "selp.b32 mask, 0, 0xffffffff, negative;\nbar.warp.sync mask;\n}" ::"f"(x)
+      "{\n.reg .pred never;\n.reg .b32 mask;\nsetp.eq.u32 never, %0, 0xffffffff;\n"
+      "selp.b32 mask, 0, 0xffffffff, never;\nbar.warp.sync mask;\n}" ::"r"(x)
       : "memory");
 }
 
@@ -197,7 +197,7 @@ SEQFUSE_DEVICE void wgmma_fence() {}
 SEQFUSE_DEVICE void wgmma_commit() {}
 template <int K, int Words>
 SEQFUSE_DEVICE void wgmma_wait(float (&)[Words]) {}
-SEQFUSE_DEVICE void settle(float) {}
+SEQFUSE_DEVICE void settle(uint32_t) {}
 template <class T, int N, bool Transposed>
 SEQFUSE_DEVICE void wgmma(float (&)[N / 2], uint64_t, uint64_t, bool) {}
 template <class T, int N, bool Transposed>

@@ -1,5 +1,6 @@
-// seqfuse::attention_fwd on CUDA: the Hopper kernel. Contract: csrc/include/seqfuse/attention_cuda.h; what it takes is
-// said again in pyext/seqfuse/ops/attention_cuda_rules.py, for the choice of a backend. Never yet run on a GPU.
+// seqfuse::attention_fwd and attention_bwd on CUDA: the Hopper kernels. Contract:
+// csrc/include/seqfuse/attention_cuda.h; what it takes is said again in pyext/seqfuse/ops/attention_cuda_rules.py, for
+// the choice of a backend. Never yet run on a GPU.
 #include "seqfuse/attention_cuda.h"
 
 #include "common.h"
@@ -35,7 +36,38 @@ Tensor heads_like(const Tensor& t) {
 }
 
 void refuse(bool given, const char* option) {
-  STD_TORCH_CHECK(!given, "attention_fwd: the CUDA C++ kernel does not take ", option);
+  STD_TORCH_CHECK(!given, "attention: the CUDA C++ kernels do not take ", option);
+}
+
+struct Options {
+  const Maybe &bias, &mask, &alibi_slopes, &key_lengths, &cu_seqlens_q, &cu_seqlens_k, &query_start;
+  double scale;
+  int64_t window_left, window_right;
+  bool top_left;
+  double softcap, dropout_p;
+};
+
+// what forward and backward have in common: the options, and sizes of q, k, v
+template <class Arguments>
+void set_problem(Arguments& a, const Options& o, const Tensor& q, const Tensor& k, const Tensor& v) {
+  refuse(o.bias.has_value(), "a bias"), refuse(o.mask.has_value(), "a mask");
+  refuse(o.alibi_slopes.has_value(), "alibi_slopes"), refuse(o.key_lengths.has_value(), "key_lengths");
+  refuse(o.cu_seqlens_q.has_value() || o.cu_seqlens_k.has_value(), "packed sequences");
+  refuse(o.query_start.has_value(), "query_start"), refuse(o.softcap != 0.0, "softcap");
+  refuse(o.dropout_p != 0.0, "dropout");
+  refuse(o.window_left >= 0 || o.window_right > 0, "a window other than causal");
+  check_heads(q, q, "q"), check_heads(k, q, "k"), check_heads(v, q, "v");
+  a.dtype = dtype_of(q, "q");
+  a.B = q.size(0), a.Hq = q.size(1), a.Tq = q.size(2), a.D = q.size(3);
+  a.Hkv = k.size(1), a.Tk = k.size(2);
+  STD_TORCH_CHECK(a.dtype != DType::f32, "attention: the CUDA C++ kernels take bfloat16 and float16, not float32");
+  STD_TORCH_CHECK(a.D == 64 || a.D == 128, "attention: the CUDA C++ kernels take D 64 and 128, not ", a.D);
+  STD_TORCH_CHECK(k.size(0) == a.B && k.size(3) == a.D, "k must be [B, Hkv, Tk, D], with q's B and D");
+  for (int64_t i = 0; i < 4; i++) STD_TORCH_CHECK(v.size(i) == k.size(i), "v must have the shape of k");
+  STD_TORCH_CHECK(a.Hkv > 0 ? a.Hq % a.Hkv == 0 : a.Hq == 0, "q's ", a.Hq, " heads are no multiple of k's ", a.Hkv);
+  a.causal = o.window_right == 0, a.scale = float(o.scale);
+  refuse(o.top_left && a.causal && a.Tq != a.Tk, "top-left alignment of Tq != Tk");
+  STD_TORCH_CHECK(o.scale > 0.0, "attention: the CUDA C++ kernels take a positive scale, not ", o.scale);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q_in, Tensor k_in, Tensor v_in, Maybe bias, Maybe mask, Maybe alibi_slopes,
@@ -43,27 +75,11 @@ std::tuple<Tensor, Tensor> forward(Tensor q_in, Tensor k_in, Tensor v_in, Maybe 
                                    double scale, int64_t window_left, int64_t window_right, bool top_left,
                                    double softcap, double dropout_p) {
   torch::stable::accelerator::DeviceGuard guard(q_in.get_device_index());
-  refuse(bias.has_value(), "a bias"), refuse(mask.has_value(), "a mask");
-  refuse(alibi_slopes.has_value(), "alibi_slopes"), refuse(key_lengths.has_value(), "key_lengths");
-  refuse(cu_seqlens_q.has_value() || cu_seqlens_k.has_value(), "packed sequences");
-  refuse(query_start.has_value(), "query_start"), refuse(softcap != 0.0, "softcap");
-  refuse(dropout_p != 0.0, "dropout"), refuse(window_left >= 0 || window_right > 0, "a window other than causal");
-  for (const auto& [t, name] : {std::pair{&q_in, "q"}, std::pair{&k_in, "k"}, std::pair{&v_in, "v"}})
-    check_heads(*t, q_in, name);
   AttentionForwardCuda a{};
-  a.dtype = dtype_of(q_in, "q");
-  a.B = q_in.size(0), a.Hq = q_in.size(1), a.Tq = q_in.size(2), a.D = q_in.size(3);
-  a.Hkv = k_in.size(1), a.Tk = k_in.size(2);
-  STD_TORCH_CHECK(a.dtype != DType::f32, "attention_fwd: the CUDA C++ kernel takes bfloat16 and float16, not float32");
-  STD_TORCH_CHECK(a.D == 64 || a.D == 128, "attention_fwd: the CUDA C++ kernel takes D 64 and 128, not ", a.D);
-  for (const auto& [t, name] : {std::pair{&k_in, "k"}, std::pair{&v_in, "v"}})
-    STD_TORCH_CHECK(t->size(0) == a.B && t->size(1) == a.Hkv && t->size(2) == a.Tk && t->size(3) == a.D, name,
-                    " must be [B, Hkv, Tk, D], with q's B and D");
-  STD_TORCH_CHECK(a.Hkv > 0 ? a.Hq % a.Hkv == 0 : a.Hq == 0, "q's ", a.Hq, " heads are no multiple of k's ", a.Hkv);
-  a.causal = window_right == 0, a.scale = float(scale);
-  refuse(top_left && a.causal && a.Tq != a.Tk, "top-left alignment of Tq != Tk");
-  STD_TORCH_CHECK(scale > 0.0, "attention_fwd: the CUDA C++ kernel takes a positive scale, not ", scale);
-
+  set_problem(a,
+              {bias, mask, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, query_start, scale, window_left,
+               window_right, top_left, softcap, dropout_p},
+              q_in, k_in, v_in);
   const Tensor q = loadable(q_in), k = loadable(k_in), v = loadable(v_in);
   Tensor out = heads_like(q_in), lse = empty(q, {a.B, a.Hq, a.Tq}, ScalarType::Float);
   a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
@@ -73,10 +89,55 @@ std::tuple<Tensor, Tensor> forward(Tensor q_in, Tensor k_in, Tensor v_in, Maybe 
   return {out, lse};
 }
 
+// [B, Hq, Tq], dense
+Tensor statistic(const Tensor& t, const AttentionBackwardCuda& a, const Tensor& q, const char* name) {
+  check_same_device(t, q, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == a.B && t.size(1) == a.Hq &&
+                      t.size(2) == a.Tq,
+                  name, " must be float32 [B, Hq, Tq]");
+  return dense(t);
+}
+
+// dbias is always absent, so always empty; always deterministic
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout_in, Maybe dlse_in, Tensor q_in, Tensor k_in,
+                                                    Tensor v_in, Tensor out_in, Tensor lse_in, Maybe bias, Maybe mask,
+                                                    Maybe alibi_slopes, Maybe key_lengths, Maybe cu_seqlens_q,
+                                                    Maybe cu_seqlens_k, Maybe query_start, Maybe, double scale,
+                                                    int64_t window_left, int64_t window_right, bool top_left,
+                                                    double softcap, double dropout_p, bool want_dbias, bool) {
+  torch::stable::accelerator::DeviceGuard guard(q_in.get_device_index());
+  AttentionBackwardCuda a{};
+  set_problem(a,
+              {bias, mask, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, query_start, scale, window_left,
+               window_right, top_left, softcap, dropout_p},
+              q_in, k_in, v_in);
+  refuse(want_dbias, "a bias");
+  check_heads(dout_in, q_in, "dout"), check_heads(out_in, q_in, "out");
+  for (int64_t i = 0; i < 4; i++)
+    STD_TORCH_CHECK(dout_in.size(i) == q_in.size(i) && out_in.size(i) == q_in.size(i),
+                    "dout and out must have the shape of q");
+  const Tensor q = loadable(q_in), k = loadable(k_in), v = loadable(v_in);
+  const Tensor out = loadable(out_in), dout = loadable(dout_in), lse = statistic(lse_in, a, q, "lse");
+  const Maybe dlse = dlse_in ? Maybe(statistic(*dlse_in, a, q, "dlse")) : Maybe();
+  Tensor dq = heads_like(q_in), dk = heads_like(k_in), dv = heads_like(v_in);
+  Tensor workspace = empty(q, {attention_backward_workspace_cuda(a.B, a.Hq, a.Tq)}, ScalarType::Float);
+  a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
+  a.out = out.const_data_ptr(), a.dout = dout.const_data_ptr();
+  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v);
+  a.out_strides = strides_of(out), a.dout_strides = strides_of(dout);
+  a.lse = static_cast<const float*>(lse.const_data_ptr()), a.dlse = static_cast<const float*>(pointer_or_null(dlse));
+  a.dq = pointer(dq), a.dk = pointer(dk), a.dv = pointer(dv);
+  a.dq_strides = strides_of(dq), a.dk_strides = strides_of(dk), a.dv_strides = strides_of(dv);
+  a.workspace = pointer<float>(workspace);
+  check_cuda(attention_backward_cuda(a, current_stream(q)), "attention_bwd");
+  return {dq, dk, dv, empty(q, {0})};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&forward));
+  m.impl("attention_bwd", TORCH_BOX(&backward));
 }
 
 }  // namespace seqfuse

@@ -10,8 +10,8 @@ def refusal(case) -> str | None:
     """Why the kernel can't take the case, or None.
 
     case: anything with dtype (torch.dtype), D, Dv (head sizes of q and v), capability ((major, minor) of the device),
-    options (names of what the call uses beyond softmax(q k^T) v; "causal" is the bottom-right one), scale (float) and
-    grad (whether a gradient is wanted).
+    options (names of what the call uses beyond softmax(q k^T) v; "causal" is the bottom-right one) and scale (float).
+    Forward and backward take the same; backward is deterministic.
     """
     if case.capability != (9, 0):
         return f"the CUDA C++ attention kernels need compute capability 9.0, this device has {_dotted(case.capability)}"
@@ -25,8 +25,6 @@ def refusal(case) -> str | None:
         return f"the CUDA C++ attention kernels do not take {others[0]}"
     if not case.scale > 0:
         return f"the CUDA C++ attention kernels take a positive scale, not {case.scale}"
-    if case.grad:
-        return "the CUDA C++ attention kernels have no backward"
     return None
 
 
