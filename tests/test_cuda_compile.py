@@ -68,7 +68,7 @@ def launch_bounds(ptx):
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Source name -> (fat object, kernels, PTX text), all from one nvcc call each."""
+    """Source name -> (fat object, kernels, PTX text, what nvcc said), all from one nvcc call each."""
     folder = tmp_path_factory.mktemp("cuda_compile")
     flags = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")["nvcc_flags"]()
 
@@ -79,7 +79,7 @@ def compiled(tmp_path_factory):
         flags_here = ["-Xptxas", "-v", "--keep", "--keep-dir", keep]
         log = run(["nvcc", *flags, *flags_here, "-c", f"csrc/cuda/{source}", "-o", target])
         ptx = "".join(p.read_text() for p in sorted(keep.glob("*.ptx")))
-        return target, kernels_of(log), ptx
+        return target, kernels_of(log), ptx, log
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(SOURCES, pool.map(build, SOURCES), strict=True))
@@ -88,7 +88,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_fit_without_spilling(compiled, source, architecture):
-    _, kernels, ptx = compiled[source]
+    _, kernels, ptx, _ = compiled[source]
     kernels = [k for k in kernels if k.architecture == architecture]
     bounds = launch_bounds(ptx)
     assert kernels and {k.name for k in kernels} == set(bounds)
@@ -236,3 +236,61 @@ def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
 def test_the_cluster_kernels_are_empty_where_there_are_no_clusters(compiled, source):
     old = [k for k in compiled[source][1] if "rnn_cluster" in k.name and k.architecture == "sm_80"]
     assert len(old) == 32 and all(k.registers <= 16 for k in old)
+
+
+ATTENTION = {"attention_forward.cu": 8, "attention_backward.cu": 16}  # head sizes x causal or not x types (x passes)
+
+
+def hopper_kernels(compiled, source):
+    """Name, machine code, (D, causal) of each kernel for sm_90a."""
+    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled[source][0]])
+    kernels = {n: [opcode(t) for _, t in code] for n, code in functions(sass).items() if "ward" in n}
+    assert len(kernels) == ATTENTION[source]
+    for name, code in kernels.items():
+        D, causal = re.search(r"Li(\d+)ELb(\d)", name).groups()
+        yield name, code, int(D), causal == "1"
+
+
+@pytest.mark.parametrize("source", ATTENTION)
+def test_products_of_attention_are_not_serialised(compiled, source):
+    """ptxas says C7510 and the like where it makes wgmma wait for each other, or adds synchronisation of its own."""
+    assert not re.search(r"\(C7\d+\)|wgmma", compiled[source][3])
+    for name, body in bodies(compiled[source][2]).items():  # the last one of each name is for sm_90a
+        if "delta" in name:
+            continue
+        for word in ("wgmma", "cp.async.bulk.tensor.4d", "setmaxnreg.inc", "setmaxnreg.dec", "mbarrier.try_wait"):
+            assert word in body, f"{name}: no {word}"
+
+
+def test_attention_forward_keeps_its_schedule(compiled):
+    """In the machine code of each turn of the loop: both products are queued, and all exponentials of S lie between
+    the wait for S and the wait for O, beside the second product."""
+    for name, code, D, causal in hopper_kernels(compiled, "attention_forward.cu"):
+        assert not any(o.startswith(("LDL", "STL", "LDG")) for o in code), name
+        assert sum(o.startswith("UTMALDG") for o in code) == 3 * D // 64, name
+        events = [o for o in code if o.startswith(("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2"))]
+        text = "".join({"H": "h", "W": "w", "M": "x"}[o[0]] for o in events)
+        turn = f"h{{{D // 16 + 8}}}wx{{66}}w"  # S and O queued; S done; 64 scores and 2 factors; O done
+        assert len(re.findall(turn, text)) == (2 if causal else 1), f"{name}: {text}"
+        assert text.count("h") == D // 16 + 8 + (D // 16 + 8) * (2 if causal else 1), name
+
+
+def test_attention_backward_keeps_its_schedule(compiled):
+    """The exponentials of a turn lie between the wait for S and the next one, with all products queued before that
+    have registers."""
+    for name, code, D, _ in hopper_kernels(compiled, "attention_backward.cu"):
+        keys = re.search(r"Li\d+ELb\dELb(\d)", name)[1] == "1"
+        assert not any(o.startswith(("LDL", "STL")) for o in code), name
+        events = [o for o in code if o.startswith(("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2"))]
+        text = "".join({"H": "h", "W": "w", "M": "x"}[o[0]] for o in events)
+        scores, results = D // 16, (2 if keys else 1) * 4
+        late = keys and D == 128  # dP
+        turn = f"h{{{scores + results + (0 if late else scores)}}}wx{{32}}w" + ("w*h{8}w" if late else "")
+        assert len(re.findall(turn, text)) == 1, f"{name}: {text}"
+        assert text.count("h") == 2 * (2 * scores + results), name  # before the loop, in it, and after it
+
+
+@pytest.mark.parametrize("source", ATTENTION)
+def test_attention_is_empty_where_there_are_no_warp_groups(compiled, source):
+    old = [k for k in compiled[source][1] if k.architecture == "sm_80" and "ward" in k.name]
+    assert len(old) == ATTENTION[source] and all(k.registers <= 16 for k in old)

@@ -17,7 +17,7 @@
 //   sent send_16(p, bits, a)                         16 aligned bytes to p and their count to a, both from cluster_peer
 //   kClusters                                   false where the architecture has none: such kernels are empty there
 //   shared<S>()                                 one S in the block's shared memory, uninitialised, 16-byte aligned
-//   dynamic_shared<S>()                         the same, of the size that the launch asked for (Grid::shared)
+//   dynamic_shared<S>()                         of the size that the launch asked for, 1024-byte aligned
 //   shuffle_xor(word, mask)                     another lane's 32 bits; all 32 lanes take part
 //   mma_m16n8k16<T>(c, a, b)                    c += a b on one warp: fp32 [16, 8], T [16, 16], T [16, 8]
 //   mma_m16n8k8_tf32(c, a, b)                   the same of [16, 8] and [8, 8] in tf32, one value a word

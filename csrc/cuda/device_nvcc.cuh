@@ -35,6 +35,10 @@ SEQFUSE_DEVICE void barrier() {
   __syncthreads();
 }
 
+SEQFUSE_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kClusters = true;
 
@@ -60,9 +64,6 @@ SEQFUSE_DEVICE S* cluster_peer(S* p, int rank) {
 }
 
 // Arrivals is an mbarrier that one thread arrives at; the rest of its phase is bytes.
-SEQFUSE_DEVICE uint32_t shared_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
 SEQFUSE_DEVICE void arrivals_init(Arrivals& a) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&a))
                : "memory");
@@ -116,7 +117,7 @@ SEQFUSE_DEVICE S& shared() {
 
 template <class S>
 SEQFUSE_DEVICE S& dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  extern __shared__ __align__(1024) unsigned char dynamic_bytes[];  // what a 128-byte swizzle counts from
   return reinterpret_cast<S&>(dynamic_bytes);
 }
 

@@ -35,10 +35,15 @@ using Slot = unsigned char[kSlotBytes];
 void run(Grid grid, int threads, const std::function<void()>& body);  // every thread of every block calls body()
 void block_barrier();
 void cluster_barrier();
-void arrivals_init(const void* a);
+void arrivals_init(const void* a, int count);
 void arrivals_expect(const void* a, int bytes);
 void arrivals_wait(const void* a, int parity);
 void send(void* p, const Bits16& bits, const void* a);  // arrives some time later
+// runs `copy` some time later, then counts its bytes: what a copy engine does, in the block's own shared memory
+void later(const void* arrivals, int bytes, std::function<void()> copy);
+unsigned char* shared_bytes(uint32_t address, size_t bytes);  // of the block's dynamic shared memory
+void finish_products();                                       // no product may be left when a cluster has ended
+uint64_t random_below(uint64_t n);
 // shows `bytes` at `data` to the warp and returns all 32 lanes' slots; `operation` must be the same in all lanes
 const Slot* exchange(const char* operation, const void* data, size_t bytes);
 enum class MmaType { bf16, f16, tf32 };
@@ -89,7 +94,7 @@ inline void cluster_barrier() {
   host::cluster_barrier();
 }
 inline void arrivals_init(Arrivals& a) {
-  host::arrivals_init(&a);
+  host::arrivals_init(&a, 1);
 }
 inline void arrivals_expect(Arrivals& a, int bytes) {
   host::arrivals_expect(&a, bytes);

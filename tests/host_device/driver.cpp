@@ -15,6 +15,7 @@
 
 #include "cuda/rnn_cluster_plan.h"
 #include "self_test.cuh"
+#include "seqfuse/attention_cuda.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_both.h"
@@ -179,6 +180,39 @@ int rnn_backward(const Job& j, bool cluster) {
   return rnn_backward_cuda(a, workspace(a.cell, a.dtype, a.B, a.H, true), nullptr);
 }
 
+HeadStrides head_strides(const Job& j, const std::string& name) {
+  return {j.integer((name + "_b").c_str()), j.integer((name + "_h").c_str()), j.integer((name + "_t").c_str())};
+}
+
+int attention_forward(const Job& j) {
+  AttentionForwardCuda a{};
+  a.dtype = DType(j.integer("dtype")), a.causal = j.integer("causal"), a.scale = float(j.floats.at("scale"));
+  a.B = j.integer("B"), a.Hq = j.integer("Hq"), a.Hkv = j.integer("Hkv");
+  a.Tq = j.integer("Tq"), a.Tk = j.integer("Tk"), a.D = j.integer("D");
+  a.q = j.pointer("q"), a.k = j.pointer("k"), a.v = j.pointer("v"), a.out = j.pointer("out");
+  a.q_strides = head_strides(j, "q"), a.k_strides = head_strides(j, "k"), a.v_strides = head_strides(j, "v");
+  a.out_strides = head_strides(j, "out"), a.lse = j.pointer<float>("lse");
+  return attention_forward_cuda(a, nullptr);
+}
+
+int attention_backward(const Job& j) {
+  AttentionBackwardCuda a{};
+  a.dtype = DType(j.integer("dtype")), a.causal = j.integer("causal"), a.scale = float(j.floats.at("scale"));
+  a.B = j.integer("B"), a.Hq = j.integer("Hq"), a.Hkv = j.integer("Hkv");
+  a.Tq = j.integer("Tq"), a.Tk = j.integer("Tk"), a.D = j.integer("D");
+  a.q = j.pointer("q"), a.k = j.pointer("k"), a.v = j.pointer("v");
+  a.out = j.pointer("out"), a.dout = j.pointer("dout");
+  a.q_strides = head_strides(j, "q"), a.k_strides = head_strides(j, "k"), a.v_strides = head_strides(j, "v");
+  a.out_strides = head_strides(j, "out"), a.dout_strides = head_strides(j, "dout");
+  a.lse = j.pointer<float>("lse"), a.dlse = j.pointer<float>("dlse");
+  a.dq = j.pointer("dq"), a.dk = j.pointer("dk"), a.dv = j.pointer("dv");
+  a.dq_strides = head_strides(j, "dq"), a.dk_strides = head_strides(j, "dk"), a.dv_strides = head_strides(j, "dv");
+  const Buffer scratch = allocate(size_t(attention_backward_workspace_cuda(a.B, a.Hq, a.Tq)) * sizeof(float), 0);
+  std::memset(scratch.data, 0xff, scratch.bytes);
+  a.workspace = reinterpret_cast<float*>(scratch.data);
+  return attention_backward_cuda(a, nullptr);
+}
+
 // the plan's sentence, for what the job says the device is
 int plan_here(const Job& j) {
   host::capability = int(j.integer("capability")), host::resident_clusters = int(j.integer("resident"));
@@ -215,6 +249,21 @@ int self(const Job& j) {
     return dev::launch(&mistaken, {1}, kThreads, nullptr, in, out, number("n"), Mistake(number("mistake")));
   if (j.op == "round")
     return dev::launch(number("dtype") == 1 ? &round_bf16 : &round_f16, {1}, kThreads, nullptr, in, out, number("n"));
+  if (j.op == "panels") {
+    auto map = [&](const char* name, int64_t rows, int64_t columns) {
+      dev::TensorMap m;
+      const dev::Tiled t{
+          DType(number("dtype")), j.pointer(name), {columns, rows, 1, 1}, {columns, columns, columns}, 64};
+      if (dev::make_tensor_map(m, t)) host::fail("no tensor map of %s", name);
+      return m;
+    };
+    return dev::launch(number("dtype") == 1 ? &panels_bf16 : &panels_f16, {1, 1, 1, int64_t(sizeof(PanelShared))},
+                       kThreads, nullptr, map("a", 64, 128), map("b", 64, 128), map("c", number("rows"), 64), out,
+                       number("by_columns") != 0, PanelMistake(number("mistake")));
+  }
+  if (j.op == "place")
+    return dev::launch(&place, {number("tiles") * number("heads") * number("batches")}, kThreads, nullptr, out,
+                       number("tiles"), number("heads"), number("batches"), number("section"), number("longest") != 0);
   if (j.op == "mma" && number("dtype") == 1)
     return dev::launch(&mma_bf16, {1}, 32, nullptr, j.pointer<const dev::bf16>("a"), j.pointer<const dev::bf16>("b"),
                        out);
@@ -233,6 +282,7 @@ int main(int argc, char** argv) {
   const Job job = read(argv[1]);
   if (job.ints.count("seed")) host::seed = uint64_t(job.integer("seed"));
   if (job.ints.count("multiprocessors")) host::multiprocessors = int(job.integer("multiprocessors"));
+  if (job.ints.count("capability")) host::capability = int(job.integer("capability"));
   int error = 0;
   if (job.op == "layer_norm_forward")
     error = layer_norm_forward(job);
@@ -242,6 +292,10 @@ int main(int argc, char** argv) {
     error = rnn_forward(job, job.op != "rnn_forward");
   else if (job.op == "rnn_backward" || job.op == "rnn_cluster_backward")
     error = rnn_backward(job, job.op != "rnn_backward");
+  else if (job.op == "attention_forward")
+    error = attention_forward(job);
+  else if (job.op == "attention_backward")
+    error = attention_backward(job);
   else if (job.op == "rnn_cluster_plan")
     error = plan_here(job);
   else

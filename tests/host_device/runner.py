@@ -72,7 +72,7 @@ class HostDevice:
         found = {}
         for name, (count, dtype) in (outputs or {}).items():
             raw = bytearray((self.folder / f"out_{name}").read_bytes())
-            found[name] = torch.frombuffer(raw, dtype=dtype, count=count)
+            found[name] = torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
         return found
 
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device.cuh"
+#include "cuda/hopper.cuh"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -57,24 +57,31 @@ struct Allocation {
   size_t bytes;
 };
 
+struct PartBarrier {
+  int arrived = 0, threads = 0;
+  std::vector<Fibre*> waiting;
+};
+
 struct Block {
   std::vector<Warp> warps;
   std::vector<Fibre*> waiting;
+  std::map<int, PartBarrier> parts;
   std::map<const void*, Allocation> memory;
   int left = 0;  // threads that have left the kernel
 };
 
 struct Phases {  // of an Arrivals
   int64_t bytes = 0, ended = 0;
-  bool expected = false;
+  int count = 1, arrived = 0;
   std::vector<Fibre*> waiting;
 };
 
-struct Message {  // on its way from block to block
-  void* to;
-  Bits16 bits;
+struct Message {  // on its way from block to block, or from memory to a block
+  std::function<void()> copy;
+  int bytes;
   const void* arrivals;
-  int rank;  // of the receiver
+  int rank;        // of the receiver
+  bool from_peer;  // must not come when any thread of the block has left; else, when all have
 };
 
 struct Cluster {
@@ -95,12 +102,16 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 uint64_t random_state = 0;
 
+}  // namespace
+
 uint64_t random_below(uint64_t n) {  // splitmix64
   uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return (z ^ (z >> 31)) % n;
 }
+
+namespace {
 
 // AddressSanitizer must know which stack is in use
 void before_switch(void** save, const void* bottom, size_t bytes) {
@@ -263,7 +274,12 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   for (const auto& [place, count] : places) report += "; " + std::to_string(count) + " threads " + place;
   if (!places.count("have left the kernel") || places.size() > 1) fail("block %d%s", int(first_x), report.c_str());
   for (const auto& [address, p] : c.arrivals)
-    if (p.bytes || p.expected) fail("an Arrivals is left with %ld bytes to come", long(p.bytes));
+    if (p.bytes || p.arrived)
+      fail("an Arrivals is left with %ld bytes to come and %d of %d threads", long(p.bytes), p.arrived, p.count);
+  for (const Block& b : c.blocks)
+    for (const auto& [id, part] : b.parts)
+      if (part.arrived) fail("barrier %d is left with %d of %d threads", id, part.arrived, part.threads);
+  finish_products();
   cluster = nullptr;
 }
 
@@ -311,8 +327,8 @@ Phases& phases_of(const void* a) {
 }
 
 void end_phase_if_complete(Phases& p) {
-  if (!p.expected || p.bytes) return;
-  p.expected = false, p.ended++;
+  if (p.arrived < p.count || p.bytes) return;
+  p.arrived = 0, p.ended++;
   cluster->ready.insert(cluster->ready.end(), p.waiting.begin(), p.waiting.end());
   p.waiting.clear();
 }
@@ -327,24 +343,29 @@ int rank_of(const void* p) {
 }
 
 void deliver(const Message& m) {
-  if (cluster->blocks[size_t(m.rank)].left) fail("a message reaches block %d, which is leaving the kernel", m.rank);
-  *static_cast<Bits16*>(m.to) = m.bits;
+  const int left = cluster->blocks[size_t(m.rank)].left, threads = int(cluster->fibres.size() / cluster->blocks.size());
+  if (left >= (m.from_peer ? 1 : threads)) fail("a message reaches block %d, which is leaving the kernel", m.rank);
+  m.copy();
   Phases& p = phases_of(m.arrivals);
-  p.bytes -= sizeof(Bits16);
+  p.bytes -= m.bytes;
   end_phase_if_complete(p);
 }
 }  // namespace
 
-void arrivals_init(const void* a) {
+void arrivals_init(const void* a, int count) {
   if (cluster->arrivals.count(a)) fail("an Arrivals that was initialised twice");
-  cluster->arrivals[a];
+  cluster->arrivals[a].count = count;
 }
 
 void arrivals_expect(const void* a, int bytes) {
   Phases& p = phases_of(a);
-  if (p.expected) fail("arrivals_expect before the phase has ended");
-  p.expected = true, p.bytes += bytes;
+  if (p.arrived == p.count) fail("arrivals_expect before the phase has ended");
+  p.arrived++, p.bytes += bytes;
   end_phase_if_complete(p);
+}
+
+void arrivals_arrive(const void* a) {
+  arrivals_expect(a, 0);
 }
 
 void arrivals_wait(const void* a, int parity) {
@@ -357,7 +378,26 @@ void arrivals_wait(const void* a, int parity) {
 void send(void* p, const Bits16& bits, const void* a) {
   const int rank = rank_of(p);
   if (rank_of(a) != rank) fail("send_16: the bytes and their count go to different blocks");
-  cluster->messages.push_back({p, bits, a, rank});
+  cluster->messages.push_back({[=] { *static_cast<Bits16*>(p) = bits; }, sizeof(bits), a, rank, true});
+}
+
+void later(const void* arrivals, int bytes, std::function<void()> copy) {
+  cluster->messages.push_back({std::move(copy), bytes, arrivals, here.rank, false});
+}
+
+void part_barrier(int id, int threads, bool wait_here) {
+  if (id < 1 || id > 15 || threads % kWarp || threads > here.threads) fail("barrier %d of %d threads", id, threads);
+  PartBarrier& part = block().parts[id];
+  if (part.arrived && part.threads != threads) fail("barrier %d: %d and %d threads", id, part.threads, threads);
+  part.threads = threads;
+  if (++part.arrived == threads) {
+    part.arrived = 0;
+    cluster->ready.insert(cluster->ready.end(), part.waiting.begin(), part.waiting.end());
+    part.waiting.clear();
+  } else if (wait_here) {
+    part.waiting.push_back(running);
+    wait("a barrier of some warps");
+  }
 }
 
 const Slot* exchange(const char* operation, const void* data, size_t bytes) {
@@ -366,7 +406,7 @@ const Slot* exchange(const char* operation, const void* data, size_t bytes) {
   if (w.waiting.empty()) w.operation = operation;
   if (std::strcmp(w.operation, operation)) fail("lanes of one warp meet in %s and %s", w.operation, operation);
   Slot* slots = w.slots[running->collectives++ % 2];
-  std::memcpy(slots[lane()], data, bytes);
+  if (bytes) std::memcpy(slots[lane()], data, bytes);
   arrive(w.waiting, kWarp, operation);
   return slots;
 }
@@ -376,7 +416,7 @@ Allocation& allocation(Block& b, const void* key, size_t bytes) {
   Allocation& a = b.memory[key];
   if (!a.memory) {
     void* p = nullptr;
-    if (posix_memalign(&p, 128, bytes)) fail("no memory for %zu bytes of shared memory", bytes);
+    if (posix_memalign(&p, 1024, bytes)) fail("no memory for %zu bytes of shared memory", bytes);
     std::memset(p, 0xff, bytes);  // NaN in every dtype
     a = {std::unique_ptr<void, Free>(p), bytes};
   }
@@ -388,11 +428,29 @@ void* shared_memory(const void* key, size_t bytes) {
   return allocation(block(), key, bytes).memory.get();
 }
 
+namespace {
+const char dynamic_key = 0;
+}
+
 void* dynamic_memory(size_t bytes) {
   if (bytes != cluster->dynamic_bytes)
     fail("the kernel uses %zu bytes of dynamic shared memory, its launch asked for %zu", bytes, cluster->dynamic_bytes);
-  static const char key = 0;
-  return shared_memory(&key, bytes);
+  return shared_memory(&dynamic_key, bytes);
+}
+
+uint32_t shared_address(const void* p) {
+  const Allocation& a = block().memory[&dynamic_key];
+  const ptrdiff_t offset = static_cast<const char*>(p) - static_cast<const char*>(a.memory.get());
+  if (!a.memory || offset < 0 || size_t(offset) >= a.bytes)
+    fail("an address outside the block's dynamic shared memory");
+  return kReservedShared + uint32_t(offset);
+}
+
+unsigned char* shared_bytes(uint32_t address, size_t bytes) {
+  const Allocation& a = block().memory[&dynamic_key];
+  if (!a.memory || address < kReservedShared || address - kReservedShared + bytes > a.bytes)
+    fail("shared memory is read or written at %u, beyond what the launch asked for", address);
+  return static_cast<unsigned char*>(a.memory.get()) + (address - kReservedShared);
 }
 
 void* peer_memory(void* own, int rank) {

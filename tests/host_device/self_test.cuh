@@ -1,7 +1,7 @@
 // Kernels that test the device layer itself, and kernels with one deliberate mistake each, which the host side of the
 // layer must catch. tests/test_cuda_on_host.py runs them; nvcc compiles them too (sm_90a: clusters).
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/attention.cuh"
 
 namespace seqfuse::self_test {
 
@@ -131,6 +131,65 @@ SEQFUSE_KERNEL(kThreads, 1) round_f16(const float* in, float* out, int n) {
 
 SEQFUSE_KERNEL(kThreads, 1) round_tf32(const float* in, float* out, int n) {
   for (int i = dev::thread(); i < n; i += dev::threads()) out[i] = dev::as_float(dev::round_tf32(in[i]));
+}
+
+// Products of a warp group whose operands come by TMA: out[64, 64] = a @ b^T with a [64, 128], b [64, 128] by rows, or
+// a @ c with a in registers and c [128, 64] by columns. One mistake each: what they are is at their place below.
+struct PanelShared {
+  cuda::Panels<64, 128> a, b;
+  cuda::Panels<128, 64> c;
+  dev::Arrivals full;
+};
+enum class PanelMistake : int { none, no_wait, no_fence, early_read, unaligned, few_bytes, no_barrier, uneven };
+
+template <class T>
+SEQFUSE_DEVICE void panels(const dev::TensorMap& a, const dev::TensorMap& b, const dev::TensorMap& c, float* out,
+                           bool by_columns, PanelMistake mistake) {
+  PanelShared& s = dev::dynamic_shared<PanelShared>();
+  const int r = dev::thread() / 32 * 16 + dev::lane() / 4, q = dev::lane() % 4;
+  if (dev::thread() == 0) {
+    dev::arrivals_init(s.full, 1);
+    dev::arrivals_expect(s.full, 3 * 64 * 128 * 2 - (mistake == PanelMistake::few_bytes ? 16 : 0));
+    cuda::load_tile<64>(s.a, a, 0, 0, 0, s.full), cuda::load_tile<64>(s.b, b, 0, 0, 0, s.full);
+    dev::load_panel(mistake == PanelMistake::unaligned ? &s.c.x[0][0][8] : s.c.x[0][0], c, 0, 0, 0, 0, s.full);
+    dev::load_panel(s.c.x[0][64], c, 0, 64, 0, 0, s.full);
+  }
+  dev::barrier();
+  if (mistake != PanelMistake::no_wait) dev::arrivals_wait(s.full, 0);
+  float d[32] = {};
+  if (by_columns) {
+    uint32_t words[32];
+    for (int w = 0; w < 32; w++)  // word 2 h + i of 16 columns
+      words[w] = dev::load_4(reinterpret_cast<unsigned char*>(s.a.x[w / 16]) +
+                             dev::swizzled(r + w % 2 * 8, w / 4 % 4 * 32 + w / 2 % 2 * 16 + 4 * q));
+    cuda::multiply_columns<T, 64, 128>(d, words, s.c);
+  } else if (mistake == PanelMistake::no_fence) {
+    dev::wgmma<T, 64, false>(d, dev::descriptor_of_rows(s.a.x[0]), dev::descriptor_of_rows(s.b.x[0]), false);
+  } else {
+    cuda::multiply_rows<T, 64>(d, s.a, 0, s.b);
+  }
+  if (mistake != PanelMistake::early_read) dev::wgmma_wait<0>(d);
+  for (int w = 0; w < 32; w++) out[(r + w / 2 % 2 * 8) * 64 + w / 4 * 8 + 2 * q + w % 2] = d[w];
+  if (mistake == PanelMistake::early_read) dev::wgmma_wait<0>(d);
+  if (mistake == PanelMistake::no_barrier && dev::warp() < 3) dev::part_arrive(5, 128);
+  if (mistake == PanelMistake::uneven && dev::warp() < 3)
+    cuda::multiply_rows<T, 64>(d, s.a, 0, s.b), dev::wgmma_wait<0>(d);
+}
+SEQFUSE_KERNEL(kThreads, 1)
+panels_bf16(SEQFUSE_CONSTANT dev::TensorMap a, SEQFUSE_CONSTANT dev::TensorMap b, SEQFUSE_CONSTANT dev::TensorMap c,
+            float* out, bool by_columns, PanelMistake mistake) {
+  panels<dev::bf16>(a, b, c, out, by_columns, mistake);
+}
+SEQFUSE_KERNEL(kThreads, 1)
+panels_f16(SEQFUSE_CONSTANT dev::TensorMap a, SEQFUSE_CONSTANT dev::TensorMap b, SEQFUSE_CONSTANT dev::TensorMap c,
+           float* out, bool by_columns, PanelMistake mistake) {
+  panels<dev::f16>(a, b, c, out, by_columns, mistake);
+}
+
+// out[block] = tile + 1000 head + 1000000 batch of the attention kernels' order
+SEQFUSE_KERNEL(kThreads, 1) place(float* out, int tiles, int heads, int batches, int section, bool longest_first) {
+  const cuda::Place at = cuda::place_of({tiles, heads, batches, section, longest_first}, dev::block_x());
+  if (dev::thread() == 0) out[dev::block_x()] = float(at.tile + 1000 * at.head + 1000000 * at.batch);
 }
 
 enum class Mistake : int { none, past_the_end, past_shared, unaligned, split_warp, early_exit, left_the_barrier };
