@@ -33,7 +33,8 @@ struct KeySums {
 struct BackwardScratch {
   PackedHead head;
   float *q, *dout, *dq, *weights, *grad, *cap_slope, *kept;
-  float delta[tile], lse[tile];
+  float delta[tile];
+  double lse[tile];  // to base 2
 
   BackwardScratch(const AttentionBackward& a, int64_t most_keys) : head(a, most_keys, true) {}
   void take(Scratch& scratch) {
@@ -68,10 +69,10 @@ struct BiasRows {
 
 // Scores and dw of a row become weights (what multiplies dout in dv) and gradients of scores.
 SEQFUSE_INLINE void gradient_row(float* __restrict s, float* __restrict g, const float* __restrict kept, Range c,
-                                 float factor, float lse, float delta) {
-  const vf f = splat(factor), shift = splat(lse), d = splat(delta);
+                                 float factor, double lse, float delta) {
+  const vf f = splat(factor), high = splat(float(lse)), low = splat(float(lse - float(lse))), d = splat(delta);
   for (int64_t j = c.begin; j < c.end; j += VL) {
-    const vf w = exp2(load(s + j) * f - shift);
+    const vf w = exp2((load(s + j) * f - high) - low);
     if (kept) {
       const vf k = load(kept + j - c.begin);
       store(s + j, w * k), store(g + j, w * (load(g + j) * k - d));

@@ -6,8 +6,6 @@
 // are put together by their maxima and sums, in order:
 //
 //   m = max_n m_n,  l = sum_n l_n 2^(m_n - m),  out = sum_n out_n 2^(m_n - m) / l
-#include <cmath>
-
 #include "cpu/attention_scores.h"
 
 namespace seqfuse {
@@ -148,7 +146,7 @@ struct Decode {
       }
       const int64_t h = kv_head * group + r / a.Tq, t = r % a.Tq;
       write_row(part[0].out + r * padded, a.Dv, none ? 1.0f : 1.0f / l, row_to_write<T>(a.out, b, h, t));
-      a.lse[(b * a.Hq + h) * a.Tq + t] = none ? m : m * ln_2 + std::log(l);
+      a.lse[(b * a.Hq + h) * a.Tq + t] = none ? m : natural(m, l);
     }
   }
 
@@ -158,7 +156,7 @@ struct Decode {
     rule.scale = a.scale, rule.softcap = a.softcap;
     rule.slope = a.alibi_slopes ? a.alibi_slopes[b * a.alibi_batch + h] : 0.0f;
     rule.plain = rule.softcap == 0.0f && rule.slope == 0.0f && rule.scale > 0.0f;
-    rule.factor = rule.plain ? rule.scale * log2_e : log2_e;
+    rule.factor = float(rule.plain ? rule.scale * log2_e : log2_e);
     return rule;
   }
 };

@@ -7,8 +7,6 @@
 //
 // Floor: 2 (D + Dv) operations a score seen, 16 a cycle and core with AVX2, and about one cycle for its exponential.
 // Memory: q and out once; keys and values are packed once for each head and worker and then read once for each tile.
-#include <cmath>
-
 #include "cpu/attention_plan.h"
 
 namespace seqfuse {
@@ -73,7 +71,7 @@ void forward_tile(const AttentionForward& a, const Dropout& dropout, const Seque
     const bool none = w.m[r] == -__builtin_inff() && w.l[r] == 0.0f;
     write_row(w.out + r * ldo, a.Dv, none ? 1.0f : 1.0f / w.l[r],
               row_to_write<T>(a.out, seq.batch, h, seq.q0 + i0 + r));
-    a.lse[(seq.batch * a.Hq + h) * a.Tq + seq.q0 + i0 + r] = none ? w.m[r] : w.m[r] * ln_2 + std::log(w.l[r]);
+    a.lse[(seq.batch * a.Hq + h) * a.Tq + seq.q0 + i0 + r] = none ? w.m[r] : natural(w.m[r], w.l[r]);
   }
 }
 

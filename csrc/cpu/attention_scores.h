@@ -1,5 +1,7 @@
 // What forward, backward and decoding share of attention: which keys a query sees, and how a score comes out of q . k.
 #pragma once
+#include <cmath>
+
 #include "cpu/attention_dropout.h"
 #include "cpu/attention_tile.h"
 #include "cpu/scratch.h"
@@ -8,12 +10,12 @@
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
+constexpr double log2_e = 1.44269504088896341, ln_2 = 0.693147180559945309;
 
 // 2^x by rounding x to an integer and a polynomial of degree 5 for the rest: about 1.3 ulp. Exactly 1 at 0, exactly 0
 // below -127 (p is 1 there, and taking 127 from its exponent leaves no bit), a NaN stays one.
 SEQFUSE_INLINE vf exp2(vf x) {
-  x = max(x, splat(-127.0f));
+  x = max(x, unfused(splat(-127.0f)));        // a constant in sight becomes two instructions
   const vf shifted = x + splat(12582912.0f);  // 1.5 * 2^23: its low bits are x, rounded
   const vf r = x - (shifted - splat(12582912.0f));
   vf p = splat(1.3264727e-3f);
@@ -26,6 +28,11 @@ SEQFUSE_INLINE vf exp2(vf x) {
 }
 SEQFUSE_INLINE float exp2(float x) {
   return exp2(splat(x))[0];
+}
+
+// log(2^m l), rounded once: backward takes the difference of it and a score that may be as large
+SEQFUSE_INLINE float natural(float m, float l) {
+  return float(m * ln_2 + std::log(double(l)));
 }
 
 SEQFUSE_INLINE float largest(vf x) {
@@ -110,7 +117,7 @@ struct ScoreRule {
     if (a.bias.data) bias = static_cast<const char*>(a.bias.data) + (s.batch * a.bias.batch + h * a.bias.head) * size;
     if (a.mask.data) mask = static_cast<const char*>(a.mask.data) + s.batch * a.mask.batch + h * a.mask.head;
     plain = softcap == 0.0f && slope == 0.0f && !bias && !mask && scale > 0.0f;
-    factor = plain ? scale * log2_e : log2_e;
+    factor = float(plain ? scale * log2_e : log2_e);
   }
 
   // s[c], columns.begin <= c < columns.end (whole vectors), belongs to query i at position p and key first + c. Keys
