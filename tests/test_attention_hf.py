@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import seqfuse
-from seqfuse.testing import assert_accurate
+from seqfuse.testing import FLOOR, assert_accurate
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install transformers)")
 NONE = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
@@ -74,16 +74,23 @@ def test_logits_and_every_gradient(name):
     fused = seqfuse.fuse(copy.deepcopy(plain))
     assert fused.config._attn_implementation == "seqfuse"
     call = inputs(plain)
-    truth, pytorch, got = (
-        results(m, call, d) for m, d in ((plain, torch.float64), (plain, torch.float32), (fused, torch.float32))
-    )
+    exact = copy.deepcopy(plain)
+    exact.set_attn_implementation("sdpa")  # in float64 the eager mask overflows to -inf, and a row of padding to NaN
+    runs = (exact, torch.float64), (plain, torch.float32), (fused, torch.float32)
+    truth, pytorch, got = (results(model, call, dtype) for model, dtype in runs)
     real = torch.ones(truth[0].shape[:2], dtype=torch.bool)
     if not plain.config.is_encoder_decoder:
         real = call["attention_mask"].bool()
     assert_accurate(got[0][real], truth[0][real], pytorch[0][real], what="logits")
     assert got[1].keys() == truth[1].keys()
-    for key in truth[1]:
-        assert_accurate(got[1][key], truth[1][key], pytorch[1][key], what=key)
+    for key, exact_gradient in truth[1].items():
+        if key.endswith(
+            ("key.bias", "k_proj.bias")
+        ):  # truly zero (a softmax does not feel it): what is left is rounding
+            scale = truth[1][key.removesuffix("bias") + "weight"].norm()
+            assert got[1][key].norm() <= 2 * pytorch[1][key].norm() + FLOOR[torch.float32] * scale
+            continue
+        assert_accurate(got[1][key], exact_gradient, pytorch[1][key], what=key)
     if name == "t5":
         assert any("relative_attention_bias" in k and g.abs().sum() > 0 for k, g in got[1].items())
     fused(**call)
