@@ -5,7 +5,7 @@
 //   dq_i = scale sum_j dS_ij k_j
 //
 // Deterministic, nothing atomic, and no scratch of the size of dq: two passes, each of which makes S and P again (Dao
-// et al. 2022, arXiv:2205.14135, appendix B.4). One block owns 128 rows of the result and goes through the other side:
+// et al. 2022, arXiv:2205.14135). One block owns 128 rows of the result and goes through the other side:
 //
 //   pass     resident (128 rows)  streamed (64 rows a stage)  products a turn               results
 //   of keys  k, v                 q, dout                     S' = k q^T, dP' = v dout^T    dv += P' dout, dk += dS' q
@@ -34,10 +34,11 @@
 //
 // For D = 128 the pass of keys issues dP(i) only when the results of turn i - 1 are done: its registers are not free
 // before (ptxas C7512).
+//
 // Nothing holds the two groups in step: while one is at its exponentials and at dS, the tensor cores have the products
 // of the other. kBackwardStages buffers of q and dout (or k and v), and in the pass of keys of lse and delta, which
-// belong to columns there; the pass of rows has two of
-// each in registers. Queries beyond Tq have lse = +inf, so that their P is 0; so have rows that see no key.
+// belong to columns there; the pass of rows has two of each in registers. Shared memory: 162 KB for D = 128, 82 KB for
+// D = 64. Queries beyond Tq have lse = +inf, so that their P is 0; so have rows that see no key.
 #pragma once
 #include "cuda/attention.cuh"
 

@@ -25,6 +25,7 @@
 //   S(i) done                                             k_i may be overwritten
 //   softmax    mask, m, a, P = exp2(..), l                beside it the tensor cores run O += P(i-1) v_(i-1) of this
 //                                                         group, then S and O of the other
+//                                                         (dev::settle keeps it before the wait for O)
 //   O done                                                v_(i-1) may be overwritten
 //   O *= a, P to 16 bits in registers                     (the accumulator's layout is the operand's: hopper.cuh)
 //

@@ -82,6 +82,7 @@ struct Message {  // on its way from block to block, or from memory to a block
   const void* arrivals;
   int rank;        // of the receiver
   bool from_peer;  // must not come when any thread of the block has left; else, when all have
+  bool last;       // comes only when every thread waits
 };
 
 struct Cluster {
@@ -254,7 +255,9 @@ void run_cluster(Grid grid, int threads, int64_t first_x, int64_t y) {
   Unevenness uneven(grid.cluster, threads / kWarp);
   while (!c.ready.empty() || !c.messages.empty()) {
     // a message is as likely to be next as any fibre, so that it may come early or late
-    const uint64_t next = uneven.pick(c);
+    uint64_t next = uneven.pick(c);
+    if (next >= c.ready.size() && !c.ready.empty() && c.messages[next - c.ready.size()].last)
+      next = random_below(c.ready.size());
     if (next >= c.ready.size()) {
       std::swap(c.messages[next - c.ready.size()], c.messages.back());
       const Message message = c.messages.back();
@@ -378,11 +381,15 @@ void arrivals_wait(const void* a, int parity) {
 void send(void* p, const Bits16& bits, const void* a) {
   const int rank = rank_of(p);
   if (rank_of(a) != rank) fail("send_16: the bytes and their count go to different blocks");
-  cluster->messages.push_back({[=] { *static_cast<Bits16*>(p) = bits; }, sizeof(bits), a, rank, true});
+  cluster->messages.push_back({[=] { *static_cast<Bits16*>(p) = bits; }, sizeof(bits), a, rank, true, false});
 }
 
+// A third of the copies is done at once, a third as late as can be, the others in between.
 void later(const void* arrivals, int bytes, std::function<void()> copy) {
-  cluster->messages.push_back({std::move(copy), bytes, arrivals, here.rank, false});
+  const uint64_t when = random_below(3);
+  const Message message{std::move(copy), bytes, arrivals, here.rank, false, when == 2};
+  if (when == 0) return deliver(message);
+  cluster->messages.push_back(message);
 }
 
 void part_barrier(int id, int threads, bool wait_here) {
