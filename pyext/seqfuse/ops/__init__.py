@@ -1,8 +1,25 @@
 """The functional API: one file per op, each with its checks, its autograd and its table of backends."""
 
+from seqfuse.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from seqfuse.ops.gated import geglu, swiglu
 from seqfuse.ops.layer_norm import layer_norm
 from seqfuse.ops.recurrent import gru, lstm, rnn
 from seqfuse.ops.rnn_cell import gru_cell, lstm_cell, rnn_cell
 from seqfuse.ops.rnn_extras import RecurrentOptions
+from seqfuse.ops.rope import rope
 
-__all__ = ["RecurrentOptions", "gru", "gru_cell", "layer_norm", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = [
+    "RecurrentOptions",
+    "cross_entropy",
+    "geglu",
+    "gru",
+    "gru_cell",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "rope",
+    "swiglu",
+]
