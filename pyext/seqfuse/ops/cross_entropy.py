@@ -128,8 +128,8 @@ def _loss(op, x, weight, bias, target, class_weight, options, reduction):
 class LossFunction(torch.autograd.Function):
     """Outputs: (loss, lse [N], dx, dweight, dbias); all but the first only so that they can be kept.
 
-    Gradients that the forward pass made are handed on by the first backward pass, multiplied in place: nobody else holds
-    them. A second one (retain_graph=True) finds them gone and computes them again.
+    Gradients that the forward pass made are handed on by the first backward pass, multiplied in place: nobody else
+    holds them. A second one (retain_graph=True) finds them gone and computes them again.
     """
 
     @staticmethod
@@ -265,10 +265,19 @@ library.register_composed(
 )
 
 
+def _cpu_prefers(case: LossCase) -> str | None:
+    # logits from which ours was measured no slower (two threads, AVX2: docs/losses.md)
+    if case.tokens * case.vocabulary >= (500_000 if case.width else 1 << 20):
+        return None
+    return "at this size PyTorch's own call costs less than ours does to reach its kernel"
+
+
 for _op in ("cross_entropy", "linear_cross_entropy"):
     dispatch.register(
         _op,
-        dispatch.Backend("cpu", _kernel("cpu"), _kernel("cpu"), lambda c: library.cpu_refusal(c.device, c.dtype)),
+        dispatch.Backend(
+            "cpu", _kernel("cpu"), _kernel("cpu"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
+        ),
         dispatch.Backend("torch", _torch_cross_entropy, None, note="PyTorch's own cross_entropy, of whole logits"),
         dispatch.Backend("reference", _reference, None),
     )

@@ -110,9 +110,22 @@ def _bwd(namespace):
 library.register_fake("gated_fwd", _fake_fwd)
 library.register_fake("gated_bwd", _fake_bwd)
 
+# Elements from which our kernel was measured no slower on a CPU than PyTorch's ops, by activation (two threads, AVX2:
+# docs/losses.md). Below, reaching it costs more than it saves.
+_WORTH_IT = {SILU: 1 << 18, GELU: 1 << 17, GELU_TANH: 1 << 16}
+
+
+def _cpu_prefers(case: GatedCase) -> str | None:
+    if case.elements >= _WORTH_IT[case.activation]:
+        return None
+    return "at this size PyTorch's own calls cost less than ours does to reach its kernel"
+
+
 dispatch.register(
     "gated",
-    dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype)),
+    dispatch.Backend(
+        "cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
+    ),
     dispatch.Backend("torch", _torch_gated, None, note="PyTorch's own activation and product"),
     dispatch.Backend("reference", reference.gated, None),
 )

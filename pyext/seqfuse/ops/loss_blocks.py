@@ -27,8 +27,8 @@ def rows_kernel(backend):
 def cross_entropy(
     x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, backend
 ):
-    """Losses [N] and lse [N] (float32; empty where `lse` is given), and with `scale` (float32, [1] or [N]) the gradients
-    of sum(scale * loss) for x, weight and bias; empty tensors stand for what is not there."""
+    """Losses [N] and lse [N] (float32; empty where `lse` is given), and with `scale` (float32, [1] or [N]) the
+    gradients of sum(scale * loss) for x, weight and bias; empty tensors stand for what is not there."""
     options = ignore_index, label_smoothing, softcap, z_loss
     kernel = rows_kernel(backend)
     if weight is None:
@@ -73,3 +73,27 @@ def cross_entropy(
     losses, log_sums = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
     grads = (x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight, dbias))
     return losses, log_sums, *grads
+
+
+def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
+    """Losses [N] (float32), and with `scale` the gradients of sum(scale * loss) for x and weight (else empty)."""
+    dtype = x.dtype
+    if products.widened(x):
+        x, weight, teacher_x, teacher_weight = (t.float() for t in (x, weight, teacher_x, teacher_weight))
+    tokens, vocabulary = x.shape[0], weight.shape[0]
+    size = tokens_in_a_block(tokens, 2 * vocabulary, x.device.type)
+    blocks = x.new_empty(2, min(size, tokens), vocabulary)
+    dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = None if scale is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    for start in range(0, tokens, size):
+        part = slice(start, min(start + size, tokens))
+        student, teacher = blocks[:, : part.stop - start]
+        torch.mm(x[part], weight.t(), out=student)
+        torch.mm(teacher_x[part], teacher_weight.t(), out=teacher)
+        keep, gradient = None if mask is None else mask[part], None if scale is None else student
+        losses[part] = torch.ops.seqfuse.kl_rows.default(student, teacher, keep, scale, gradient, temperature)
+        if scale is not None:
+            torch.mm(student, weight, out=dx[part])
+            torch.addmm(dweight, student.t(), x[part], out=dweight)
+    return losses, *(x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight))

@@ -129,9 +129,16 @@ library.register_composed(
     _new_rope,
 )
 
+
+def _cpu_prefers(case: RopeCase) -> str | None:
+    if case.elements >= (1 << 15 if case.grad else 1 << 17):  # measured, two threads, AVX2: docs/losses.md
+        return None
+    return "at this size plain PyTorch costs less than ours does to reach its kernel"
+
+
 dispatch.register(
     "rope",
-    dispatch.Backend("cpu", _cpu_rope, _cpu_rope, lambda c: library.cpu_refusal(c.device, c.dtype)),
+    dispatch.Backend("cpu", _cpu_rope, _cpu_rope, lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
     dispatch.Backend("torch", reference.rope, None, note="plain PyTorch"),
     dispatch.Backend("reference", reference.rope, None),
 )

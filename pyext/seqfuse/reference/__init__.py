@@ -2,6 +2,7 @@
 
 from seqfuse.reference.attention import AttentionOptions, attention, attention_decode, dropout_keep
 from seqfuse.reference.cross_entropy import LossOptions, cross_entropy, linear_cross_entropy, loss_scale
+from seqfuse.reference.distillation import kl
 from seqfuse.reference.gated import gated
 from seqfuse.reference.layer_norm import layer_norm
 from seqfuse.reference.rnn import GATES, PLAIN, ScanOptions, recurrent_product, rnn_cell, rnn_scan
@@ -18,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "dropout_keep",
     "gated",
+    "kl",
     "layer_norm",
     "linear_cross_entropy",
     "loss_scale",
