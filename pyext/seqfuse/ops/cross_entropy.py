@@ -278,6 +278,14 @@ for _op in ("cross_entropy", "linear_cross_entropy"):
         dispatch.Backend(
             "cpu", _kernel("cpu"), _kernel("cpu"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
         ),
+        dispatch.Backend(
+            "triton",
+            _kernel("triton"),
+            _kernel("triton"),
+            lambda c: library.triton_refusal(c.device, c.dtype),
+            lambda c: "the interpreter is for tests" if c.device == "cpu" else None,
+            note=library.NOT_RUN_ON_GPU,
+        ),
         dispatch.Backend("torch", _torch_cross_entropy, None, note="PyTorch's own cross_entropy, of whole logits"),
         dispatch.Backend("reference", _reference, None),
     )

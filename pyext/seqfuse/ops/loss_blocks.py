@@ -6,7 +6,7 @@ At most one block of logits exists at a time, and three GEMMs are all there are:
 
 import torch
 
-from seqfuse.ops import products
+from seqfuse.ops import library, products
 
 # Elements of a block of logits, and the tokens it has at least: fewer would make its GEMMs slow, and a sum over blocks
 # reads and writes the vocabulary matrix's gradient once a block.
@@ -21,7 +21,9 @@ def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
 
 
 def rows_kernel(backend):
-    return {"cpu": torch.ops.seqfuse}[backend].cross_entropy_rows.default
+    if backend == "triton":
+        return library.launcher("cross_entropy", "cross_entropy_rows")
+    return torch.ops.seqfuse.cross_entropy_rows.default
 
 
 def cross_entropy(
