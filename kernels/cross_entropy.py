@@ -8,7 +8,8 @@ Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
     A = (1 - eps) w + eps / V sum_j class_weight_j + 2 z_loss w lse
 
 Memory traffic allowed, for V elements of e bytes a row: read the row (e V), write the gradient in its place (e V). The
-second read comes from the L2: all programs in flight hold 132 rows of 256 kB (V = 128k, bf16), less than an H100's 50 MB.
+second read comes from the L2 where the rows in flight fit there (an H100: 50 MB, a few rows of e V bytes on each of 132
+multiprocessors); at V = 128k in bf16 they may not, and then it is 3 e V: to be measured.
 One program takes one row; statistics are fp32, each lane keeps its own largest value and sum until the row's end.
 A target out of range gives NaN: a check would have to wait for the device.
 """

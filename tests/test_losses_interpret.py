@@ -1,4 +1,4 @@
-"""The Triton row kernel of cross_entropy and linear_cross_entropy in the interpreter, by the checks of test_losses.py."""
+"""The Triton row kernel under cross_entropy and linear_cross_entropy, interpreted, by the checks of test_losses.py."""
 
 import pytest
 import torch
