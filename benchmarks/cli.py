@@ -11,7 +11,7 @@ import typer
 def bench(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OP]...", help="Ops (layer_norm, gru, lstm, rnn) or suites (norms, recurrent)."),
+        typer.Argument(metavar="[OP]...", help="Ops (layer_norm, gru, ...) or suites (norms, losses, recurrent)."),
     ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="auto, cpu, triton, cuda, torch or reference; may be repeated.")

@@ -26,7 +26,8 @@ def llama():
 
 def bert():
     c = transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+                                intermediate_size=48, hidden_dropout_prob=0.0,
+                                attention_probs_dropout_prob=0.0)  # fmt: skip
     return transformers.BertForMaskedLM(c)
 
 

@@ -21,6 +21,7 @@ from seqfuse.benchmarks import contenders, gate, harness, norms, plot, records, 
 from seqfuse.benchmarks.__main__ import app
 from seqfuse.benchmarks.ceilings import Ceilings
 from seqfuse.benchmarks.records import Row
+from seqfuse.ops import products
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = registry.find()
@@ -72,7 +73,8 @@ class TestRegistry:
     def test_work_and_traffic(self, case):
         assert 0 < case.flops("fwd") < case.flops("fwd+bwd") < math.inf
         assert 0 < case.bytes("fwd", 2) < case.bytes("fwd", 4) < case.bytes("fwd+bwd", 4)
-        assert set(case.dtypes("cpu")) == {"fp32", "bf16"} and "fp16" in case.dtypes("cuda")
+        slow = case.op == "linear_cross_entropy" and products.SLOW_BF16  # ATen's products would take minutes a call
+        assert set(case.dtypes("cpu")) == ({"fp32"} if slow else {"fp32", "bf16"}) and "fp16" in case.dtypes("cuda")
 
     def test_work_of_known_sizes(self):
         assert recurrent.Recurrent("gru", T=2, B=3, H=4).flops("fwd") == 2 * (2 * 3) * (3 * 4) * (4 + 4)

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton_aot as aot
 
-from seqfuse.kernels import common, layer_norm, rnn, rnn_persistent, rnn_plan, rnn_step, rnn_tile
+from seqfuse.kernels import common, cross_entropy, layer_norm, rnn, rnn_persistent, rnn_plan, rnn_step, rnn_tile
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler in this process"
@@ -31,6 +31,20 @@ def layer_norm_call(m, n, dtype, param_dtype=None, residual=True):
         w = torch.empty(n, dtype=param_dtype or dtype, device="meta")
         y, s, mean, rstd = layer_norm.layer_norm_fwd(x, x if residual else None, w, w, 1e-5)
         layer_norm.layer_norm_bwd(y, y if residual else None, x, w, mean, rstd, True, True)
+
+    return call
+
+
+def loss_call(vocabulary, dtype, every=False, backward=False):
+    """every: all options. backward: with the log-sum-exp of an earlier call, the gradient alone."""
+
+    def call():
+        logits = torch.empty(1024, vocabulary, dtype=dtype, device="meta")
+        target = torch.empty(1024, dtype=torch.int64, device="meta")
+        cw, rows = (torch.empty(n, dtype=torch.float32, device="meta") for n in (vocabulary, 1024))
+        options = (cw, rows, rows if backward else None, logits, -100, 0.1, 30.0, 1e-4)
+        plain = (None, rows[:1], rows if backward else None, logits, -100, 0.0, 0.0, 0.0)
+        cross_entropy.cross_entropy_rows(logits, target, *(options if every else plain))
 
     return call
 
@@ -84,6 +98,10 @@ def table():
     yield "ln-bf16-32768", layer_norm_call(4096, 32768, BF16), (80, 90)
     yield "ln-fp32-16384", layer_norm_call(4096, 16384, FP32), (80,)
     yield "ln-bf16-65536", layer_norm_call(4096, 65536, BF16), ARCHS
+    yield "loss-bf16-128256", loss_call(128256, BF16), ARCHS
+    yield "loss-bf16-50257-options", loss_call(50257, BF16, every=True), (80, 90)
+    yield "loss-fp32-32000-options", loss_call(32000, FP32, every=True), (90,)
+    yield "loss-fp16-32000-backward", loss_call(32000, FP16, every=True, backward=True), (90,)
     # tile tier
     yield "lstm-bf16-128", rnn_call("lstm", 32, 128, BF16), (80, 90)
     yield "gru-bf16-104", rnn_call("gru", 32, 104, BF16), (90,)
@@ -134,10 +152,10 @@ def failures(compiled, wrong):
 
 def test_every_kernel_is_compiled(compiled):
     """Jitted functions are kernels, named so, or helpers that a kernel calls."""
-    modules = (layer_norm, rnn_tile, rnn_step, rnn_persistent)
+    modules = (cross_entropy, layer_norm, rnn_tile, rnn_step, rnn_persistent)
     names = {n for m in modules for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
     kernels = {n for n in names if n.endswith("_kernel")}
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     for arch in ARCHS:
         assert {job.kernel for job in compiled if job.arch == arch} == kernels, f"not all for sm_{arch}"
 

@@ -1,9 +1,12 @@
 // The public CPU entry points: each call goes to the copy of the kernel compiled for the active instruction set.
 #include "seqfuse/attention.h"
+#include "seqfuse/cross_entropy.h"
+#include "seqfuse/gated.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
+#include "seqfuse/rope.h"
 
 #define SEQFUSE_CASE(level, fn) \
   case Isa::level:              \
@@ -19,6 +22,11 @@
   X(attention_backward_cpu, attention_backward, AttentionBackward)   \
   X(attention_decode_cpu, attention_decode, AttentionDecode)         \
   X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
+  X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
+  X(gated_forward_cpu, gated_forward, GatedForward)                  \
+  X(gated_backward_cpu, gated_backward, GatedBackward)               \
+  X(kl_rows_cpu, kl_rows, KlRows)                                    \
+  X(rope_cpu, rope, Rope)                                            \
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
   X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
   X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                   \

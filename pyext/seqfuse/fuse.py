@@ -64,7 +64,8 @@ def fuse(
     TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
-    Hugging Face models (without include) change their attention implementation to "seqfuse"; exclude their class to keep it.
+    Hugging Face models (without include) change their attention implementation to "seqfuse", unless their class is in
+    exclude.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
     a forward of their own and scripted modules are left alone. A module already fused stays as it is.
     """

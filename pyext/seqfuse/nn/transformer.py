@@ -25,7 +25,7 @@ def _use_ours(layer, attentions, norms):
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: its constructor, parameters, arguments and outputs; also inside
-    torch.nn.TransformerEncoder. Nested tensors, which that makes of padded input in inference, go to PyTorch's own op."""
+    torch.nn.TransformerEncoder. Nested tensors (its padded input in inference) go to PyTorch's own op."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -35,16 +35,17 @@ def attention_with_kv_cache(
 ):
     """Writes the new keys and values into the cache, in place, and attends over all that each sequence then has.
 
-    q: [B, Hq, Tq, D]. The last query of sequence b stands at its last key, so that with `causal` (bottom-right) 2 queries
-    over 4 keys see
+    q: [B, Hq, Tq, D]. The last query of sequence b stands at its last key, so that with `causal` (bottom-right)
+    2 queries over 4 keys see
 
           keys 0 1 2 3
         q0     x x x .
         q1     x x x x
 
     k_cache: [B, Hkv, T, D], v_cache: [B, Hkv, T, Dv]: room for T keys each; of q's dtype. Or pages, with block_table.
-    k, v: [B, Hkv, Tn, D] and [B, Hkv, Tn, Dv], written at cache_lengths[b] .. cache_lengths[b] + Tn - 1; both or neither.
-    cache_lengths: int32 or int64 [B], the keys that each sequence had before this call. Not changed: the caller adds Tn.
+    k, v: [B, Hkv, Tn, D] and [B, Hkv, Tn, Dv], written at cache_lengths[b] .. cache_lengths[b] + Tn - 1;
+        both or neither.
+    cache_lengths: int32 or int64 [B], the keys that each sequence had before this call. Not changed: add Tn yourself.
     block_table: int32 or int64 [B, M]: then k_cache is [pages, Hkv, page, D], v_cache likewise, and sequence b has the
         pages block_table[b, 0], block_table[b, 1] and so on.
     scale, window, softcap, alibi_slopes, return_lse: as in `attention`.

@@ -44,7 +44,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: bool):
-    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the backend that the dispatcher chooses."""
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the dispatcher's choice of backend."""
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     drop_all = options.dropout_p == 1.0  # then only the values are gone: lse and NaN are what they were
     if drop_all:

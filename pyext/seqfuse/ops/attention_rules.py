@@ -196,8 +196,10 @@ def triton_prefers(case):
 
 dispatch.register(
     "attention",
-    dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), _cpu_refusal, _cpu_prefers, path=lambda c: "flash on the CPU"),
-    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, _gpu_prefers, note=library.NOT_RUN_ON_GPU),
+    dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), _cpu_refusal, _cpu_prefers,
+                     path=lambda c: "flash on the CPU"),
+    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, _gpu_prefers,
+                     note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("triton", _fwd("seqfuse_triton"), _bwd("seqfuse_triton"), triton_refusal, triton_prefers,
                      note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", torch_attention, None, torch_refusal, note="PyTorch's own op", path=_torch_path),

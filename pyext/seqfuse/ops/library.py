@@ -14,6 +14,7 @@ import torch
 from seqfuse import native
 
 _triton = torch.library.Library("seqfuse_triton", "DEF")
+_composed = torch.library.Library("seqfuse_composed", "DEF")
 
 
 @functools.cache
@@ -89,6 +90,17 @@ def register_op(name: str, schema: str, fake, launch) -> None:
     _triton.impl(name, launch, "CPU")  # the interpreter
     torch.library.register_fake(f"seqfuse_triton::{name}", fake, lib=_triton)
     register_fake(name, fake)
+
+
+def register_composed(name: str, schema: str, fake, run) -> None:
+    """Register torch.ops.seqfuse_composed.NAME: GEMMs of ATen with kernels of ours in between, put together in Python.
+
+    One opaque call for torch.compile, however many blocks it works through.
+    """
+    _composed.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _composed.impl(name, run, "CPU")
+    _composed.impl(name, run, "CUDA")
+    torch.library.register_fake(f"seqfuse_composed::{name}", fake, lib=_composed)
 
 
 def register_vmap(name: str) -> None:

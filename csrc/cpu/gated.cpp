@@ -1,0 +1,113 @@
+// swiglu and geglu on the CPU. Contract: seqfuse/gated.h
+//
+// Forward reads gate and up once and writes y once; backward reads dy, gate and up once and writes dgate and dup once.
+// The activation is computed again in the backward pass: it costs less than reading a stored one.
+#include "seqfuse/gated.h"
+
+#include "cpu/deal.h"
+#include "cpu/vec_pair.h"
+
+namespace seqfuse {
+namespace SEQFUSE_ISA {
+namespace {
+
+constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
+
+struct Value {
+  vf y, slope;  // act(g), act'(g)
+};
+
+template <Activation A>
+SEQFUSE_INLINE Value activate(vf g) {
+  if constexpr (A == Activation::silu) {
+    const vf s = sigmoid(g);
+    return {g * s, s + s * (1.0f - s) * g};
+  } else if constexpr (A == Activation::gelu) {
+    // Phi(g) = erfc(-g / sqrt 2) / 2, from erfc(z) = t poly(t) exp(-z^2), z >= 0 (Abramowitz and Stegun 7.1.26, 1.5e-7)
+    const vf z = as_float(as_bits(g) & 0x7fffffffu) * 0.70710678118654752f;
+    const vf t = 1.0f / (1.0f + 0.3275911f * z), e = exp(-z * z);
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const vf tail = 0.5f * p * t * e;
+    const vf phi = select(g < vf{}, tail, 1.0f - tail);
+    return {g * phi, phi + g * e * 0.39894228040143268f};
+  } else {
+    // 0.5 (1 + tanh(a)) = sigmoid(2 a)
+    const vf square = g * g, a2 = g * (1.5957691216057308f + 0.07135481627159915f * square);
+    const vf s = sigmoid(a2);
+    return {g * s, s + s * (1.0f - s) * g * (1.5957691216057308f + 3.0f * 0.07135481627159915f * square)};
+  }
+}
+
+template <class T, Activation A, bool Stream>
+void forward(const GatedForward& a, const Parallel& parallel) {
+  deal_rows(parallel, a.rows, a.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const T *gate = static_cast<const T*>(a.gate) + r * a.gate_step,
+              *up = static_cast<const T*>(a.up) + r * a.up_step;
+      T* y = static_cast<T*>(a.y) + r * a.cols;
+      for_pairs(a.cols, [=](int64_t i, int n) {
+        const vp g = take_pair(gate + i, n), u = take_pair(up + i, n);
+        give_pair<Stream>(y + i, vp{activate<A>(g.a).y * u.a, activate<A>(g.b).y * u.b}, n);
+      });
+    }
+    if constexpr (Stream) fence_streams();
+  });
+}
+
+template <class T, Activation A, bool Stream>
+void backward(const GatedBackward& a, const Parallel& parallel) {
+  deal_rows(parallel, a.rows, a.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const T *gate = static_cast<const T*>(a.gate) + r * a.gate_step,
+              *up = static_cast<const T*>(a.up) + r * a.up_step;
+      const T* dy = static_cast<const T*>(a.dy) + r * a.cols;
+      T *dgate = static_cast<T*>(a.dgate) + r * a.cols, *dup = static_cast<T*>(a.dup) + r * a.cols;
+      for_pairs(a.cols, [=](int64_t i, int n) {
+        const vp g = take_pair(gate + i, n), u = take_pair(up + i, n), d = take_pair(dy + i, n);
+        const Value x = activate<A>(g.a), z = activate<A>(g.b);
+        give_pair<Stream>(dgate + i, d * u * vp{x.slope, z.slope}, n);
+        give_pair<Stream>(dup + i, d * vp{x.y, z.y}, n);
+      });
+    }
+    if constexpr (Stream) fence_streams();
+  });
+}
+
+// f<Activation, Stream>() for the run-time choices. Results go past the caches where the call's tensors would not stay
+// there anyway.
+template <class T, class Args, class F>
+void choose(const Args& a, int tensors, const void* out, const void* other, F f) {
+  const int64_t row = a.cols * int64_t(sizeof(T));
+  const bool stream = tensors * a.rows * row > kCached && can_stream(out, row) && can_stream(other, row);
+  auto with = [&]<Activation A>() { stream ? f.template operator()<A, true>() : f.template operator()<A, false>(); };
+  if (a.activation == Activation::silu) return with.template operator()<Activation::silu>();
+  if (a.activation == Activation::gelu) return with.template operator()<Activation::gelu>();
+  with.template operator()<Activation::gelu_tanh>();
+}
+
+template <class T>
+void forward(const GatedForward& a, const Parallel& p) {
+  choose<T>(a, 3, a.y, a.y, [&]<Activation A, bool Stream>() { forward<T, A, Stream>(a, p); });
+}
+
+template <class T>
+void backward(const GatedBackward& a, const Parallel& p) {
+  choose<T>(a, 5, a.dgate, a.dup, [&]<Activation A, bool Stream>() { backward<T, A, Stream>(a, p); });
+}
+
+}  // namespace
+
+void gated_forward(const GatedForward& a, const Parallel& p) {
+  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+}
+
+void gated_backward(const GatedBackward& a, const Parallel& p) {
+  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+}
+
+}  // namespace SEQFUSE_ISA
+}  // namespace seqfuse

@@ -1,0 +1,140 @@
+"""Loss and gradient of rows of logits, in place: what linear_cross_entropy runs between its GEMMs.
+
+Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
+
+    u = softcap tanh(logits / softcap),  lse = log sum_j exp(u_j),  p_j = exp(u_j - lse),  w = class_weight[target]
+    loss = (1 - eps) w (lse - u_target) + eps / V sum_j class_weight_j (lse - u_j) + z_loss w lse^2
+    dlogits_j = scale (A p_j - eps / V class_weight_j - (1 - eps) w [j = target]) (1 - (u_j / softcap)^2)
+    A = (1 - eps) w + eps / V sum_j class_weight_j + 2 z_loss w lse
+
+Memory traffic allowed, for V elements of e bytes a row: read the row (e V), write the gradient in its place (e V). The
+second read comes from the L2 where the rows in flight fit there (an H100: 50 MB, a few rows of e V bytes on each of 132
+multiprocessors); at V = 128k in bf16 they may not, and then it is 3 e V: to be measured.
+One program takes one row; statistics are fp32, each lane keeps its own largest value and sum until the row's end.
+A target out of range gives NaN: a check would have to wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import common
+from .rnn_cells import tanh
+
+_BLOCK = 4096  # columns a program holds at a time
+
+
+@triton.jit
+def cross_entropy_rows_kernel(
+    logits_ptr, target_ptr, cw_ptr, cw_sum_ptr, scale_ptr, loss_ptr, lse_ptr, dlogits_ptr,
+    V, ignore_index, eps, softcap, z_loss,
+    HAS_CW: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, FORWARD: tl.constexpr, GRADIENT: tl.constexpr,
+    SCALE_A_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    base = row * V
+    lanes = tl.arange(0, BLOCK)
+    target = tl.load(target_ptr + row)
+    keep = target != ignore_index
+    exists = (target >= 0) & (target < V)
+    at = tl.where(exists, target, 0)
+    w = 1.0
+    cw_mean = 1.0
+    if HAS_CW:
+        w = tl.load(cw_ptr + at)
+        cw_mean = tl.load(cw_sum_ptr) / V
+    if FORWARD:
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            cols = start + lanes
+            mask = cols < V
+            u = tl.load(logits_ptr + base + cols, mask, other=float("-inf")).to(tl.float32)
+            if CAPPED:
+                u = tl.where(mask, softcap * tanh(u / softcap), float("-inf"))
+            larger = tl.maximum(top, u)
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            total = total * tl.exp(top - shift) + tl.exp(u - shift)
+            top = larger
+            if SMOOTH:
+                if HAS_CW:
+                    weighted += tl.where(mask, u * tl.load(cw_ptr + cols, mask, other=0.0), 0.0)
+                else:
+                    weighted += tl.where(mask, u, 0.0)
+        largest = tl.max(top, axis=0)
+        lse = largest + tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
+        u_target = tl.load(logits_ptr + base + at).to(tl.float32)
+        if CAPPED:
+            u_target = softcap * tanh(u_target / softcap)
+        loss = (1.0 - eps) * w * (lse - u_target) + z_loss * w * lse * lse
+        if SMOOTH:
+            loss += eps * (cw_mean * lse - tl.sum(weighted, axis=0) / V)
+        loss = tl.where(exists, loss, float("nan"))
+        tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
+        tl.store(lse_ptr + row, tl.where(keep, lse, 0.0))
+    else:
+        lse = tl.load(lse_ptr + row)
+    if GRADIENT:
+        scale = tl.load(scale_ptr + (row if SCALE_A_ROW else 0))
+        factor = (1.0 - eps) * w + eps * cw_mean + 2.0 * z_loss * w * lse
+        for start in range(0, V, BLOCK):
+            cols = start + lanes
+            mask = cols < V
+            u = tl.load(logits_ptr + base + cols, mask, other=0.0).to(tl.float32)
+            if CAPPED:
+                u = softcap * tanh(u / softcap)
+            d = factor * tl.exp(u - lse) - tl.where(cols == at, (1.0 - eps) * w, 0.0)
+            if SMOOTH:
+                if HAS_CW:
+                    d -= eps / V * tl.load(cw_ptr + cols, mask, other=0.0)
+                else:
+                    d -= eps / V
+            if CAPPED:
+                d *= 1.0 - (u / softcap) * (u / softcap)
+            d = tl.where(keep, d * scale, 0.0)
+            tl.store(dlogits_ptr + base + cols, d.to(dlogits_ptr.dtype.element_ty), mask)
+
+
+def cross_entropy_rows(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    dlogits: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [N, V] contiguous, fp32 / bf16 / fp16; target [N] int64; class_weight [V] fp32; scale [1] or [N] fp32.
+
+    Returns (loss [N], lse [N]) fp32, or with `lse` of an earlier call two empty tensors; with `scale` the gradient goes
+    into dlogits [N, V], which may be logits itself.
+    """
+    rows, vocabulary = logits.shape
+    forward = lse is None
+    loss = torch.empty(rows if forward else 0, dtype=torch.float32, device=logits.device)
+    made = torch.empty_like(loss)
+    if not rows:
+        return loss, made
+    args = (
+        logits, target, class_weight, None if class_weight is None else class_weight.sum().reshape(1), scale,
+        loss if forward else None, made if forward else lse, dlogits,
+        vocabulary, ignore_index, label_smoothing, softcap, z_loss,
+    )  # fmt: skip
+    flags = {
+        "HAS_CW": class_weight is not None,
+        "SMOOTH": label_smoothing > 0.0,
+        "CAPPED": softcap > 0.0,
+        "FORWARD": forward,
+        "GRADIENT": scale is not None,
+        "SCALE_A_ROW": scale is not None and scale.numel() > 1,
+    }
+    block = min(_BLOCK, common.next_power_of_2(vocabulary))
+    with common.on_device(logits):
+        common.launch(cross_entropy_rows_kernel, (rows,), *args, **flags, BLOCK=block, num_warps=8)
+    return loss, made

@@ -1,0 +1,101 @@
+"""The loss over blocks of tokens: a GEMM makes a block of logits, a kernel turns it into losses and, in the same place,
+into its gradient, and two GEMMs carry that on to the hidden states and the vocabulary matrix.
+
+At most one block of logits exists at a time, and three GEMMs are all there are: the least that a gradient takes.
+"""
+
+import torch
+
+from seqfuse.ops import library, products
+
+# Elements of a block of logits, and the tokens it has at least: fewer would make its GEMMs slow, and a sum over blocks
+# reads and writes the vocabulary matrix's gradient once a block.
+_BLOCK = 1 << 24
+_LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+
+
+def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
+    most = max(_BLOCK // max(vocabulary, 1), _LEAST_TOKENS.get(device, 256))
+    blocks = max(-(-tokens // most), 1)
+    return max(-(-tokens // blocks), 1)
+
+
+def rows_kernel(backend):
+    if backend == "triton":
+        return library.launcher("cross_entropy", "cross_entropy_rows")
+    return torch.ops.seqfuse.cross_entropy_rows.default
+
+
+def cross_entropy(
+    x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, backend
+):
+    """Losses [N] and lse [N] (float32; empty where `lse` is given), and with `scale` (float32, [1] or [N]) the
+    gradients of sum(scale * loss) for x, weight and bias; empty tensors stand for what is not there."""
+    options = ignore_index, label_smoothing, softcap, z_loss
+    kernel = rows_kernel(backend)
+    if weight is None:
+        logits = x.contiguous()
+        dx = None if scale is None else torch.empty_like(logits)
+        losses, lse = kernel(logits, target, class_weight, scale, lse, dx, *options)
+        return losses, lse, x.new_empty(0) if dx is None else dx, x.new_empty(0), x.new_empty(0)
+    dtype, wide = x.dtype, products.widened(x)
+    if wide:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    tokens, vocabulary = x.shape[0], weight.shape[0]
+    size = tokens_in_a_block(tokens, vocabulary, x.device.type)
+    block = x.new_empty(min(size, tokens), vocabulary)
+    dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = None if scale is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = None if scale is None or bias is None else torch.zeros(vocabulary, dtype=torch.float32, device=x.device)
+    parts = []
+    for start in range(0, tokens, size):
+        part = slice(start, min(start + size, tokens))
+        hidden, logits = x[part], block[: part.stop - start]
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=logits)
+        own_scale = scale if scale is None or scale.numel() == 1 else scale[part]
+        own_lse = None if lse is None else lse[part]
+        dlogits = None if scale is None else logits
+        parts.append(kernel(logits, target[part], class_weight, own_scale, own_lse, dlogits, *options))
+        if scale is None:
+            continue
+        torch.mm(logits, weight, out=dx[part])
+        if start == 0:
+            torch.mm(logits.t(), hidden, out=dweight)
+        else:
+            torch.addmm(dweight, logits.t(), hidden, out=dweight)
+        if dbias is not None:
+            dbias += logits.sum(0, dtype=torch.float32)
+    if not parts:
+        if dweight is not None:
+            dweight.zero_()
+        parts = [2 * (x.new_empty(0, dtype=torch.float32),)]
+    losses, log_sums = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
+    grads = (x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight, dbias))
+    return losses, log_sums, *grads
+
+
+def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
+    """Losses [N] (float32), and with `scale` the gradients of sum(scale * loss) for x and weight (else empty)."""
+    dtype = x.dtype
+    if products.widened(x):
+        x, weight, teacher_x, teacher_weight = (t.float() for t in (x, weight, teacher_x, teacher_weight))
+    tokens, vocabulary = x.shape[0], weight.shape[0]
+    size = tokens_in_a_block(tokens, 2 * vocabulary, x.device.type)
+    blocks = x.new_empty(2, min(size, tokens), vocabulary)
+    dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = None if scale is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    for start in range(0, tokens, size):
+        part = slice(start, min(start + size, tokens))
+        student, teacher = blocks[:, : part.stop - start]
+        torch.mm(x[part], weight.t(), out=student)
+        torch.mm(teacher_x[part], teacher_weight.t(), out=teacher)
+        keep, gradient = None if mask is None else mask[part], None if scale is None else student
+        losses[part] = torch.ops.seqfuse.kl_rows.default(student, teacher, keep, scale, gradient, temperature)
+        if scale is not None:
+            torch.mm(student, weight, out=dx[part])
+            torch.addmm(dweight, student.t(), x[part], out=dweight)
+    return losses, *(x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight))

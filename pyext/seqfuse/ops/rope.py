@@ -1,0 +1,144 @@
+"""Rotary position embedding. Its gradient is the rotation back, so it is differentiable as often as one likes."""
+
+from typing import NamedTuple
+
+import torch
+
+from seqfuse import dispatch, reference
+from seqfuse.ops import checks, library
+from seqfuse.ops.autograd import apply, traced, wants_gradient
+
+
+class RopeCase(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    device: str
+    dtype: torch.dtype
+    elements: int
+    interleaved: bool
+    grad: bool
+
+    def shape_class(self) -> str:
+        kind = "neighbours" if self.interleaved else "halves"
+        return f"{str(self.dtype)[6:]} {kind} 2^{max(self.elements, 1).bit_length()}{' grad' if self.grad else ''}"
+
+
+def rope(x, cos, sin, *, positions=None, offset=0, interleaved=False, inplace=False):
+    """Turn the pairs of each head by their position's angles: (a cos - b sin, b cos + a sin).
+
+    x: [B, H, T, D], any strides with dense heads, or a tuple of such tensors (q and k, say), which gives a tuple.
+    cos, sin: [S, R / 2], of x's dtype or float32, without gradients; the first R <= D elements of a head are turned and
+    the others passed on. Pairs are (i, R / 2 + i), GPT-NeoX's layout, or with interleaved=True (2i, 2i + 1), GPT-J's.
+    positions: int64 [T] or [B, T], rows of the tables; without them token t has offset + t. inplace: overwrite x, where
+    no gradient is recorded. Returns tensors like x. Raises TypeError or ValueError on bad arguments; a position outside
+    of the tables raises.
+    Source: Su et al. 2021, "RoFormer" (arXiv:2104.09864).
+    """
+    xs = x if isinstance(x, (tuple, list)) else (x,)
+    for t in xs:
+        _check(t, cos, sin, positions, offset)
+    if any(wants_gradient(t) for t in (cos, sin)):
+        raise ValueError("rope: cos and sin get no gradient: detach them")
+    if inplace and (traced() or any(wants_gradient(t) for t in xs)):
+        raise ValueError("rope: inplace=True needs inference: a gradient of x is recorded, or the call is traced")
+    tables = [t.float() if t.dtype != torch.float64 else t for t in (cos, sin)]
+    positions = None if positions is None else positions.contiguous()
+    out = tuple(_rope(t, *(t.contiguous() for t in tables), positions, offset, interleaved, inplace) for t in xs)
+    return out if isinstance(x, (tuple, list)) else out[0]
+
+
+def _rope(x, cos, sin, positions, offset, interleaved, inplace):
+    grad = wants_gradient(x)
+    case = RopeCase(x.device.type, x.dtype, x.numel(), interleaved, grad)
+    backend = dispatch.get("rope", dispatch.select("rope", case).backend)
+    args = (cos, sin, positions, offset, interleaved, False)
+    if backend.bwd is None:
+        y = backend.fwd(x, *args)
+        return x.copy_(y) if inplace else y
+    if inplace and x.stride(3) in (1, 0) and backend.name == "cpu":
+        torch.ops.seqfuse.rope.default(x, *args, x)
+        return x
+    y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
+    return x.copy_(y) if inplace else y
+
+
+class RopeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x, cos, sin, positions, offset, interleaved, inverse, name):
+        return dispatch.get("rope", name).fwd(x, cos, sin, positions, offset, interleaved, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, cos, sin, positions, offset, interleaved, inverse, name = inputs
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.call = offset, interleaved, inverse, name
+
+    @staticmethod
+    def backward(ctx, dy):
+        offset, interleaved, inverse, name = ctx.call
+        args = (dy, *ctx.saved_tensors, offset, interleaved, not inverse)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx = apply(RopeFunction, *args, name)
+        else:
+            dx = dispatch.get("rope", name).fwd(*args)
+        return dx, *(None,) * 7
+
+
+def _check(x, cos, sin, positions, offset):
+    checks.tensor("rope", "x", x, (4,))
+    checks.tensor("rope", "cos", cos, (2,))
+    checks.tensor("rope", "sin", sin, (2,))
+    checks.shape("rope", "sin", sin, cos.shape)
+    for name, t in (("cos", cos), ("sin", sin)):
+        checks.same_device("rope", name, t, "x", x)
+    if 2 * cos.shape[1] > x.shape[3]:
+        raise ValueError(
+            f"rope: cos has {cos.shape[1]} columns, at most half a head of x ({x.shape[3] // 2}) is accepted"
+        )
+    if positions is None:
+        if not 0 <= offset <= cos.shape[0] - x.shape[2]:
+            raise ValueError(
+                f"rope: offset {offset} and {x.shape[2]} time steps do not fit into tables of {cos.shape[0]} rows"
+            )
+        return
+    if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int64:
+        raise TypeError(f"rope: positions must be an int64 tensor, got {checks.describe(positions)}")
+    if tuple(positions.shape) not in ((x.shape[2],), (x.shape[0], x.shape[2])):
+        raise ValueError(
+            f"rope: positions must have shape {[x.shape[2]]} or {[x.shape[0], x.shape[2]]}, "
+            f"got {checks.describe(positions)}"
+        )
+    checks.same_device("rope", "positions", positions, "x", x)
+
+
+def _cpu_rope(x, cos, sin, positions, offset, interleaved, inverse):
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return torch.ops.seqfuse_composed.rope.default(x, cos, sin, positions, offset, interleaved, inverse)
+
+
+def _new_rope(x, cos, sin, positions, offset, interleaved, inverse):
+    y = torch.empty_like(x)  # of x's strides, so that both are walked through in the order of memory
+    torch.ops.seqfuse.rope.default(x, cos, sin, positions, offset, interleaved, inverse, y)
+    return y
+
+
+library.register_composed(
+    "rope",
+    "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+    _new_rope,
+)
+
+
+def _cpu_prefers(case: RopeCase) -> str | None:
+    if case.elements >= (1 << 15 if case.grad else 1 << 17):  # measured, two threads, AVX2: docs/losses.md
+        return None
+    return "at this size plain PyTorch costs less than ours does to reach its kernel"
+
+
+dispatch.register(
+    "rope",
+    dispatch.Backend("cpu", _cpu_rope, _cpu_rope, lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
+    dispatch.Backend("torch", reference.rope, None, note="plain PyTorch"),
+    dispatch.Backend("reference", reference.rope, None),
+)
