@@ -36,7 +36,7 @@ INCLUDES = ["-Icsrc/include", "-Icsrc"]
 
 
 def cxx_flags():
-    return ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    return ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def kernel_flags():
@@ -124,9 +124,9 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         compile_one("nvcc", source, nvcc_flags())
     for source in files["bindings"]:
         facts = [built_with] if Path(source).name == "module.cpp" else []
-        compile_one("cxx", source, [*cxx_flags(), "-O2", *INCLUDES, *headers, *defines, *facts])
+        compile_one("cxx", source, [*cxx_flags(), "-O1", *INCLUDES, *headers, *defines, *facts])
     for source in files["autograd"]:
-        compile_one("cxx", source, [*cxx_flags(), "-O1", *headers], objects=nodes)
+        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
     for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
         lines.append(f"build {targets[name].as_posix()}: link {' '.join(linked)}\n  flags = {' '.join(flags)}")
     return "\n".join(lines) + "\n"
