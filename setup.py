@@ -5,7 +5,7 @@ build into an isolated environment, gigabytes and the wrong ABI), then `pip inst
 
 The build is one generated ninja file, so an edit recompiles only what it touches:
 
-    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once)
+    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once; avx512_bf16: WITH_DOTS)
     csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else
     pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
     pyext/autograd/*.cpp -> seqfuse._autograd, on torch's own ABI: used under the torch it was built with, and no loss
@@ -29,9 +29,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
+WITH_DOTS = {"rnn_forward.cpp", "rnn_backward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}  # they multiply pairs of bf16
+BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-CPU_LEVELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+CPU_LEVELS = {"baseline": BASELINE, "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 INCLUDES = ["-Icsrc/include", "-Icsrc"]
 
 
@@ -76,6 +78,11 @@ def compiler():
     return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
 
 
+def is_gcc(cxx: str) -> bool:
+    said = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True)
+    return "Free Software Foundation" in said.stdout
+
+
 def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
     """The whole build as text. Paths are relative to the repository root, where ninja runs.
 
@@ -110,21 +117,32 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
                      "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")  # fmt: skip
     objects, nodes = [], []
 
-    def compile_one(rule, source, flags, level="", objects=objects):
+    def compile_one(rule, source, flags, level="", objects=objects, needs=""):
         out = (build / f"{source.replace('/', '_')}{'.' if level else ''}{level}.o").as_posix()
-        lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}\n  level = {level}")
+        after = f" | {needs}" if needs else ""
+        lines.append(f"build {out}: {rule} {source}{after}\n  flags = {' '.join(flags)}\n  level = {level}")
         objects.append(out)
 
     for source in files["cpu"]:
-        once = Path(source).name in RUN_ONCE
-        for level, flags in [("", [])] if once else cpu_levels().items():
+        name = Path(source).name
+        for level, flags in [("", [])] if name in RUN_ONCE else cpu_levels().items():
+            if level == "avx512_bf16" and name not in WITH_DOTS:
+                continue  # runs as on avx512
             isa = [f"-DSEQFUSE_ISA={level}"] if level else []
             compile_one("cxx", source, [*kernel_flags(), *flags, *isa], level)
     for source in files["cuda"] if cuda else []:
         compile_one("nvcc", source, nvcc_flags())
+    binding_flags = [*cxx_flags(), "-O1", *INCLUDES, *headers, *defines]
+    parsed, use_parsed = "", []
+    if is_gcc(cxx):  # most of a binding's compile time is torch's headers: they are parsed once for all of them
+        parsed = (build / "parsed" / "common.h.gch").as_posix()
+        use_parsed = [f"-I{(build / 'parsed').as_posix()}", "-include common.h"]
+        lines.append(f"build {parsed}: cxx pyext/bindings/common.h\n  flags = -x c++-header {' '.join(binding_flags)}")
     for source in files["bindings"]:
-        facts = [built_with] if Path(source).name == "module.cpp" else []
-        compile_one("cxx", source, [*cxx_flags(), "-O1", *INCLUDES, *headers, *defines, *facts])
+        if Path(source).name == "module.cpp":
+            compile_one("cxx", source, [*binding_flags, built_with])
+        else:
+            compile_one("cxx", source, [*use_parsed, *binding_flags], needs=parsed)
     for source in files["autograd"]:
         compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
     for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
@@ -154,8 +172,9 @@ class NinjaBuild(build_ext):
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
         ninja = shutil.which("ninja")
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        if subprocess.run([*command, "-f", str(script), target.as_posix()], cwd=ROOT).returncode:
+        command = [*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-f", str(script)]
+        built = subprocess.run([*command, "-k", "0"], cwd=ROOT).returncode == 0  # both extensions, side by side
+        if not built and subprocess.run([*command, target.as_posix()], cwd=ROOT).returncode:
             if not ext.optional:
                 raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
             print(f"seqfuse: {ext.name} could not be built and is left out; small calls under autograd cost more.")

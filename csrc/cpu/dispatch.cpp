@@ -8,9 +8,9 @@
 #include "seqfuse/rnn_ragged.h"
 #include "seqfuse/rope.h"
 
-#define SEQFUSE_CASE(level, fn) \
-  case Isa::level:              \
-    return level::fn(args, parallel);
+#define SEQFUSE_CASE(level, kernel) \
+  case Isa::level:                  \
+    return kernel(args, parallel);
 #define SEQFUSE_DECLARE(level, fn, Args)        \
   namespace level {                             \
   void fn(const Args& args, const Parallel& p); \
@@ -29,8 +29,6 @@
   X(rope_cpu, rope, Rope)                                            \
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
   X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                   \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)                \
   X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
   X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                   \
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)       \
@@ -38,28 +36,44 @@
   X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
+// those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)               \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward) \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)
+
 namespace seqfuse {
 
-#define SEQFUSE_OP(entry, fn, Args)                        \
-  SEQFUSE_DECLARE_ALL(fn, Args)                            \
+#define SEQFUSE_DEFINE(entry, fn, Args, cases)             \
   void entry(const Args& args, const Parallel& parallel) { \
     switch (isa_active()) {                                \
-      SEQFUSE_SWITCH(fn)                                   \
+      cases;                                               \
       default:                                             \
         return baseline::fn(args, parallel);               \
     }                                                      \
   }
 
 #if defined(__x86_64__)
-#define SEQFUSE_DECLARE_ALL(fn, Args) \
+#define SEQFUSE_LEVELS(fn, Args)      \
   SEQFUSE_DECLARE(baseline, fn, Args) \
-  SEQFUSE_DECLARE(avx2, fn, Args) SEQFUSE_DECLARE(avx512, fn, Args) SEQFUSE_DECLARE(avx512_bf16, fn, Args)
-#define SEQFUSE_SWITCH(fn) SEQFUSE_CASE(avx2, fn) SEQFUSE_CASE(avx512, fn) SEQFUSE_CASE(avx512_bf16, fn)
+  SEQFUSE_DECLARE(avx2, fn, Args) SEQFUSE_DECLARE(avx512, fn, Args)
+#define SEQFUSE_CASES(fn) SEQFUSE_CASE(avx2, avx2::fn) SEQFUSE_CASE(avx512, avx512::fn)
+#define SEQFUSE_OP(entry, fn, Args) \
+  SEQFUSE_LEVELS(fn, Args)          \
+  SEQFUSE_DEFINE(entry, fn, Args, SEQFUSE_CASES(fn) SEQFUSE_CASE(avx512_bf16, avx512::fn))
+#define SEQFUSE_OP_WITH_DOTS(entry, fn, Args) \
+  SEQFUSE_LEVELS(fn, Args)                    \
+  SEQFUSE_DECLARE(avx512_bf16, fn, Args)      \
+  SEQFUSE_DEFINE(entry, fn, Args,             \
+                 SEQFUSE_CASES(fn)            \
+                     SEQFUSE_CASE(avx512_bf16, (args.dtype == DType::bf16 ? avx512_bf16::fn : avx512::fn)))
 #else
-#define SEQFUSE_DECLARE_ALL(fn, Args) SEQFUSE_DECLARE(baseline, fn, Args)
-#define SEQFUSE_SWITCH(fn)
+#define SEQFUSE_OP(entry, fn, Args)   \
+  SEQFUSE_DECLARE(baseline, fn, Args) \
+  SEQFUSE_DEFINE(entry, fn, Args, )
+#define SEQFUSE_OP_WITH_DOTS SEQFUSE_OP
 #endif
 
 SEQFUSE_CPU_OPS(SEQFUSE_OP)
+SEQFUSE_CPU_OPS_WITH_DOTS(SEQFUSE_OP_WITH_DOTS)
 
 }  // namespace seqfuse

@@ -165,8 +165,9 @@ void pack_columns_as(const PackColumns& p, word* out) {
 }  // namespace
 
 TileFn tile_function(Product product, int vectors, int rows) {
-  constexpr Product pairs = has_dot ? Product::dot : Product::widened_pairs;
-  return product == pairs ? by_vectors<pairs>(vectors, rows) : by_vectors<Product::floats>(vectors, rows);
+  if constexpr (has_dot) return by_vectors<Product::dot>(vectors, rows);
+  return product == Product::floats ? by_vectors<Product::floats>(vectors, rows)
+                                    : by_vectors<Product::widened_pairs>(vectors, rows);
 }
 
 template <>

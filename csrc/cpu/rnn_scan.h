@@ -242,10 +242,10 @@ void for_cell_of(Cell cell, F f) {
 }
 template <class F>
 void for_cell(DType dtype, Cell cell, bool plain, F f) {
-  if (dtype == DType::f32)
-    plain ? for_cell_of<float, true>(cell, f) : for_cell_of<float, false>(cell, f);
-  else
+  if (dtype != DType::f32)
     plain ? for_cell_of<bf16, true>(cell, f) : for_cell_of<bf16, false>(cell, f);
+  else if constexpr (!has_dot)  // fp32 has nothing from dot products: see dispatch.cpp
+    plain ? for_cell_of<float, true>(cell, f) : for_cell_of<float, false>(cell, f);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "openmp.h"
 #include "seqfuse/types.h"
 
 namespace seqfuse {
@@ -77,14 +78,6 @@ T* pointer(const Tensor& t) {
 inline const void* pointer_or_null(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
-
-namespace detail {
-// whether torch runs parallel_for as an OpenMP team; set once from Python (torch.backends.openmp.is_available())
-inline bool& openmp() {
-  static bool value = false;
-  return value;
-}
-}  // namespace detail
 
 inline Parallel torch_threads() {
   uint32_t threads = 1;

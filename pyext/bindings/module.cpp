@@ -2,8 +2,9 @@
 // switches, never a tensor.
 #include <pybind11/pybind11.h>
 
-#include "common.h"
 #include "cuda/rnn_cluster_plan.h"
+#include "openmp.h"
+#include "seqfuse/types.h"
 
 namespace py = pybind11;
 
