@@ -13,11 +13,15 @@ CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # csrc/include/seqf
 FUSED_OPTIONS = 8  # how many of ScanOptions the fused scans take
 
 
-@torch.compiler.assume_constant_result  # Dynamo can't trace it; its guards hold the setting all the same
 def tf32_allowed() -> bool:
     """Whether torch lets matrix products of float32 on a GPU use tf32: torch.set_float32_matmul_precision, or
     torch.backends.cuda.matmul.fp32_precision, which knows of the former."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Dynamo can't trace it; its guards hold the setting all the same. torch.compiler.assume_constant_result does no more
+# than this, and imports the whole of Dynamo for it: a second of every `import seqfuse`.
+tf32_allowed._dynamo_marked_constant = True
 
 
 def _scan_of(namespace, name="rnn_scan", extra=tuple):
