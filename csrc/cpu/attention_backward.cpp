@@ -65,6 +65,13 @@ struct BiasRows {
     if (!rows || n <= 0 || (add && !ds)) return;
     wide ? put<float>(r, first, ds, n) : put<bf16>(r, first, ds, n);
   }
+  // the lines that the same rows take in the next block: every row is on another page
+  SEQFUSE_INLINE void fetch_next(int64_t r, int64_t first) const {
+    if (!rows) return;
+    const int64_t size = wide ? 4 : 2;
+    const char* next = rows + r * row + (first + block_keys) * size;
+    for (int64_t n = 0; n < block_keys * size; n += 64) prefetch_to_write(next + n);
+  }
 };
 
 // Scores and dw of a row become weights (what multiplies dout in dv) and gradients of scores.
@@ -110,8 +117,8 @@ struct Backward {
   // weights and gradients of scores of one block, zero where a query doesn't see a key
   void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows,
                        const View& view, const BiasRows& bias, BackwardScratch& w) const {
-    view.scores(w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
-    view.scores(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
+    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    view.products(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
     for (int64_t r = 0; r < rows; r++) {
       Range c = view.panels[r / tile_rows];
       float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys, *slope = w.cap_slope + r * block_keys;
@@ -132,6 +139,7 @@ struct Backward {
         gradient_row(s, g, a.dropout_p > 0.0 ? w.kept : nullptr, c, rule.factor, w.lse[r], w.delta[r]);
       }
       bias.put(r, view.first, g, clamp(a.Tk - view.first, 0, block_keys));
+      bias.fetch_next(r, view.first);
       if (a.softcap != 0.0f)
         for (int64_t j = c.begin; j < c.end; j += VL) store(g + j, load(g + j) * load(slope + j));
     }

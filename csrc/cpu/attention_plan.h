@@ -140,12 +140,21 @@ struct BlockView {
   }
 
   // out[r][c] = x_r . w_c over n, for what is seen; w is transposed (pack_transposed)
-  void scores(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
-    for (int64_t c = 0; c < block_keys; c += tile_columns, w += n * tile_columns)
-      for (int64_t s = 0; s < strips; s++)
-        if (c >= panels[s].begin && c < panels[s].end)
-          multiply_tile<false, false, 2>(x + s * tile_rows * ldx, ldx, w, tile_columns, n,
-                                         out + s * tile_rows * block_keys + c, block_keys);
+  void products(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
+    each_panel([=, this](int64_t s, int64_t c) {
+      float* to = out + s * tile_rows * block_keys + c;
+      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                              [=](int r, int v, vf sum)
+                                  __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
+    });
+  }
+
+  // The same for scores of the queries i0 .. i0 + rows, with the bias where the rule leaves it to the products.
+  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w, int64_t n,
+              float* out) const {
+    if (!rule.bias_in_product) return products(x, ldx, w, n, out);
+    rule.bias_wide ? biased_scores<float>(rule, i0, rows, x, ldx, w, n, out)
+                   : biased_scores<bf16>(rule, i0, rows, x, ldx, w, n, out);
   }
 
   // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n)
@@ -157,8 +166,8 @@ struct BlockView {
         const float* from = w + seen[s].begin * ld + c;
         float* to = out + s * tile_rows * ld + c;
         const int64_t K = seen[s].end - seen[s].begin;
-        n - c > VL ? multiply_tile<false, true, 2>(x, block_keys, from, ld, K, to, ld)
-                   : multiply_tile<false, true, 1>(x, block_keys, from, ld, K, to, ld);
+        n - c > VL ? add_tile<false, 2>(x, block_keys, from, ld, K, to, ld)
+                   : add_tile<false, 1>(x, block_keys, from, ld, K, to, ld);
       }
   }
 
@@ -181,9 +190,46 @@ struct BlockView {
         const float* from = x + by[t].begin * ld + c;
         float* to = out + t * tile_rows * ld + c;
         const int64_t K = by[t].end - by[t].begin;
-        n - c > VL ? multiply_tile<true, true, 2>(w, block_keys, from, ld, K, to, ld)
-                   : multiply_tile<true, true, 1>(w, block_keys, from, ld, K, to, ld);
+        n - c > VL ? add_tile<true, 2>(w, block_keys, from, ld, K, to, ld)
+                   : add_tile<true, 1>(w, block_keys, from, ld, K, to, ld);
       }
+  }
+
+ private:
+  // f(strip, first column) for each tile of scores that is seen
+  template <class F>
+  SEQFUSE_INLINE void each_panel(F f) const {
+    for (int64_t c = 0; c < block_keys; c += tile_columns)
+      for (int64_t s = 0; s < strips; s++)
+        if (c >= panels[s].begin && c < panels[s].end) f(s, c);
+  }
+
+  // The bias is added, and both are brought to base 2, as the sums leave the registers. A row of the bias is a page or
+  // more away from the next, where no hardware prefetcher follows: each tile fetches the lines of the same tile in the
+  // next block, a block's time ahead.
+  template <class B>
+  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w,
+                     int64_t n, float* out) const {
+    const int64_t row = rule.bias_row / int64_t(sizeof(B));
+    const B* bias = reinterpret_cast<const B*>(rule.bias) + i0 * row + first;
+    const vf f = splat(float(rule.scale * log2_e)), base2 = splat(float(log2_e));
+    each_panel([=, this](int64_t s, int64_t c) {
+      const B* from = bias + s * tile_rows * row + c;
+      for (int r = 0; r < tile_rows; r++) __builtin_prefetch(from + r * row + block_keys, 0, 2);
+      int64_t ld = row;
+      B edge[tile_rows * tile_columns];  // what lies beyond the last query or key is not the bias's
+      if ((s + 1) * tile_rows > rows || c + tile_columns > keys) {
+        memset(edge, 0, sizeof(edge));
+        for (int64_t r = 0; r < clamp(rows - s * tile_rows, 0, tile_rows); r++)
+          memcpy(edge + r * tile_columns, from + r * row, sizeof(B) * size_t(clamp(keys - c, 0, tile_columns)));
+        from = edge, ld = tile_columns;
+      }
+      float* to = out + s * tile_rows * block_keys + c;
+      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                              [=](int r, int v, vf sum) __attribute__((always_inline)) {
+                                store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
+                              });
+    });
   }
 };
 
