@@ -90,12 +90,14 @@ def by_kernel(q, k, v, dout, dlse, options):
     return [out, lse, dq, dk, dv] + ([dbias] if wanted else [])
 
 
-def check(q, k, v, dout, dlse, options):
+def check(q, k, v, dout, dlse, options, least_keys=1):
     """Each op against float64. Backward is a function of the out it is given, in delta_i = dout_i . out_i - dlse_i.
 
     Its truth is that function, so the rounding of out is part of the input and no error of the op may hide behind it:
     in the float64 reference, whose out is not rounded, the same delta comes of another dlse. What the rounding costs
     from end to end is compared with PyTorch's flash attention below.
+
+    least_keys: rows of dq and dbias whose query sees fewer keys are judged in the whole tensor and head only.
     """
     got = by_kernel(q, k, v, dout, dlse, options)
     unrounded, _ = attention(q.double(), k.double(), v.double(), options)
@@ -105,7 +107,13 @@ def check(q, k, v, dout, dlse, options):
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dbias"), got, exact, theirs, strict=False):
         # the error of a slice of a few numbers is luck: PyTorch's may be none
         dims = [d for d in range(3) if a.shape[d] and a.numel() // a.shape[d] >= 8]
-        assert_accurate(a, b, c, dims=dims, what=name, dtype=q.dtype if name == "dbias" else None)
+        dtype = q.dtype if name == "dbias" else None
+        if name in ("dq", "dbias") and least_keys > 1:
+            visible = Positions(q, k, options).visible().expand(*q.shape[:3], k.shape[2])
+            rows = (visible.sum(-1) >= least_keys).flatten(0, 1).all(0)
+            assert_accurate(*(t[:, :, rows] for t in (a, b, c)), dims=[2], what=f"{name} by row", dtype=dtype)
+            dims = [d for d in dims if d != 2]
+        assert_accurate(a, b, c, dims=dims, what=name, dtype=dtype)
     return got
 
 
@@ -229,12 +237,13 @@ def test_random_configurations(names, B, Hkv, group, Tq, Tk, D, Dv, dtype, bias_
         names, B = names - NOT_PACKED, 1
     data = tensors(B, Hkv * group, Hkv, Tq, Tk, D, Dv, dtype)
     options = make_options(names, *data[:2], bias_shape=bias_shape)
-    # where every query sees one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels
+    # Where all queries see one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels:
+    # dw, a sum of Dv products, and delta. With few keys most of it cancels, and softmax's own backward may be exact.
     assume((Positions(*data[:2], options).visible().sum(-1) > 1).any())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(*data, options)
+        check(*data, options, least_keys=8)
     finally:
         torch.set_num_threads(before)
 

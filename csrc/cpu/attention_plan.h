@@ -16,10 +16,8 @@ struct Unit {
 // whose share of the total cost it begins; so it is the same for any timing.
 class Plan {
  public:
-  // tile: queries in a unit. by_head: all sequences of a kv head come one after another, else all kv heads of a
-  // sequence. whole: so many kv heads in a row stay with one worker; 0: even one may be split.
-  Plan(const AttentionProblem& a, int64_t tile, int threads, bool by_head = false, int64_t whole = 0)
-      : a_(a), tile_(tile), by_head_(by_head), whole_(whole), group_(a.Hkv ? a.Hq / a.Hkv : 0) {
+  // tile: queries in a unit
+  Plan(const AttentionProblem& a, int64_t tile, int threads) : a_(a), tile_(tile), group_(a.Hkv ? a.Hq / a.Hkv : 0) {
     for (int64_t s = 0; s < a.sequences; s++) {
       const Sequence seq = sequence_at(a, s);
       total_ += head_cost(seq) * a.Hkv;
@@ -36,21 +34,18 @@ class Plan {
   template <class F>
   void each(int64_t worker, F f) const {
     const int64_t begin = total_ * worker / workers_, end = total_ * (worker + 1) / workers_;
-    const int64_t heads = a_.sequences * a_.Hkv;
-    int64_t at = 0, group_at = 0;
-    for (int64_t n = 0; n < heads && group_at < end; n++) {
-      const int64_t s = by_head_ ? n % a_.sequences : n / a_.Hkv, kv_head = by_head_ ? n / a_.sequences : n % a_.Hkv;
-      const Sequence seq = sequence_at(a_, s);
+    int64_t at = 0;
+    for (int64_t n = 0; n < a_.sequences * a_.Hkv && at < end; n++) {
+      const Sequence seq = sequence_at(a_, n / a_.Hkv);
       const int64_t cost = head_cost(seq), tiles = tiles_of(seq);
-      if (!whole_ || n % whole_ == 0) group_at = at;
-      if (whole_ ? group_at >= begin && group_at < end : at + cost > begin && at < end) {
-        for (int64_t i = 0; i < group_ * tiles; i++) {
-          if (whole_ || (at >= begin && at < end))
-            f(Unit{s, kv_head, i / tiles, i % tiles, i == 0, i == group_ * tiles - 1}, seq);
-          at += tile_cost(seq, i % tiles);
-        }
-      } else {
+      if (at + cost <= begin) {
         at += cost;
+        continue;
+      }
+      for (int64_t i = 0; i < group_ * tiles; i++) {
+        if (at >= begin && at < end)
+          f(Unit{n / a_.Hkv, n % a_.Hkv, i / tiles, i % tiles, i == 0, i == group_ * tiles - 1}, seq);
+        at += tile_cost(seq, i % tiles);
       }
     }
   }
@@ -72,8 +67,7 @@ class Plan {
 
   const AttentionProblem& a_;
   int64_t tile_;
-  bool by_head_;
-  int64_t whole_, group_, total_ = 0, most_keys_ = 0;
+  int64_t group_, total_ = 0, most_keys_ = 0;
   int workers_ = 1;
 };
 

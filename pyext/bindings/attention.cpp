@@ -44,8 +44,8 @@ Tensor empty_like(const Tensor& t, int64_t width) {
   return empty(t, {B, H, T, width});
 }
 
-// Fresh memory of a Tq x Tk size costs a page fault for each 4 KiB, which takes as long as the arithmetic of a score
-// gradient; asks for pages of 2 MiB where the system gives them on request. No more than a hint.
+// Fresh memory costs a page fault for each 4 KiB: 2.7 ns a float in a virtual machine in which all of a backward pass
+// took 9 ns a score. Asks for pages of 2 MiB, which the system may give or not.
 void ask_for_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, worth_it = 8 << 20;
