@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -89,12 +90,30 @@ def by_kernel(q, k, v, dout, dlse, options):
     return [out, lse, dq, dk, dv] + ([dbias] if wanted else [])
 
 
-def check(q, k, v, dout, dlse, options):
+def check(q, k, v, dout, dlse, options, least_keys=1):
+    """Each op against float64. Backward is a function of the out it is given, in delta_i = dout_i . out_i - dlse_i.
+
+    Its truth is that function, so the rounding of out is part of the input and no error of the op may hide behind it:
+    in the float64 reference, whose out is not rounded, the same delta comes of another dlse. What the rounding costs
+    from end to end is compared with PyTorch's flash attention below.
+
+    least_keys: rows of dq and dbias whose query sees fewer keys are judged in the whole tensor and head only.
+    """
     got = by_kernel(q, k, v, dout, dlse, options)
-    exact = by_reference(q, k, v, dout, dlse, options, torch.float64)
-    theirs = by_reference(q, k, v, dout, dlse, options, q.dtype)
+    unrounded, _ = attention(q.double(), k.double(), v.double(), options)
+    given = dlse - (dout.double() * (got[0].double() - unrounded)).sum(-1)
+    exact = by_reference(q, k, v, dout, given, options, torch.float64)
+    theirs = by_reference(q, k, v, dout, given, options, q.dtype)
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dbias"), got, exact, theirs, strict=False):
-        assert_accurate(a, b, c, dims=(0, 1, 2), what=name, dtype=q.dtype if name == "dbias" else None)
+        # the error of a slice of a few numbers is luck: PyTorch's may be none
+        dims = [d for d in range(3) if a.shape[d] and a.numel() // a.shape[d] >= 8]
+        dtype = q.dtype if name == "dbias" else None
+        if name in ("dq", "dbias") and least_keys > 1:
+            visible = Positions(q, k, options).visible().expand(*q.shape[:3], k.shape[2])
+            rows = (visible.sum(-1) >= least_keys).flatten(0, 1).all(0)
+            assert_accurate(*(t[:, :, rows] for t in (a, b, c)), dims=[2], what=f"{name} by row", dtype=dtype)
+            dims = [d for d in dims if d != 2]
+        assert_accurate(a, b, c, dims=dims, what=name, dtype=dtype)
     return got
 
 
@@ -170,10 +189,31 @@ def test_a_bias_of_minus_infinity_hides_keys(isa):
     assert (got[5][bias == -torch.inf] == 0).all() and (got[2][0, :, 5] == 0).all()
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 30.0])
-def test_scales(isa, scale):
-    data = tensors()
-    check(*data, AttentionOptions(scale=scale, window_right=0))
+def check_against_pytorch(dtype, scale):
+    """out and gradients from end to end; PyTorch's flash attention also keeps nothing but out, rounded, and lse."""
+    q, k, v, dout, _ = tensors(Hkv=4, Tq=141, Dv=20, dtype=dtype)
+    got = by_kernel(q, k, v, dout, None, AttentionOptions(scale=scale, window_right=0))
+
+    def pytorch(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    results = (got[0], *got[2:]), pytorch(torch.float64), pytorch(dtype)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_accurate(a, b, c, dims=(0, 1, 2), what=name)
+
+
+@pytest.mark.parametrize("scale", [20**-0.5, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_from_end_to_end(isa, dtype, scale):
+    """At scale 30 the rounding of lse is most of the error in float32."""
+    check_against_pytorch(dtype, scale)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(isa, scale):  # PyTorch's own flash attention gives NaN where it is causal
+    check(*tensors(), AttentionOptions(scale=scale, window_right=0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,12 +237,13 @@ def test_random_configurations(names, B, Hkv, group, Tq, Tk, D, Dv, dtype, bias_
         names, B = names - NOT_PACKED, 1
     data = tensors(B, Hkv * group, Hkv, Tq, Tk, D, Dv, dtype)
     options = make_options(names, *data[:2], bias_shape=bias_shape)
-    # where every query sees one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels
+    # Where all queries see one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels:
+    # dw, a sum of Dv products, and delta. With few keys most of it cancels, and softmax's own backward may be exact.
     assume((Positions(*data[:2], options).visible().sum(-1) > 1).any())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(*data, options)
+        check(*data, options, least_keys=8)
     finally:
         torch.set_num_threads(before)
 

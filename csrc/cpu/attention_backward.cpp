@@ -11,8 +11,8 @@
 //
 // A tile of queries meets the keys block by block and sums its dq; dk and dv of a whole head are summed in fp32 by the
 // worker that has the head. Where workers share a head, each sums its own tiles, and the sums are added in the order of
-// the workers: no atomics, and the same bits every time. A bias gradient that several heads share is summed by one
-// worker, head after head, in a pass of its own if that leaves workers idle or has to be rounded.
+// the workers: no atomics, and the same bits every time. A bias gradient that several heads share is summed tile by
+// tile over these heads, by one worker; in a pass of its own where whole groups of heads would leave workers idle.
 #include "cpu/attention_plan.h"
 
 namespace seqfuse {
@@ -65,6 +65,13 @@ struct BiasRows {
     if (!rows || n <= 0 || (add && !ds)) return;
     wide ? put<float>(r, first, ds, n) : put<bf16>(r, first, ds, n);
   }
+  // the lines that the same rows take in the next block: every row is on another page
+  SEQFUSE_INLINE void fetch_next(int64_t r, int64_t first) const {
+    if (!rows) return;
+    const int64_t size = wide ? 4 : 2;
+    const char* next = rows + r * row + (first + block_keys) * size;
+    for (int64_t n = 0; n < block_keys * size; n += 64) prefetch_to_write(next + n);
+  }
 };
 
 // Scores and dw of a row become weights (what multiplies dout in dv) and gradients of scores.
@@ -110,8 +117,8 @@ struct Backward {
   // weights and gradients of scores of one block, zero where a query doesn't see a key
   void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows,
                        const View& view, const BiasRows& bias, BackwardScratch& w) const {
-    view.scores(w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
-    view.scores(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
+    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    view.products(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
     for (int64_t r = 0; r < rows; r++) {
       Range c = view.panels[r / tile_rows];
       float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys, *slope = w.cap_slope + r * block_keys;
@@ -132,6 +139,7 @@ struct Backward {
         gradient_row(s, g, a.dropout_p > 0.0 ? w.kept : nullptr, c, rule.factor, w.lse[r], w.delta[r]);
       }
       bias.put(r, view.first, g, clamp(a.Tk - view.first, 0, block_keys));
+      bias.fetch_next(r, view.first);
       if (a.softcap != 0.0f)
         for (int64_t j = c.begin; j < c.end; j += VL) store(g + j, load(g + j) * load(slope + j));
     }
@@ -202,59 +210,113 @@ void clear_unused(const AttentionBackward& a) {
   }
 }
 
-// How the gradient of the bias is summed over the heads that share it.
+// How the gradient of the bias is summed over the heads that share a slice [Tq, Tk] of it.
 struct BiasSharing {
   bool batch, heads;  // summed over them
-  bool own_pass;      // after everything else, else while dk and dv are computed
-  int64_t whole;      // kv heads that one worker must have, see Plan
+  bool with_keys;     // while dk and dv are computed, else in a pass of its own
+  int64_t groups;     // heads of keys that have slices in common belong to a group
 
   BiasSharing(const AttentionBackward& a, int workers) {
     batch = a.dbias && a.dbias_batch < a.B, heads = a.dbias && a.dbias_heads < a.Hq;
-    const int64_t groups = (batch ? 1 : a.B) * (heads ? 1 : a.Hkv);
-    const bool balanced = groups % workers == 0 || groups >= 4 * workers;
-    own_pass = (batch || heads) && (a.bias_dtype != DType::f32 || !balanced);
-    whole = (batch || heads) && !own_pass ? (batch ? a.B : 1) * (heads ? a.Hkv : 1) : 0;
+    groups = (batch ? 1 : a.B) * (heads ? 1 : a.Hkv);
+    with_keys = shared() && (groups % workers == 0 || groups >= 4 * workers);
   }
-
-  BiasRows rows(const AttentionBackward& a, int64_t s, int64_t h, int64_t i0) const {
-    if (!a.dbias) return {};
-    const bool wide = a.bias_dtype == DType::f32;
-    const int64_t slice = (batch ? 0 : s) * a.dbias_heads + (heads ? 0 : h), row = a.Tk * (wide ? 4 : 2);
-    return {static_cast<char*>(a.dbias) + (slice * a.Tq + i0) * row, row, wide, (batch && s > 0) || (heads && h > 0)};
-  }
+  bool shared() const { return batch || heads; }
 };
 
-// The gradient of a bias that heads share, alone: for a tile of each slice, summed over the heads in fp32.
-template <class T>
-void bias_pass(const AttentionBackward& a, const BiasSharing& sharing, int64_t most_keys, int workers,
-               const Parallel& parallel) {
-  const Backward<T> kernel(a);
-  const int64_t tiles = ceil_div(a.Tq, tile), units = a.dbias_batch * a.dbias_heads * tiles;
-  auto job = [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    BackwardScratch w(a, most_keys);
-    float* sums = nullptr;
-    for (int pass = 0; pass < 2; pass++) {
-      w.take(scratch), scratch.take(sums, tile * a.Tk);
-      if (pass == 0) scratch.allocate();
-    }
-    for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t unit = worker; unit < units; unit += workers) {
-        const int64_t t = unit % tiles, h0 = unit / tiles % a.dbias_heads, s0 = unit / tiles / a.dbias_heads;
-        const int64_t s_end = sharing.batch ? a.B : s0 + 1, h_end = sharing.heads ? a.Hq : h0 + 1;
-        for (int64_t s = s0; s < s_end; s++)
-          for (int64_t h = h0; h < h_end; h++) {
-            const BiasRows rows{reinterpret_cast<char*>(sums), a.Tk * 4, true, s > s0 || h > h0};
-            const Unit u{s, h / kernel.group, h % kernel.group, t, false, false};
-            kernel.run(sequence_at(a, s), u, rows, nullptr, w);
-          }
-        BiasRows to = sharing.rows(a, s0, h0, t * tile);
-        to.add = false;
-        for (int64_t r = 0; r < clamp(a.Tq - t * tile, 0, tile); r++) to.put(r, 0, sums + r * a.Tk, a.Tk);
-      }
-  };
-  parallel(workers, job);
+BiasRows bias_rows(const AttentionBackward& a, int64_t s, int64_t h, int64_t i0) {
+  if (!a.dbias) return {};
+  const bool wide = a.bias_dtype == DType::f32;
+  const int64_t slice = (a.dbias_batch == 1 ? 0 : s) * a.dbias_heads + (a.dbias_heads == 1 ? 0 : h);
+  const int64_t row = a.Tk * (wide ? 4 : 2);
+  return {static_cast<char*>(a.dbias) + (slice * a.Tq + i0) * row, row, wide, false};
 }
+
+// The gradient of a bias that heads share: a tile of a slice is summed in fp32 over its heads, one after another. With
+// keys a worker has whole groups and sums their dk and dv besides, else it has tiles and computes nothing but these.
+template <class T>
+class SharedBias {
+ public:
+  SharedBias(const AttentionBackward& a, const BiasSharing& sharing, int64_t most_keys)
+      : a_(a), kernel_(a), sharing_(sharing), most_keys_(most_keys), tiles_(ceil_div(a.Tq, tile)) {}
+
+  void run(int workers, const Parallel& parallel) const {
+    const int64_t units = sharing_.with_keys ? sharing_.groups : a_.dbias_batch * a_.dbias_heads * tiles_;
+    auto job = [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      Worker w(a_, most_keys_);
+      for (int pass = 0; pass < 2; pass++) {
+        take(w, scratch);
+        if (pass == 0) scratch.allocate();
+      }
+      for (int64_t worker = begin; worker < end; worker++)
+        for (int64_t unit = worker; unit < units; unit += workers) {
+          if (sharing_.with_keys)
+            group(unit, w);
+          else
+            slice_tile(unit / tiles_ / a_.dbias_heads, unit / tiles_ % a_.dbias_heads, unit % tiles_, false, w);
+        }
+    };
+    parallel(workers, job);
+  }
+
+ private:
+  struct Worker {
+    BackwardScratch scratch;
+    float* bias = nullptr;               // [tile, Tk]
+    float *dk = nullptr, *dv = nullptr;  // of the heads of keys of a group
+    Worker(const AttentionBackward& a, int64_t most_keys) : scratch(a, most_keys) {}
+  };
+
+  void take(Worker& w, Scratch& scratch) const {
+    const int64_t rows = sharing_.with_keys ? sequences() * kv_heads() * key_rows() : 0;
+    w.scratch.take(scratch), scratch.take(w.bias, tile * a_.Tk);
+    scratch.take(w.dk, rows * kernel_.ldq), scratch.take(w.dv, rows * kernel_.ldv);
+  }
+
+  int64_t key_rows() const { return round_up(most_keys_, block_keys); }
+  int64_t sequences() const { return sharing_.batch ? a_.B : 1; }  // of a group
+  int64_t kv_heads() const { return sharing_.heads ? a_.Hkv : 1; }
+
+  // where a group's n-th head of keys is summed
+  KeySums key_sums(const Worker& w, int64_t n) const {
+    return {w.dk + n * key_rows() * kernel_.ldq, w.dv + n * key_rows() * kernel_.ldv};
+  }
+
+  void group(int64_t g, Worker& w) const {
+    const int64_t s0 = sharing_.batch ? 0 : g / (sharing_.heads ? 1 : a_.Hkv), kv0 = sharing_.heads ? 0 : g % a_.Hkv;
+    for (int64_t n = 0; n < sequences() * kv_heads(); n++) {
+      KeySums sums = key_sums(w, n);
+      kernel_.begin_head(sums, sequence_at(a_, s0 + n / kv_heads()), kv0 + n % kv_heads());
+    }
+    for (int64_t member = 0; member < (sharing_.heads ? 1 : kernel_.group); member++)
+      for (int64_t t = 0; t < tiles_; t++) slice_tile(s0, kv0 * kernel_.group + member, t, true, w);
+    for (int64_t n = 0; n < sequences() * kv_heads(); n++) {
+      KeySums sums = key_sums(w, n);
+      sums.kv_head = kv0 + n % kv_heads();
+      const Sequence seq = sequence_at(a_, s0 + n / kv_heads());
+      kernel_.write_keys(sums, seq, 0, seq.keys);
+    }
+  }
+
+  void slice_tile(int64_t s0, int64_t h0, int64_t t, bool with_keys, Worker& w) const {
+    const int64_t heads = sharing_.heads ? a_.Hq : 1;
+    for (int64_t n = 0; n < sequences() * heads; n++) {
+      const int64_t s = s0 + n / heads, h = h0 + n % heads;
+      KeySums sums = key_sums(w, n / heads * kv_heads() + (h - h0) / kernel_.group);
+      const BiasRows rows{reinterpret_cast<char*>(w.bias), a_.Tk * 4, true, n > 0};
+      const Unit u{s, h / kernel_.group, h % kernel_.group, t, false, false};
+      kernel_.run(sequence_at(a_, s), u, rows, with_keys ? &sums : nullptr, w.scratch);
+    }
+    const BiasRows to = bias_rows(a_, s0, h0, t * tile);
+    for (int64_t r = 0; r < clamp(a_.Tq - t * tile, 0, tile); r++) to.put(r, 0, w.bias + r * a_.Tk, a_.Tk);
+  }
+
+  const AttentionBackward& a_;
+  const Backward<T> kernel_;
+  const BiasSharing& sharing_;
+  const int64_t most_keys_, tiles_;
+};
 
 // Heads that several workers had: their sums are added in the order of the workers.
 template <class T>
@@ -286,9 +348,13 @@ void join(const Backward<T>& kernel, KeySums* sums, int64_t count, const Paralle
 template <class T>
 void backward(const AttentionBackward& a, const Parallel& parallel) {
   const Backward<T> kernel(a);
-  const int workers = Plan(a, tile, parallel.threads).workers();
+  const Plan plan(a, tile, parallel.threads);
+  const int workers = plan.workers();
   const BiasSharing sharing(a, workers);
-  const Plan plan(a, tile, workers, sharing.batch, sharing.whole);
+  if (sharing.with_keys) {
+    SharedBias<T>(a, sharing, plan.most_keys()).run(workers, parallel);
+    return clear_unused<T>(a);
+  }
   const int64_t rows = round_up(plan.most_keys(), block_keys);
   Scratch scratch;
   KeySums* sums = nullptr;  // of each worker: the head that another one began, the head that it begins
@@ -308,9 +374,8 @@ void backward(const AttentionBackward& a, const Parallel& parallel) {
       KeySums *const continued = sums + 2 * worker, *const own = continued + 1, *now = nullptr;
       plan.each(worker, [&](const Unit& u, const Sequence& seq) {
         if (u.first || !now) kernel.begin_head(*(now = u.first ? own : continued), seq, u.kv_head);
-        const BiasRows bias = sharing.own_pass
-                                  ? BiasRows{}
-                                  : sharing.rows(a, u.sequence, u.kv_head * kernel.group + u.member, u.tile * tile);
+        const int64_t h = u.kv_head * kernel.group + u.member;
+        const BiasRows bias = sharing.shared() ? BiasRows{} : bias_rows(a, u.sequence, h, u.tile * tile);
         kernel.run(seq, u, bias, now, w);
         if (!u.last) return;
         if (now == own) {
@@ -324,7 +389,7 @@ void backward(const AttentionBackward& a, const Parallel& parallel) {
   parallel(workers, job);
   join(kernel, sums, 2 * workers, parallel);
   clear_unused<T>(a);
-  if (sharing.own_pass) bias_pass<T>(a, sharing, plan.most_keys(), workers, parallel);
+  if (sharing.shared()) SharedBias<T>(a, sharing, plan.most_keys()).run(workers, parallel);
 }
 
 }  // namespace

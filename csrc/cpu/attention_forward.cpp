@@ -46,7 +46,7 @@ void forward_tile(const AttentionForward& a, const Dropout& dropout, const Seque
     const View view(seq, block, i0, rows);
     if (!rule.any(i0, i0 + rows, {view.first, view.first + view.keys})) continue;
     w.head.ensure<T>(a, seq, u.kv_head, block);
-    view.scores(w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
     for (int64_t r = 0; r < rows; r++) {
       const Range columns = view.panels[r / tile_rows];
       if (columns.empty()) continue;

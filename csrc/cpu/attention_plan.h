@@ -16,10 +16,8 @@ struct Unit {
 // whose share of the total cost it begins; so it is the same for any timing.
 class Plan {
  public:
-  // tile: queries in a unit. by_head: all sequences of a kv head come one after another, else all kv heads of a
-  // sequence. whole: so many kv heads in a row stay with one worker; 0: even one may be split.
-  Plan(const AttentionProblem& a, int64_t tile, int threads, bool by_head = false, int64_t whole = 0)
-      : a_(a), tile_(tile), by_head_(by_head), whole_(whole), group_(a.Hkv ? a.Hq / a.Hkv : 0) {
+  // tile: queries in a unit
+  Plan(const AttentionProblem& a, int64_t tile, int threads) : a_(a), tile_(tile), group_(a.Hkv ? a.Hq / a.Hkv : 0) {
     for (int64_t s = 0; s < a.sequences; s++) {
       const Sequence seq = sequence_at(a, s);
       total_ += head_cost(seq) * a.Hkv;
@@ -36,21 +34,18 @@ class Plan {
   template <class F>
   void each(int64_t worker, F f) const {
     const int64_t begin = total_ * worker / workers_, end = total_ * (worker + 1) / workers_;
-    const int64_t heads = a_.sequences * a_.Hkv;
-    int64_t at = 0, group_at = 0;
-    for (int64_t n = 0; n < heads && group_at < end; n++) {
-      const int64_t s = by_head_ ? n % a_.sequences : n / a_.Hkv, kv_head = by_head_ ? n / a_.sequences : n % a_.Hkv;
-      const Sequence seq = sequence_at(a_, s);
+    int64_t at = 0;
+    for (int64_t n = 0; n < a_.sequences * a_.Hkv && at < end; n++) {
+      const Sequence seq = sequence_at(a_, n / a_.Hkv);
       const int64_t cost = head_cost(seq), tiles = tiles_of(seq);
-      if (!whole_ || n % whole_ == 0) group_at = at;
-      if (whole_ ? group_at >= begin && group_at < end : at + cost > begin && at < end) {
-        for (int64_t i = 0; i < group_ * tiles; i++) {
-          if (whole_ || (at >= begin && at < end))
-            f(Unit{s, kv_head, i / tiles, i % tiles, i == 0, i == group_ * tiles - 1}, seq);
-          at += tile_cost(seq, i % tiles);
-        }
-      } else {
+      if (at + cost <= begin) {
         at += cost;
+        continue;
+      }
+      for (int64_t i = 0; i < group_ * tiles; i++) {
+        if (at >= begin && at < end)
+          f(Unit{n / a_.Hkv, n % a_.Hkv, i / tiles, i % tiles, i == 0, i == group_ * tiles - 1}, seq);
+        at += tile_cost(seq, i % tiles);
       }
     }
   }
@@ -72,8 +67,7 @@ class Plan {
 
   const AttentionProblem& a_;
   int64_t tile_;
-  bool by_head_;
-  int64_t whole_, group_, total_ = 0, most_keys_ = 0;
+  int64_t group_, total_ = 0, most_keys_ = 0;
   int workers_ = 1;
 };
 
@@ -140,12 +134,21 @@ struct BlockView {
   }
 
   // out[r][c] = x_r . w_c over n, for what is seen; w is transposed (pack_transposed)
-  void scores(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
-    for (int64_t c = 0; c < block_keys; c += tile_columns, w += n * tile_columns)
-      for (int64_t s = 0; s < strips; s++)
-        if (c >= panels[s].begin && c < panels[s].end)
-          multiply_tile<false, false, 2>(x + s * tile_rows * ldx, ldx, w, tile_columns, n,
-                                         out + s * tile_rows * block_keys + c, block_keys);
+  void products(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
+    each_panel([=, this](int64_t s, int64_t c) {
+      float* to = out + s * tile_rows * block_keys + c;
+      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                              [=](int r, int v, vf sum)
+                                  __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
+    });
+  }
+
+  // The same for scores of the queries i0 .. i0 + rows, with the bias where the rule leaves it to the products.
+  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w, int64_t n,
+              float* out) const {
+    if (!rule.bias_in_product) return products(x, ldx, w, n, out);
+    rule.bias_wide ? biased_scores<float>(rule, i0, rows, x, ldx, w, n, out)
+                   : biased_scores<bf16>(rule, i0, rows, x, ldx, w, n, out);
   }
 
   // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n)
@@ -157,8 +160,8 @@ struct BlockView {
         const float* from = w + seen[s].begin * ld + c;
         float* to = out + s * tile_rows * ld + c;
         const int64_t K = seen[s].end - seen[s].begin;
-        n - c > VL ? multiply_tile<false, true, 2>(x, block_keys, from, ld, K, to, ld)
-                   : multiply_tile<false, true, 1>(x, block_keys, from, ld, K, to, ld);
+        n - c > VL ? add_tile<false, 2>(x, block_keys, from, ld, K, to, ld)
+                   : add_tile<false, 1>(x, block_keys, from, ld, K, to, ld);
       }
   }
 
@@ -181,9 +184,46 @@ struct BlockView {
         const float* from = x + by[t].begin * ld + c;
         float* to = out + t * tile_rows * ld + c;
         const int64_t K = by[t].end - by[t].begin;
-        n - c > VL ? multiply_tile<true, true, 2>(w, block_keys, from, ld, K, to, ld)
-                   : multiply_tile<true, true, 1>(w, block_keys, from, ld, K, to, ld);
+        n - c > VL ? add_tile<true, 2>(w, block_keys, from, ld, K, to, ld)
+                   : add_tile<true, 1>(w, block_keys, from, ld, K, to, ld);
       }
+  }
+
+ private:
+  // f(strip, first column) for each tile of scores that is seen
+  template <class F>
+  SEQFUSE_INLINE void each_panel(F f) const {
+    for (int64_t c = 0; c < block_keys; c += tile_columns)
+      for (int64_t s = 0; s < strips; s++)
+        if (c >= panels[s].begin && c < panels[s].end) f(s, c);
+  }
+
+  // The bias is added, and both are brought to base 2, as the sums leave the registers. A row of the bias is a page or
+  // more away from the next, where no hardware prefetcher follows: each tile fetches the lines of the same tile in the
+  // next block, a block's time ahead.
+  template <class B>
+  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w,
+                     int64_t n, float* out) const {
+    const int64_t row = rule.bias_row / int64_t(sizeof(B));
+    const B* bias = reinterpret_cast<const B*>(rule.bias) + i0 * row + first;
+    const vf f = splat(float(rule.scale * log2_e)), base2 = splat(float(log2_e));
+    each_panel([=, this](int64_t s, int64_t c) {
+      const B* from = bias + s * tile_rows * row + c;
+      for (int r = 0; r < tile_rows; r++) __builtin_prefetch(from + r * row + block_keys, 0, 2);
+      int64_t ld = row;
+      B edge[tile_rows * tile_columns];  // what lies beyond the last query or key is not the bias's
+      if ((s + 1) * tile_rows > rows || c + tile_columns > keys) {
+        memset(edge, 0, sizeof(edge));
+        for (int64_t r = 0; r < clamp(rows - s * tile_rows, 0, tile_rows); r++)
+          memcpy(edge + r * tile_columns, from + r * row, sizeof(B) * size_t(clamp(keys - c, 0, tile_columns)));
+        from = edge, ld = tile_columns;
+      }
+      float* to = out + s * tile_rows * block_keys + c;
+      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                              [=](int r, int v, vf sum) __attribute__((always_inline)) {
+                                store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
+                              });
+    });
   }
 };
 

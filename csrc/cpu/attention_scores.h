@@ -96,11 +96,12 @@ SEQFUSE_INLINE Sequence sequence_at(const AttentionProblem& a, int64_t s) {
   return r;
 }
 
-// Turns q . k of one query and a block of keys into scores. Where nothing but a scale is asked for, `plain`, the scale
-// is left to the exponential.
+// Turns q . k of one query and a block of keys into scores. Where nothing but a scale is asked for the scale is left to
+// the exponential; where nothing but a scale and a bias is, both are left to the products (BlockView::scores).
 struct ScoreRule {
-  bool plain;
-  float factor;  // of a score, for the exponential to base 2
+  bool plain;            // nothing is left to `apply`
+  bool bias_in_product;  // then scores come to base 2
+  float factor;          // of a score, for the exponential to base 2
   float scale, softcap, slope;
   const char *bias, *mask;
   int64_t bias_row, bias_column, mask_row, mask_column;  // bias_row in bytes
@@ -116,8 +117,10 @@ struct ScoreRule {
     bias_row = a.bias.row * size, bias_column = a.bias.column, mask_row = a.mask.row, mask_column = a.mask.column;
     if (a.bias.data) bias = static_cast<const char*>(a.bias.data) + (s.batch * a.bias.batch + h * a.bias.head) * size;
     if (a.mask.data) mask = static_cast<const char*>(a.mask.data) + s.batch * a.mask.batch + h * a.mask.head;
-    plain = softcap == 0.0f && slope == 0.0f && !bias && !mask && scale > 0.0f;
-    factor = float(plain ? scale * log2_e : log2_e);
+    const bool linear = softcap == 0.0f && slope == 0.0f && !mask;
+    bias_in_product = linear && bias && bias_column == 1;
+    plain = bias_in_product || (linear && !bias && scale > 0.0f);
+    factor = bias_in_product ? 1.0f : float(plain ? scale * log2_e : log2_e);
   }
 
   // s[c], columns.begin <= c < columns.end (whole vectors), belongs to query i at position p and key first + c. Keys

@@ -1,6 +1,6 @@
-// The products inside attention, all of one form: a tile of `tile_rows` x `tile_columns` sums over k,
+// The products inside attention, all of one form: a tile of `tile_rows` x `tile_columns` sums over k, in registers,
 //
-//   out[r * ldo + c] (+)= sum_k x(r, k) * w[k * ldw + c]
+//   sum_k x(r, k) * w[k * ldw + c]
 //
 // with x broadcast element by element and w read as vectors. x is a block of rows (queries, weights) read along them
 // or, for the gradients of keys and values, across them. Scores need the keys transposed, [D][tile_columns] a panel;
@@ -30,10 +30,11 @@ SEQFUSE_INLINE int64_t leading(int64_t n) {
   return (lines | 1) * 16;
 }
 
-// Across: x(r, k) is x[k * ldx + r], else x[r * ldx + k]. Add: to what stands in out. V: vectors of columns.
-template <bool Across, bool Add, int V>
+// finish(r, v, sum) for each vector v of each row r of the sums. Across: x(r, k) is x[k * ldx + r], else x[r * ldx +
+// k]. V: vectors of columns.
+template <bool Across, int V, class Finish>
 SEQFUSE_INLINE void multiply_tile(const float* __restrict x, int64_t ldx, const float* __restrict w, int64_t ldw,
-                                  int64_t K, float* __restrict out, int64_t ldo) {
+                                  int64_t K, Finish finish) {
   vf acc[tile_rows][V];
 #pragma GCC unroll 12
   for (int r = 0; r < tile_rows; r++)
@@ -57,10 +58,17 @@ SEQFUSE_INLINE void multiply_tile(const float* __restrict x, int64_t ldx, const 
 #pragma GCC unroll 12
   for (int r = 0; r < tile_rows; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      float* o = out + r * ldo + v * VL;
-      store(o, Add ? acc[r][v] + load(o) : acc[r][v]);
-    }
+    for (int v = 0; v < V; v++) finish(r, v, acc[r][v]);
+}
+
+// The sums are added to what stands in out.
+template <bool Across, int V>
+SEQFUSE_INLINE void add_tile(const float* __restrict x, int64_t ldx, const float* __restrict w, int64_t ldw, int64_t K,
+                             float* __restrict out, int64_t ldo) {
+  multiply_tile<Across, V>(x, ldx, w, ldw, K, [=](int r, int v, vf sum) __attribute__((always_inline)) {
+    float* o = out + r * ldo + v * VL;
+    store(o, sum + load(o));
+  });
 }
 
 }  // namespace SEQFUSE_ISA

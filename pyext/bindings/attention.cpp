@@ -3,6 +3,9 @@
 #include "seqfuse/attention.h"
 
 #include "common.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace seqfuse {
 namespace {
@@ -39,6 +42,18 @@ Tensor empty_like(const Tensor& t, int64_t width) {
   const int64_t B = t.size(0), H = t.size(1), T = t.size(2);
   if (T > 1 && t.stride(1) < t.stride(2)) return torch::stable::transpose(empty(t, {B, T, H, width}), 1, 2);
   return empty(t, {B, H, T, width});
+}
+
+// Fresh memory costs a page fault for each 4 KiB: 2.7 ns a float in a virtual machine in which all of a backward pass
+// took 9 ns a score. Asks for pages of 2 MiB, which the system may give or not.
+void ask_for_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096, worth_it = 8 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = begin + uintptr_t(t.numel()) * uintptr_t(t.element_size());
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (end - begin >= worth_it) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // A dense vector of indices of its own, or null.
@@ -179,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor dout_in, std::opt
     a.dbias_batch = bias->size(0), a.dbias_heads = bias->size(1);
     STD_TORCH_CHECK(bias->size(2) == a.Tq && bias->size(3) == a.Tk, "a bias with gradient must be [1|B, 1|Hq, Tq, Tk]");
     a.dbias = pointer(dbias);
+    ask_for_huge_pages(dbias);
   }
   if (a.B && a.Hq) {
     attention_backward_cpu(a, torch_threads());
