@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import seqfuse
 from seqfuse import native, reference
-from seqfuse.ops.layer_norm import LayerNormFunction
+from seqfuse.ops.layer_norm import LayerNormFunction, NormOptions
 from seqfuse.testing import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -351,7 +351,7 @@ class TestNode:
 
     @staticmethod
     def _python(*args):
-        return LayerNormFunction.apply(*args, "cpu")
+        return LayerNormFunction.apply(*args, "cpu", *NormOptions())
 
     @pytest.mark.parametrize("create_graph", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
