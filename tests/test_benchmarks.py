@@ -25,11 +25,11 @@ from seqfuse.ops import products
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = registry.find()
-TINY_NORM = norms.LayerNorm("layer_norm", rows=96, cols=128, quick=True)
+TINY_NORM = norms.Norm("layer_norm", rows=96, cols=128, quick=True)
 TINY_GRU = recurrent.Recurrent("gru", T=4, B=3, H=8, quick=True)
 TINY = [
     TINY_NORM,
-    norms.LayerNorm("layer_norm", rows=5, cols=16, residual=True),
+    norms.Norm("layer_norm", rows=5, cols=16, residual=True),
     TINY_GRU,
     recurrent.Recurrent("lstm", T=3, B=2, H=5, layers=2, bidirectional=True),
     recurrent.Recurrent("rnn", T=3, B=1, H=4),
@@ -81,7 +81,7 @@ class TestRegistry:
         # two layers of two directions: the second layer reads both directions of the first
         both = recurrent.Recurrent("lstm", T=1, B=1, H=4, layers=2, bidirectional=True)
         assert both.flops("fwd") == 2 * 2 * (16 * (4 + 4) + 16 * (8 + 4))
-        assert norms.LayerNorm("layer_norm", rows=10, cols=8).bytes("fwd", 4) == 4 * (2 * 80 + 2 * 8)
+        assert norms.Norm("layer_norm", rows=10, cols=8).bytes("fwd", 4) == 4 * (2 * 80 + 2 * 8)
 
     def test_sizes_of_the_targets_are_there(self):
         ids = {c.id for c in CASES}

@@ -106,6 +106,21 @@ SEQFUSE_INLINE vp take_pair(const T* p, int n) {
   for (int i = 0; i < PL && i < n; i++) t[i] = p[i];
   return load_pair(t);
 }
+// Floats that lie in memory as their row does, in the order of a pair of T.
+template <class T>
+SEQFUSE_INLINE vp pair_in_order(const float* p) {
+  const vf x = load(p), y = load(p + VL);
+  if constexpr (sizeof(T) == 4) return {x, y};
+#if SEQFUSE_VBYTES == 64
+  return {__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+#elif SEQFUSE_VBYTES == 32
+  return {__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14),
+          __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15)};
+#else
+  return {__builtin_shufflevector(x, y, 0, 2, 4, 6), __builtin_shufflevector(x, y, 1, 3, 5, 7)};
+#endif
+}
 // x where an element exists, 0 where take_pair made one up
 template <class T>
 SEQFUSE_INLINE vp existing(vp x, int n) {
@@ -140,11 +155,11 @@ SEQFUSE_INLINE void for_pairs(int64_t N, F f) {
 template <class T>
 struct Paired {
   static SEQFUSE_INLINE int64_t size(int64_t N) { return (N + PL - 1) / PL * PL; }
-  // p as floats; without p all `fill`. A NaN becomes the usual one (see narrow_pair).
+  // p + origin as floats; without p all `fill`. A NaN becomes the usual one (see narrow_pair).
   template <class P>
-  static void read(const P* p, float* out, int64_t N, float fill) {
+  static void read(const P* p, float* out, int64_t N, float fill, float origin) {
     for (int64_t i = 0; i < size(N); i++) {
-      float x = p ? (i < N ? widen(p[i]) : 0.0f) : fill;
+      float x = p ? (i < N ? widen(p[i]) + origin : 0.0f) : fill;
       if (x != x) x = __builtin_nanf("");
       out[place(i)] = x;
     }

@@ -20,9 +20,11 @@ using torch::autograd::variable_list;
 using Optional = std::optional<Tensor>;
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Optional&, const Optional&,
-                                                           const Optional&, double);
-using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional&, const Tensor&, const Optional&,
-                                                    const Tensor&, const Tensor&, bool, bool);
+                                                           const Optional&, double, const Optional&, double, bool,
+                                                           bool);
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Optional&, const Tensor&,
+                                                            const Optional&, const Tensor&, const Tensor&, bool, bool,
+                                                            bool, const Optional&, double, bool, bool);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
@@ -62,7 +64,8 @@ struct LayerNormNode : Node {
     const Tensor in = s.unpack(self), w = weight.unpack(), b = bias.unpack(), m = mean.unpack(), r = rstd.unpack();
     if (at::GradMode::is_enabled()) return differentiable(dy, dsum, in, w, b, m, r);
     static const auto op = find<Backward>("seqfuse::layer_norm_bwd");
-    auto [dx, dw, db] = op.call(dy, defined(dsum), in, defined(w), m, r, want_weight, want_bias);
+    auto [dx, same, dw, db] =
+        op.call(dy, defined(dsum), in, defined(w), m, r, want_weight, want_bias, false, {}, 0.0, false, false);
     return results(std::move(dx), std::move(dw), std::move(db));
   }
 
@@ -105,7 +108,7 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual,
   Tensor y, sum, mean, rstd;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(y, sum, mean, rstd) = op.call(x, residual, weight, bias, eps);
+    std::tie(y, sum, mean, rstd) = op.call(x, residual, weight, bias, eps, {}, 0.0, false, false);
   }
   if (!node) return {y, sum};
   node->residual = residual.has_value();

@@ -34,12 +34,23 @@ DType check_param(const std::optional<Tensor>& p, const Tensor& x, DType fallbac
   return dtype_of(*p, name);
 }
 
+// what NormOptions point to must live as long as they do
+NormOptions options(const std::optional<Tensor>& seed, double dropout_p, bool rms, bool zero_centered,
+                    const Tensor& x) {
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
+  if (dropout_p == 0.0) return {rms, zero_centered, 0.0, nullptr};
+  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "dropout needs a seed: an int64 tensor [1]");
+  check_same_device(*seed, x, "seed");
+  return {rms, zero_centered, dropout_p, static_cast<const int64_t*>(seed->const_data_ptr())};
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Backward = std::tuple<Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Launch>
 Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, const std::optional<Tensor>& weight_in,
-                const std::optional<Tensor>& bias_in, double eps, Launch launch) {
+                const std::optional<Tensor>& bias_in, double eps, NormOptions options, Launch launch) {
   const auto [rows, cols] = check_rows(x_in, "x");
   if (residual_in) check_like(*residual_in, x_in, "residual");
   const Tensor x = dense(x_in);
@@ -52,12 +63,14 @@ Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, co
   a.param_dtype = check_param(weight, x, check_param(bias, x, dtype_of(x, "x"), "bias"), "weight");
   if (weight && bias)
     STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "weight and bias must have one dtype");
-  a.rows = rows, a.cols = cols, a.eps = float(eps);
+  STD_TORCH_CHECK(!bias || !options.rms, "bias: rms_norm has none");
+  a.rows = rows, a.cols = cols, a.eps = float(eps), a.options = options;
   a.x = x.const_data_ptr();
   a.residual = pointer_or_null(residual), a.weight = pointer_or_null(weight), a.bias = pointer_or_null(bias);
-  Tensor y = new_like(x), sum = residual ? new_like(x) : empty(x, {0});
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
-  a.y = pointer(y), a.sum = residual ? pointer(sum) : nullptr;
+  const bool sums = residual || options.dropout_p > 0.0;
+  Tensor y = new_like(x), sum = sums ? new_like(x) : empty(x, {0});
+  Tensor mean = empty(x, {options.rms ? 0 : rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  a.y = pointer(y), a.sum = sums ? pointer(sum) : nullptr;
   a.mean = pointer<float>(mean), a.rstd = pointer<float>(rstd);
   if (rows && cols) launch(a);
   return {y, sum, mean, rstd};
@@ -66,7 +79,7 @@ Forward forward(const Tensor& x_in, const std::optional<Tensor>& residual_in, co
 template <class PartialRows, class Launch>
 Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& s_in,
                   const std::optional<Tensor>& weight_in, const Tensor& mean, const Tensor& rstd, bool want_dweight,
-                  bool want_dbias, PartialRows partial_rows, Launch launch) {
+                  bool want_dbias, bool want_dresidual, NormOptions options, PartialRows partial_rows, Launch launch) {
   const auto [rows, cols] = check_rows(s_in, "s");
   check_like(dy_in, s_in, "dy");
   if (dsum_in) check_like(*dsum_in, s_in, "dsum");
@@ -77,14 +90,15 @@ Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, con
   LayerNormBackward a{};
   a.dtype = dtype_of(s, "s");
   a.param_dtype = check_param(weight, s, a.dtype, "weight");
-  a.rows = rows, a.cols = cols;
+  a.rows = rows, a.cols = cols, a.options = options;
   a.dy = dy.const_data_ptr(), a.dsum = pointer_or_null(dsum), a.s = s.const_data_ptr();
   a.weight = pointer_or_null(weight);
   a.mean = static_cast<const float*>(mean.const_data_ptr()), a.rstd = static_cast<const float*>(rstd.const_data_ptr());
   const ScalarType param = weight ? weight->scalar_type() : s.scalar_type();
-  Tensor dx = new_like(s);
+  const bool apart = want_dresidual && options.dropout_p > 0.0;  // else it is dx
+  Tensor dx = new_like(s), dresidual = apart ? new_like(s) : empty(s, {0});
   Tensor dweight = empty(s, {want_dweight ? cols : 0}, param), dbias = empty(s, {want_dbias ? cols : 0}, param);
-  a.dx = pointer(dx);
+  a.dx = pointer(dx), a.dresidual = apart ? pointer(dresidual) : nullptr;
   a.dweight = want_dweight ? pointer(dweight) : nullptr;
   a.dbias = want_dbias ? pointer(dbias) : nullptr;
   a.partial_rows = partial_rows(rows, cols);
@@ -97,36 +111,47 @@ Backward backward(const Tensor& dy_in, const std::optional<Tensor>& dsum_in, con
     if (want_dweight) torch::stable::zero_(dweight);
     if (want_dbias) torch::stable::zero_(dbias);
   }
-  return {dx, dweight, dbias};
+  return {dx, dresidual, dweight, dbias};
 }
 
 Forward forward_cpu(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                    double eps) {
+                    double eps, std::optional<Tensor> seed, double dropout_p, bool rms, bool zero_centered) {
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Half, "x: the CPU kernel takes float32 and bfloat16");
-  return forward(x, residual, weight, bias, eps,
+  return forward(x, residual, weight, bias, eps, options(seed, dropout_p, rms, zero_centered, x),
                  [](const LayerNormForward& a) { layer_norm_forward_cpu(a, torch_threads()); });
 }
 
 Backward backward_cpu(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
-                      Tensor rstd, bool want_dweight, bool want_dbias) {
+                      Tensor rstd, bool want_dweight, bool want_dbias, bool want_dresidual, std::optional<Tensor> seed,
+                      double dropout_p, bool rms, bool zero_centered) {
   return backward(
-      dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, [](int64_t, int64_t) { return int64_t(0); },
+      dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, want_dresidual,
+      options(seed, dropout_p, rms, zero_centered, s), [](int64_t, int64_t) { return int64_t(0); },
       [](const LayerNormBackward& a) { layer_norm_backward_cpu(a, torch_threads()); });
 }
 
 #ifdef SEQFUSE_CUDA
+void check_plain(double dropout_p, bool rms, bool zero_centered) {
+  STD_TORCH_CHECK(dropout_p == 0.0 && !rms && !zero_centered,
+                  "the CUDA kernels have no rms, dropout or zero-centred weight");
+}
+
 Forward forward_cuda(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                     double eps) {
+                     double eps, std::optional<Tensor> seed, double dropout_p, bool rms, bool zero_centered) {
+  check_plain(dropout_p, rms, zero_centered);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return forward(x, residual, weight, bias, eps, [&](const LayerNormForward& a) {
-    check_cuda(layer_norm_forward_cuda(a, current_stream(x)), "layer_norm_fwd");
-  });
+  return forward(
+      x, residual, weight, bias, eps, options(seed, dropout_p, rms, zero_centered, x),
+      [&](const LayerNormForward& a) { check_cuda(layer_norm_forward_cuda(a, current_stream(x)), "layer_norm_fwd"); });
 }
 
 Backward backward_cuda(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
-                       Tensor rstd, bool want_dweight, bool want_dbias) {
+                       Tensor rstd, bool want_dweight, bool want_dbias, bool want_dresidual, std::optional<Tensor> seed,
+                       double dropout_p, bool rms, bool zero_centered) {
+  check_plain(dropout_p, rms, zero_centered);
   torch::stable::accelerator::DeviceGuard guard(s.get_device_index());
-  return backward(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, layer_norm_partial_rows_cuda,
+  return backward(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, want_dresidual,
+                  options(seed, dropout_p, rms, zero_centered, s), layer_norm_partial_rows_cuda,
                   [&](const LayerNormBackward& a) {
                     check_cuda(layer_norm_backward_cuda(a, current_stream(s)), "layer_norm_bwd");
                   });
@@ -135,13 +160,17 @@ Backward backward_cuda(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::opt
 
 }  // namespace
 
+// Without dropout the residual's gradient is dx, and dresidual is empty.
 STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
   m.def(
-      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
+      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? seed=None, "
+      "float dropout_p=0.0, bool rms=False, bool zero_centered=False) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
       "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, "
-      "bool want_dweight, bool want_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "bool want_dweight, bool want_dbias, bool want_dresidual=False, Tensor? seed=None, float dropout_p=0.0, "
+      "bool rms=False, bool zero_centered=False) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {

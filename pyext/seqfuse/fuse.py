@@ -52,6 +52,7 @@ RULES = [
     Rule(torch.nn.MultiheadAttention, nn.MultiheadAttention),
     Rule(torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer),
     Rule(torch.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer),
+    Rule(torch.nn.RMSNorm, nn.RMSNorm),
 ]
 
 
@@ -60,8 +61,8 @@ def fuse(
     include: Iterable[str | type] | None = None,
     exclude: Iterable[str | type] | None = None,
 ) -> torch.nn.Module:
-    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, MultiheadAttention and
-    TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
+    """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, RMSNorm, MultiheadAttention
+    and TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
     Hugging Face models (without include) change their attention implementation to "seqfuse", unless their class is in

@@ -4,6 +4,7 @@ from seqfuse.nn.attention import MultiheadAttention
 from seqfuse.nn.cells import GRUCell, LSTMCell, RNNCell
 from seqfuse.nn.layer_norm import LayerNorm
 from seqfuse.nn.recurrent import GRU, LSTM, RNN
+from seqfuse.nn.rms_norm import RMSNorm
 from seqfuse.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

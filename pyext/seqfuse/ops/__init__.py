@@ -5,7 +5,7 @@ from seqfuse.ops.attention_cache import attention_with_kv_cache
 from seqfuse.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from seqfuse.ops.distillation import kl_loss
 from seqfuse.ops.gated import geglu, swiglu
-from seqfuse.ops.layer_norm import layer_norm
+from seqfuse.ops.layer_norm import layer_norm, rms_norm
 from seqfuse.ops.preference import dpo_loss, linear_log_probs, orpo_loss
 from seqfuse.ops.recurrent import gru, lstm, rnn
 from seqfuse.ops.rnn_cell import gru_cell, lstm_cell, rnn_cell
@@ -28,6 +28,7 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "orpo_loss",
+    "rms_norm",
     "rnn",
     "rnn_cell",
     "rope",

@@ -1,4 +1,4 @@
-"""Layer normalisation, alone or with the residual addition before it: y = LN(x + residual)."""
+"""Layer and RMS normalisation, with dropout and the residual addition before them: y = norm(dropout(x) + residual)."""
 
 import math
 from typing import NamedTuple
@@ -21,18 +21,36 @@ class LayerNormCase(NamedTuple):
     cols: int
     residual: bool
     grad: bool
+    dropout: bool = False
+    rms: bool = False
+    zero_centered: bool = False
 
     def shape_class(self) -> str:
-        kind = "residual" if self.residual else "plain"
+        kind = ("residual" if self.residual else "plain") + (" dropout" if self.dropout else "")
         rows, cols = max(self.rows, 1).bit_length(), max(self.cols, 1).bit_length()
         return f"{str(self.dtype)[6:]} {kind} 2^{rows} rows of 2^{cols}{' grad' if self.grad else ''}"
 
 
-def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
-    """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last dimension, with s = x + residual.
+class NormOptions(NamedTuple):
+    """The last arguments of the ops and of the reference. seed: int64 [1], of dropout."""
+
+    seed: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    rms: bool = False
+    zero_centered: bool = False
+
+
+_PLAIN = NormOptions()
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, zero_centered=False):
+    """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last dimension, with s = dropout(x) + residual.
 
     x: [..., N], floating point, any strides. residual: like x, or None.
     weight, bias: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the variance, > 0.
+    dropout_p: probability with which an element of x is zeroed, in [0, 1]; the others are divided by 1 - dropout_p.
+        Which ones depends on torch's generator and is the same on every backend (reference.norm_dropout).
+    zero_centered: the weight is stored around zero: 1 + weight is what multiplies.
     Returns y [..., N] of x's dtype; with a residual (y, s), where s is what the next block's residual stream carries.
 
     Statistics are float32 (float64 for float64 input) and the variance is taken around the mean, so it does not cancel.
@@ -43,31 +61,57 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     if not (
         plain
         and residual is None
+        and not dropout_p
         and x.is_floating_point()
         and weight.dtype == bias.dtype == x.dtype
         and weight.shape == bias.shape == x.shape[-1:]
         and weight.device == bias.device == x.device
     ):  # everything but the usual call is looked at more closely
-        _check(x, weight, bias, residual)
+        _check("layer_norm", x, weight, bias, residual, dropout_p)
+    if dropout_p or zero_centered:
+        return _norm("layer_norm", x, residual, weight, bias, eps, dropout_p, False, zero_centered)
+    return _norm("layer_norm", x, residual, weight, bias, eps)
+
+
+def rms_norm(x, weight=None, *, eps=1e-6, residual=None, dropout_p=0.0, zero_centered=False):
+    """y = s / sqrt(mean(s ** 2) + eps) * weight over the last dimension, with s = dropout(x) + residual.
+
+    x: [..., N], floating point, any strides. residual: like x, or None.
+    weight: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the mean square, > 0.
+    dropout_p, zero_centered: as in layer_norm.
+    Returns y [..., N] of x's dtype; with a residual (y, s). Statistics are float32 (float64 for float64 input).
+
+    Differentiable twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
+    """
+    _check("rms_norm", x, weight, None, residual, dropout_p)
+    return _norm("rms_norm", x, residual, weight, None, eps, dropout_p, True, zero_centered)
+
+
+def _norm(op, x, residual, weight, bias, eps, dropout_p=0.0, rms=False, zero_centered=False):
     if residual is x:  # Dynamo takes no tensor twice
         residual = x.view_as(x)
+    options = _PLAIN
+    if dropout_p or rms or zero_centered:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if dropout_p else None
+        options = NormOptions(seed, float(dropout_p), rms, bool(zero_centered))
     grad = wants_gradient(x, weight, bias, residual)
-    name = dispatch.select("layer_norm", _case(x, weight, bias, residual, grad)).backend
-    y, s = run(name, x, residual, weight, bias, eps, grad)
+    name = dispatch.select(op, _case(x, weight, bias, residual, grad, options)).backend
+    y, s = run(name, x, residual, weight, bias, eps, grad, options)
     return y if residual is None else (y, s)
 
 
-def run(name, x, residual, weight, bias, eps, grad):
-    """(y, x + residual or None) of checked arguments on the backend `name`. grad: whether any of them wants one."""
-    backend = dispatch.get("layer_norm", name)
+def run(name, x, residual, weight, bias, eps, grad, options=_PLAIN):
+    """(y, s or None) of checked arguments on the backend `name`. grad: whether any of them wants one."""
+    backend = dispatch.get("rms_norm" if options.rms else "layer_norm", name)
     if backend.bwd is None or not grad:
-        return backend.fwd(x, residual, weight, bias, eps)[:2]
-    if name in ("cpu", "cuda") and not traced() and not native.nodes_missing():
+        return backend.fwd(x, residual, weight, bias, eps, *options)[:2]
+    if options is _PLAIN and name in ("cpu", "cuda") and not traced() and not native.nodes_missing():
         return torch.ops.seqfuse.layer_norm.default(x, residual, weight, bias, eps)  # pyext/autograd/layer_norm.cpp
-    return apply(LayerNormFunction, x, residual, weight, bias, eps, name)[:2]
+    return apply(LayerNormFunction, x, residual, weight, bias, eps, name, *options)[:2]
 
 
-def _case(x, weight, bias, residual, grad):
+def _case(x, weight, bias, residual, grad, options=_PLAIN):
     cols = x.shape[-1]
     param = weight if weight is not None else bias
     return LayerNormCase(
@@ -78,31 +122,36 @@ def _case(x, weight, bias, residual, grad):
         cols,
         residual is not None,
         grad,
+        options.dropout_p > 0.0,
+        options.rms,
+        options.zero_centered,
     )
 
 
-def _check(x, weight, bias, residual):
-    checks.tensor("layer_norm", "x", x)
+def _check(op, x, weight, bias, residual, dropout_p):
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    checks.tensor(op, "x", x)
     if x.dim() == 0:
-        raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue
-        checks.tensor("layer_norm", name, p)
-        checks.shape("layer_norm", name, p, (x.shape[-1],))
-        checks.same_device("layer_norm", name, p, "x", x)
+        checks.tensor(op, name, p)
+        checks.shape(op, name, p, (x.shape[-1],))
+        checks.same_device(op, name, p, "x", x)
         if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
             raise ValueError(
-                f"layer_norm: {name} must have x's dtype or be float32 with a 16-bit x, got {checks.describe(p)} "
+                f"{op}: {name} must have x's dtype or be float32 with a 16-bit x, got {checks.describe(p)} "
                 f"with {checks.describe(x)}"
             )
     if weight is not None and bias is not None:
-        checks.same_dtype("layer_norm", "bias", bias, "weight", weight)
+        checks.same_dtype(op, "bias", bias, "weight", weight)
     if residual is not None:
-        checks.tensor("layer_norm", "residual", residual)
-        checks.shape("layer_norm", "residual", residual, x.shape)
-        checks.same_device("layer_norm", "residual", residual, "x", x)
-        checks.same_dtype("layer_norm", "residual", residual, "x", x)
+        checks.tensor(op, "residual", residual)
+        checks.shape(op, "residual", residual, x.shape)
+        checks.same_device(op, "residual", residual, "x", x)
+        checks.same_dtype(op, "residual", residual, "x", x)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -112,50 +161,71 @@ class LayerNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, residual, weight, bias, eps, name):
-        return dispatch.get("layer_norm", name).fwd(x, residual, weight, bias, eps)
+    def forward(x, residual, weight, bias, eps, name, seed, dropout_p, rms, zero_centered):
+        op = "rms_norm" if rms else "layer_norm"
+        return dispatch.get(op, name).fwd(x, residual, weight, bias, eps, seed, dropout_p, rms, zero_centered)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, eps, name = inputs
+        x, residual, weight, bias, eps, name, *options = inputs
         _, s, mean, rstd = output
         ctx.set_materialize_grads(False)
-        if residual is None:
-            ctx.mark_non_differentiable(s, mean, rstd)
-            ctx.save_for_backward(x, weight, bias, mean, rstd)
-        else:
-            ctx.mark_non_differentiable(mean, rstd)
-            ctx.save_for_backward(s, weight, bias, mean, rstd)
-        ctx.call = residual is not None, eps, name
+        ctx.mark_non_differentiable(*([s] if residual is None else []), mean, rstd)
+        seed, *rest = options
+        stored = residual is not None or rest[0] > 0.0
+        ctx.save_for_backward(s if stored else x, weight, bias, mean, rstd, seed)
+        ctx.call = residual is not None, eps, name, rest
 
     @staticmethod
     def backward(ctx, dy, ds, _mean, _rstd):
-        s, weight, bias, mean, rstd = ctx.saved_tensors
-        has_residual, eps, name = ctx.call
-        _, _, want_weight, want_bias, _, _ = ctx.needs_input_grad
+        s, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        has_residual, eps, name, (dropout_p, rms, zero_centered) = ctx.call
+        _, want_residual, want_weight, want_bias, *rest = ctx.needs_input_grad
+        options = NormOptions(seed, dropout_p, rms, zero_centered)
         if not has_residual:
             ds = None
         if dy is None:  # only the sum was used
-            return ds, ds, None, None, None, None
+            dx = None if ds is None or not dropout_p else ds * reference.norm_dropout(ds, seed, dropout_p).to(ds.dtype)
+            return dx if dropout_p else ds, ds, *(None for _ in range(8))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dw, db = _differentiable_backward(dy, ds, s, weight, bias, eps)
+            dx, dr, dw, db = _differentiable_backward(dy, ds, s, weight, bias, eps, options)
         else:
-            dx, dw, db = dispatch.get("layer_norm", name).bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias)
-        return dx, dx if has_residual else None, dw if want_weight else None, db if want_bias else None, None, None
+            bwd = dispatch.get("rms_norm" if rms else "layer_norm", name).bwd
+            dx, dr, dw, db = bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias, want_residual, *options)
+            dr = dr if dropout_p else dx
+        return (
+            dx,
+            dr if has_residual and want_residual else None,
+            dw if want_weight else None,
+            db if want_bias else None,
+            *(None for _ in range(6)),
+        )
 
 
-def _differentiable_backward(dy, ds, s, weight, bias, eps):
+def _differentiable_backward(dy, ds, s, weight, bias, eps, options):
     """The backward pass through the reference, for create_graph=True."""
-    y, _ = reference.layer_norm(s, None, weight, bias, eps)
-    dx, dw, db = differentiable_gradients([y], [dy], (s, weight, bias))
-    if dx is not None and ds is not None:
-        dx = dx + ds
-    return dx, dw, db
+    plain = options._replace(seed=None, dropout_p=0.0)  # s is behind dropout
+    y, _ = reference.layer_norm(s, None, weight, bias, eps, *plain)
+    dr, dw, db = differentiable_gradients([y], [dy], (s, weight, bias))
+    if dr is not None and ds is not None:
+        dr = dr + ds
+    dx = dr
+    if dr is not None and options.dropout_p:
+        dx = (dr * reference.norm_dropout(dr, options.seed, options.dropout_p)).to(dr.dtype)
+    return dx, dr, dw, db
 
 
-def _torch_layer_norm(x, residual, weight, bias, eps):
+def _torch_norm(x, residual, weight, bias, eps, seed=None, dropout_p=0.0, rms=False, zero_centered=False):
+    if dropout_p:
+        x = x * reference.norm_dropout(x, seed, dropout_p).to(x.dtype)
     s = x if residual is None else x + residual
-    return F.layer_norm(s, s.shape[-1:], weight, bias, eps), None if residual is None else s
+    if zero_centered and weight is not None:
+        weight = 1.0 + weight
+    if rms:
+        y = F.rms_norm(s, s.shape[-1:], weight, eps).to(s.dtype)
+    else:
+        y = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
+    return y, None if residual is None else s
 
 
 def _fwd(namespace):
@@ -166,48 +236,61 @@ def _bwd(namespace):
     return lambda *args: getattr(torch.ops, namespace).layer_norm_bwd.default(*args)
 
 
-def _fake_fwd(x, residual, weight, bias, eps):
+def _fake_fwd(x, residual, weight, bias, eps, seed=None, dropout_p=0.0, rms=False, zero_centered=False):
     rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
     return (
         x.new_empty(x.shape),
-        x.new_empty(0) if residual is None else x.new_empty(x.shape),
-        rows,
+        x.new_empty(0) if residual is None and not dropout_p else x.new_empty(x.shape),
+        rows.new_empty(0) if rms else rows,
         torch.empty_like(rows),
     )
 
 
-def _fake_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias):
+def _fake_bwd(
+    dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, want_dresidual=False, seed=None, dropout_p=0.0,
+    rms=False, zero_centered=False,
+):  # fmt: skip
     param = s if weight is None else weight
     cols = s.shape[-1]
+    dresidual = s.new_empty(s.shape if want_dresidual and dropout_p else (0,))
     dweight = param.new_empty(cols if want_dweight else 0)
-    return s.new_empty(s.shape), dweight, param.new_empty(cols if want_dbias else 0)
+    return s.new_empty(s.shape), dresidual, dweight, param.new_empty(cols if want_dbias else 0)
 
 
-def _triton_fwd(x, residual, weight, bias, eps):
+def _triton_fwd(x, residual, weight, bias, eps, *_options):
     rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
     y, s, mean, rstd = library.launcher("layer_norm", "layer_norm_fwd")(*rows, weight, bias, eps)
     return y.view(x.shape), s if residual is None else s.view(x.shape), mean, rstd
 
 
-def _triton_bwd(dy, dsum, s, *rest):
+def _triton_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, *_options):
     rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, dsum, s)]
-    dx, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, *rest)
-    return dx.view(s.shape), dweight, dbias
+    wanted = want_dweight, want_dbias
+    dx, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, weight, mean, rstd, *wanted)
+    return dx.view(s.shape), s.new_empty(0), dweight, dbias
 
 
 library.register_op(
     "layer_norm_fwd",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? seed=None, float dropout_p=0.0, "
+    "bool rms=False, bool zero_centered=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     _triton_fwd,
 )
 library.register_op(
     "layer_norm_bwd",
-    "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool want_dweight, bool want_dbias)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool want_dweight, bool want_dbias, "
+    "bool want_dresidual=False, Tensor? seed=None, float dropout_p=0.0, bool rms=False, bool zero_centered=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
     _triton_bwd,
 )
+
+
+def _only_plain(case: LayerNormCase) -> str | None:
+    if case.rms or case.dropout or case.zero_centered:
+        return "the GPU kernels have no rms_norm, dropout or zero-centred weight yet"
+    return None
 
 
 # Elements from which our kernel was measured faster on a CPU than PyTorch's op, by (float32?, residual?, how autograd
@@ -229,14 +312,15 @@ _WORTH_IT = {
 
 
 def _cpu_prefers(case: LayerNormCase) -> str | None:
+    if case.rms or case.dropout or case.zero_centered:
+        return None  # PyTorch makes several passes
     autograd = "no gradients" if not case.grad else "python" if native.nodes_missing() else "node"
     if case.rows * case.cols >= _WORTH_IT[case.dtype == torch.float32, case.residual, autograd]:
         return None
     return "at this size PyTorch's own call costs less than ours does to reach its kernel"
 
 
-dispatch.register(
-    "layer_norm",
+BACKENDS = (
     dispatch.Backend(
         "cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
     ),
@@ -244,7 +328,7 @@ dispatch.register(
         "triton",
         _fwd("seqfuse_triton"),
         _bwd("seqfuse_triton"),
-        lambda c: library.triton_refusal(c.device, c.dtype),
+        lambda c: library.triton_refusal(c.device, c.dtype) or _only_plain(c),
         lambda c: "the interpreter is for tests" if c.device == "cpu" else None,
         note=library.NOT_RUN_ON_GPU,
     ),
@@ -252,10 +336,12 @@ dispatch.register(
         "cuda",
         _fwd("seqfuse"),
         _bwd("seqfuse"),
-        lambda c: library.cuda_refusal(c.device, c.dtype),
+        lambda c: library.cuda_refusal(c.device, c.dtype) or _only_plain(c),
         lambda c: library.NOT_RUN_ON_GPU,
         note=library.NOT_RUN_ON_GPU,
     ),
-    dispatch.Backend("torch", _torch_layer_norm, None, note="PyTorch's own layer_norm"),
+    dispatch.Backend("torch", _torch_norm, None, note="PyTorch's own op"),
     dispatch.Backend("reference", reference.layer_norm, None),
 )
+for _op in ("layer_norm", "rms_norm"):
+    dispatch.register(_op, *BACKENDS)

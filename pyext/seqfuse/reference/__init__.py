@@ -4,7 +4,7 @@ from seqfuse.reference.attention import AttentionOptions, attention, attention_d
 from seqfuse.reference.cross_entropy import LossOptions, cross_entropy, linear_cross_entropy, loss_scale
 from seqfuse.reference.distillation import kl
 from seqfuse.reference.gated import gated
-from seqfuse.reference.layer_norm import layer_norm
+from seqfuse.reference.layer_norm import layer_norm, norm_dropout
 from seqfuse.reference.rnn import GATES, PLAIN, ScanOptions, recurrent_product, rnn_cell, rnn_scan
 from seqfuse.reference.rope import rope
 
@@ -24,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "loss_scale",
+    "norm_dropout",
     "recurrent_product",
     "rnn_cell",
     "rnn_scan",
