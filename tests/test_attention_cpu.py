@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from seqfuse import native
 from seqfuse.ops import attention_op  # noqa: F401 (registers the fakes)
 from seqfuse.reference import AttentionOptions, attention, dropout_keep
-from seqfuse.reference.attention import _Positions
+from seqfuse.reference.attention import Positions
 from seqfuse.testing import assert_accurate
 
 if native.missing():
@@ -198,7 +198,7 @@ def test_random_configurations(names, B, Hkv, group, Tq, Tk, D, Dv, dtype, bias_
     data = tensors(B, Hkv * group, Hkv, Tq, Tk, D, Dv, dtype)
     options = make_options(names, *data[:2], bias_shape=bias_shape)
     # where every query sees one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels
-    assume((_Positions(*data[:2], options).visible().sum(-1) > 1).any())
+    assume((Positions(*data[:2], options).visible().sum(-1) > 1).any())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
