@@ -58,10 +58,10 @@ def test_fullgraph_forward_and_backward_for_all_sizes(names):
             tensors, dy = qkv(**sizes), [torch.randn(2, 4, T, 8)]
             tensors += [keywords.pop("bias")] if "bias" in keywords else []
 
-            def ours(*t):
+            def ours(*t, keywords=keywords):
                 return (compiled(*t[:3], {**keywords, **({"bias": t[3]} if len(t) > 3 else {})}),)
 
-            def truth(*t):
+            def truth(*t, fields=fields):
                 bias = t[3] if len(t) > 3 else None
                 return (reference.attention(*t[:3], AttentionOptions(**{**fields, "bias": bias}))[0],)
 
@@ -106,9 +106,9 @@ def test_fullgraph_packed_sequences_of_any_number():
             cu = torch.tensor(starts, dtype=torch.int32)
             tensors = [torch.randn(starts[-1], h, 8) for h in (4, 2, 2)]
             dy = [torch.randn(starts[-1], 4, 8)]
-            got = gradients(lambda *t: (compiled(*t, cu, cu.diff().max()),), tensors, dy)
-            eager = gradients(lambda *t: (call(*t, cu, None),), tensors, dy)
-            exact = gradients(lambda *t: (call(*t, cu, None),), [t.double() for t in tensors], dy)
+            got = gradients(lambda *t, cu=cu: (compiled(*t, cu, cu.diff().max()),), tensors, dy)
+            eager = gradients(lambda *t, cu=cu: (call(*t, cu, None),), tensors, dy)
+            exact = gradients(lambda *t, cu=cu: (call(*t, cu, None),), [t.double() for t in tensors], dy)
             for a, b, c in zip(got, exact, eager, strict=True):
                 assert_accurate(a, b, c)
     assert seen.graphs == 1

@@ -74,7 +74,7 @@ def _run(q, k, v, options, grad, name, deterministic):
 
 
 def _distinct(tensors):
-    """The tensors, with views of those that stand there twice (k and v, or both cu_seqlens): Dynamo takes none twice."""
+    """The tensors, with views of those that stand there twice (k and v, both cu_seqlens): Dynamo takes none twice."""
     seen = []
     for t in tensors:
         seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
