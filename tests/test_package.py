@@ -111,6 +111,7 @@ def test_bindings_compile_for_cuda(tmp_path):
         pytest.skip("there is no C++ compiler")
     headers = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*build["cxx_flags"](), *build["INCLUDES"], *(f"-isystem{p}" for p in headers)]
-    defines = [f"-DTORCH_TARGET_VERSION={build['TORCH_TARGET']}", "-DUSE_CUDA", "-DSEQFUSE_CUDA", '-DSEQFUSE_TORCH="2.11.0"']
+    defines = [f"-DTORCH_TARGET_VERSION={build['TORCH_TARGET']}", "-DUSE_CUDA", "-DSEQFUSE_CUDA"]
+    defines.append('-DSEQFUSE_TORCH="2.11.0"')
     for source in build["sources"]()["bindings"]:
         run(compiler, *flags, *defines, "-fsyntax-only", source, cwd=ROOT)

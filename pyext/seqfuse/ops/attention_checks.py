@@ -53,7 +53,7 @@ def agree(op, names, values, heads):
 def number(op, name, value):
     if isinstance(value, torch.Tensor) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {checks.describe(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite breaks the graph of torch.compile on a symbolic number
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
 

@@ -3,7 +3,7 @@
 import torch
 
 HEAD_SIZES = (64, 128)
-OPTIONS = frozenset({"causal"})
+OPTIONS = frozenset({"causal", "return_lse"})
 
 
 def refusal(case) -> str | None:

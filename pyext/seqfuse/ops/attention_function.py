@@ -46,6 +46,8 @@ class AttentionFunction(torch.autograd.Function):
 def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: bool):
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the dispatcher's choice of backend."""
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if options.top_left and q.shape[2] == k.shape[2] and options.cu_seqlens_q is None:
+        options = options._replace(top_left=False)  # one and the same, and more kernels take it
     drop_all = options.dropout_p == 1.0  # then only the values are gone: lse and NaN are what they were
     if drop_all:
         options = options._replace(dropout_p=0.0, seed=None)
@@ -65,11 +67,18 @@ def _run(q, k, v, options, grad, name, deterministic):
     backend = dispatch.get("attention", name)
     if backend.bwd is None or not grad:
         return backend.fwd(q, k, v, *options)
-    if k is q:  # Dynamo takes no tensor twice
-        k = k.view_as(k)
-    if v is q or v is k:
-        v = v.view_as(v)
-    return apply(AttentionFunction, q, k, v, *options, name, deterministic)
+    tensors = q, k, v, *options[:_TENSORS]
+    if torch.compiler.is_compiling():
+        tensors = _distinct(tensors)
+    return apply(AttentionFunction, *tensors, *options[_TENSORS:], name, deterministic)
+
+
+def _distinct(tensors):
+    """The tensors, with views of those that stand there twice (k and v, both cu_seqlens): Dynamo takes none twice."""
+    seen = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
 
 
 def _without_autocast(call, q, *args):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
-from seqfuse.ops import attention_op, library  # noqa: F401 (attention_op registers the ops)
+from seqfuse.ops import attention_cuda_rules, attention_op, library  # noqa: F401 (attention_op registers the ops)
 from seqfuse.reference import AttentionOptions
 from seqfuse.reference.attention import Positions
 
@@ -26,6 +26,12 @@ class AttentionCase(NamedTuple):
     Dv: int
     grad: bool
     options: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """(major, minor) of the GPU; (0, 0) without one."""
+        return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
     def shape_class(self) -> str:
         def power(n):
@@ -61,7 +67,7 @@ def describe(q, k, v, options: AttentionOptions, grad: bool, lse: bool) -> Atten
     found += [name for name, there in given.items() if there]
     (B, Hq, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
     B = B if o.cu_seqlens_q is None else o.cu_seqlens_q.shape[0] - 1
-    return AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, Tk, D, v.shape[3], grad, tuple(found))
+    return AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, Tk, D, v.shape[3], grad, tuple(found), o.scale)
 
 
 # What PyTorch's scaled_dot_product_attention has no argument for, and no mask can say.
@@ -132,44 +138,34 @@ _MISSING = {
     for key in ("CPU", "CUDA")
 }  # fmt: skip
 
-# Head dimensions above which a kernel is not made: {backend: (forward, with gradients)}.
-WIDEST = {"cpu": (512, 256), "triton": (512, 256), "cuda": (128, 128)}
+# Head dimensions above which the CPU and Triton kernels are not made: forward, with gradients.
+WIDEST = 512, 256
 
 
-def _too_wide(backend, case):
-    forward, backward = WIDEST[backend]
-    limit = backward if case.grad else forward
+def _too_wide(case):
+    limit = WIDEST[case.grad]
     if max(case.D, case.Dv) <= limit:
         return None
     return f"its kernels take head dimensions up to {limit}{' with gradients' if case.grad else ''}"
 
 
 def _cpu_refusal(case):
-    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_fwd", "CPU"] or _too_wide("cpu", case)
+    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_fwd", "CPU"] or _too_wide(case)
 
 
 def triton_refusal(case):
-    return library.triton_refusal(case.device, case.dtype) or _too_wide("triton", case)
+    return library.triton_refusal(case.device, case.dtype) or _too_wide(case)
 
 
 def cpu_decode_refusal(case):
-    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_decode", "CPU"] or _too_wide("cpu", case)
+    return library.cpu_refusal(case.device, case.dtype) or _MISSING["attention_decode", "CPU"] or _too_wide(case)
 
 
 def _cuda_refusal(case):
     refusal = library.cuda_refusal(case.device, case.dtype) or _MISSING["attention_fwd", "CUDA"]
     if refusal is None and case.grad:
         refusal = _MISSING["attention_bwd", "CUDA"]
-    return refusal or _cuda_takes(case)
-
-
-def _cuda_takes(case):
-    if case.dtype == torch.float32:
-        return "the CUDA C++ kernels take bfloat16 and float16"
-    if case.D != case.Dv or case.D not in (64, 128):
-        return f"the CUDA C++ kernels take head dimensions 64 and 128, not {case.D} and {case.Dv}"
-    extra = next((o for o in case.options if o not in ("causal", "return_lse")), None)
-    return None if extra is None else f"the CUDA C++ kernels have no {extra}"
+    return refusal or attention_cuda_rules.refusal(case)
 
 
 # Where the CPU kernel was measured slower than PyTorch's: {(dtype, with gradients): Tq * Tk from which ours is faster}.
@@ -198,8 +194,8 @@ dispatch.register(
     "attention",
     dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), _cpu_refusal, _cpu_prefers,
                      path=lambda c: "flash on the CPU"),
-    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, _gpu_prefers,
-                     note=library.NOT_RUN_ON_GPU),
+    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, note=library.NOT_RUN_ON_GPU,
+                     by_name_only=f"{library.NOT_RUN_ON_GPU}: only asked for by name"),
     dispatch.Backend("triton", _fwd("seqfuse_triton"), _bwd("seqfuse_triton"), triton_refusal, triton_prefers,
                      note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", torch_attention, None, torch_refusal, note="PyTorch's own op", path=_torch_path),
