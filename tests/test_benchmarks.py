@@ -92,7 +92,7 @@ class TestRegistry:
 
     def test_find(self):
         assert registry.find(["gru", "lstm", "rnn", "rnn_cell"]) == registry.find(["recurrent"])
-        assert {c.op for c in registry.find(["norms", "gru"])} == {"layer_norm", "gru"}
+        assert {c.op for c in registry.find(["norms", "gru"])} == {"layer_norm", "rms_norm", "gru"}
         assert registry.find(["gru", "recurrent"]) == registry.find(["recurrent"])
         for name in registry.SUITES:
             assert any(c.quick for c in registry.find([name]))
@@ -286,7 +286,7 @@ class TestCommand:
         assert all(r["ratio"] == 1 for r in eager)
 
     def test_wrong_kernel_gets_no_speed(self, small, monkeypatch, capsys):
-        def off_by_a_percent(x, residual, weight, bias, eps):
+        def off_by_a_percent(x, residual, weight, bias, eps, *options):
             return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps) * 1.01, None
 
         broken(monkeypatch, off_by_a_percent)
