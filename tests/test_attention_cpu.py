@@ -95,7 +95,9 @@ def check(q, k, v, dout, dlse, options, least_keys=1):
 
     Its truth is that function, so the rounding of out is part of the input and no error of the op may hide behind it:
     in the float64 reference, whose out is not rounded, the same delta comes of another dlse. What the rounding costs
-    from end to end is compared with PyTorch's flash attention below.
+    from end to end is compared with PyTorch's flash attention below. A flash backward, PyTorch's own too, takes delta
+    from a float32 sum over Dv, where softmax's backward takes it from the numbers that cancel against it: PyTorch's
+    error here is the reference's at the kernel's dtype with PyTorch's own float32 sum for delta.
 
     least_keys: rows of dq and dbias whose query sees fewer keys are judged in the whole tensor and head only.
     """
@@ -103,7 +105,8 @@ def check(q, k, v, dout, dlse, options, least_keys=1):
     unrounded, _ = attention(q.double(), k.double(), v.double(), options)
     given = dlse - (dout.double() * (got[0].double() - unrounded)).sum(-1)
     exact = by_reference(q, k, v, dout, given, options, torch.float64)
-    theirs = by_reference(q, k, v, dout, given, options, q.dtype)
+    rounding = (dout.float() * got[0].float()).sum(-1) - (dout.double() * got[0].double()).sum(-1)
+    theirs = by_reference(q, k, v, dout, given - rounding, options, q.dtype)
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dbias"), got, exact, theirs, strict=False):
         # the error of a slice of a few numbers is luck: PyTorch's may be none
         dims = [d for d in range(3) if a.shape[d] and a.numel() // a.shape[d] >= 8]
@@ -237,13 +240,12 @@ def test_random_configurations(names, B, Hkv, group, Tq, Tk, D, Dv, dtype, bias_
         names, B = names - NOT_PACKED, 1
     data = tensors(B, Hkv * group, Hkv, Tq, Tk, D, Dv, dtype)
     options = make_options(names, *data[:2], bias_shape=bias_shape)
-    # Where all queries see one key dq and dk are zero, and what a float32 kernel finds is the rounding of what cancels:
-    # dw, a sum of Dv products, and delta. With few keys most of it cancels, and softmax's own backward may be exact.
+    # where a query sees one key its dq is zero, and what a float32 kernel finds is the rounding of what cancels
     assume((Positions(*data[:2], options).visible().sum(-1) > 1).any())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(*data, options, least_keys=8)
+        check(*data, options, least_keys=2)
     finally:
         torch.set_num_threads(before)
 
