@@ -40,6 +40,21 @@ def options(names, sizes=SIZES):
     return keywords, fields
 
 
+def in_pages(tensors, page):
+    """Caches [B, H, T, D] as shuffled pages [P, H, page, D] with a table [B, M]; unused pages hold NaN."""
+    B, _, T, _ = tensors[0].shape
+    M = -(-T // page)
+    table = torch.randperm(B * M + 2)[: B * M].view(B, M)
+    paged = []
+    for t in tensors:
+        padded = torch.cat([t, t.new_full((*t.shape[:2], M * page - T, t.shape[3]), torch.nan)], 2)
+        pages = padded.unflatten(2, (M, page)).transpose(1, 2).flatten(0, 1)
+        new = t.new_full((B * M + 2, *pages.shape[1:]), torch.nan)
+        new[table.flatten()] = pages
+        paged.append(new)
+    return paged, table
+
+
 def gradients(call, tensors, grads):
     """Outputs and the gradients of all tensors."""
     leaves = [t.detach().requires_grad_() for t in tensors]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_inputs import in_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,21 +22,6 @@ OPTIONS = ("slopes", "slopes_of_each", "left", "right", "softcap", "negative_sca
 def cache(B=3, Hq=4, Hkv=2, Tq=1, T=150, D=40, Dv=24, dtype=torch.float32):
     """q, k_cache, v_cache."""
     return [torch.randn(s, dtype=torch.float64).to(dtype) for s in ((B, Hq, Tq, D), (B, Hkv, T, D), (B, Hkv, T, Dv))]
-
-
-def in_pages(tensors, page):
-    """Caches [B, H, T, D] as shuffled pages [P, H, page, D] with a table [B, M]; unused pages hold NaN."""
-    B, _, T, _ = tensors[0].shape
-    M = -(-T // page)
-    table = torch.randperm(B * M + 2)[: B * M].view(B, M)
-    paged = []
-    for t in tensors:
-        padded = torch.cat([t, t.new_full((*t.shape[:2], M * page - T, t.shape[3]), torch.nan)], 2)
-        pages = padded.unflatten(2, (M, page)).transpose(1, 2).flatten(0, 1)
-        new = t.new_full((B * M + 2, *pages.shape[1:]), torch.nan)
-        new[table.flatten()] = pages
-        paged.append(new)
-    return paged, table
 
 
 def make_options(names, B, Hq):

@@ -12,7 +12,7 @@ from seqfuse.ops import checks
 from seqfuse.ops.autograd import traced, wants_gradient
 from seqfuse.ops.library import NOT_RUN_ON_GPU
 from seqfuse.reference import AttentionOptions
-from seqfuse.reference.attention import Positions, gather_pages
+from seqfuse.reference.attention import Positions, gather_pages, written
 
 _OP = "attention_with_kv_cache"
 
@@ -42,7 +42,8 @@ def attention_with_kv_cache(
         q0     x x x .
         q1     x x x x
 
-    k_cache: [B, Hkv, T, D], v_cache: [B, Hkv, T, Dv]: room for T keys each; of q's dtype. Or pages, with block_table.
+    k_cache: [B, Hkv, T, D], v_cache: [B, Hkv, T, Dv]: room for T keys each, which may be uninitialised; of
+        q's dtype. Or pages, with block_table.
     k, v: [B, Hkv, Tn, D] and [B, Hkv, Tn, Dv], written at cache_lengths[b] .. cache_lengths[b] + Tn - 1;
         both or neither.
     cache_lengths: int32 or int64 [B], the keys that each sequence had before this call. Not changed: add Tn yourself.
@@ -150,6 +151,7 @@ def _torch_decode(q, k_cache, v_cache, lengths, block_table, slopes, scale, left
     """scaled_dot_product_attention over the whole room of the cache, under a mask. (out, None)."""
     if block_table is not None:
         k_cache, v_cache = (gather_pages(c, block_table) for c in (k_cache, v_cache))
+    k_cache, v_cache = (written(c, lengths) for c in (k_cache, v_cache))
     start = lengths - q.shape[2]
     options = AttentionOptions(key_lengths=lengths, query_start=start, window_left=left, window_right=right)
     mask = Positions(q, k_cache, options).visible()

@@ -158,6 +158,7 @@ def attention_decode(
     """
     if block_table is not None:
         k_cache, v_cache = (gather_pages(c, block_table) for c in (k_cache, v_cache))
+    k_cache, v_cache = (written(c, lengths) for c in (k_cache, v_cache))
     options = AttentionOptions(
         alibi_slopes=alibi_slopes, key_lengths=lengths, query_start=lengths - q.shape[2], scale=scale,
         window_left=window_left, window_right=window_right, softcap=softcap,
@@ -168,6 +169,12 @@ def attention_decode(
 def gather_pages(cache, block_table):
     pages = cache[block_table.long().clamp_min(0)]  # (B, M, Hkv, page, D)
     return pages.transpose(1, 2).flatten(2, 3)
+
+
+def written(cache, lengths):
+    """A cache [B, H, T, D] with zeros where nothing was written: NaN may lie there, and 0 * NaN is NaN."""
+    there = torch.arange(cache.shape[2], device=cache.device) < lengths.long()[:, None]
+    return cache.masked_fill(~there[:, None, :, None], 0.0)
 
 
 def kv_cache_append(k_cache, v_cache, k, v, lengths, block_table):
