@@ -9,6 +9,7 @@ from seqfuse import reference
 from seqfuse.kernels import attention, attention_decode
 from seqfuse.kernels.attention_plan import KERNELS, Tiles
 from seqfuse.reference import AttentionOptions
+from seqfuse.reference.attention import Positions
 from seqfuse.testing import assert_accurate
 
 # the smallest tiles there are, so that small tensors already take several of them
@@ -113,10 +114,20 @@ def attend(names=(), B=2, H=2, Hkv=1, Tq=21, Tk=37, D=16, DV=None, dtype=torch.f
         for one, other in zip(results, run(), strict=True):
             assert torch.equal(one, other), "two calls with the same inputs differ"
     names = ("out", "lse", "dq", "dk", "dv", "dbias")
+    # Scores' gradients cancel where a query sees few keys (with one they are 0): a flash backward rounds sum(dout * out)
+    # on its own, softmax's takes it from the numbers that cancel. In PyTorch's own ops the flash formula had 4 times the
+    # error of softmax's in a row of two keys (1.5e-6, 3.7e-7). Such rows are judged within their head and tensor.
+    on_cpu = o._replace(**{n: x.cpu() for n, x in o._asdict().items() if isinstance(x, torch.Tensor)})
+    visible = Positions(q.cpu(), k.cpu(), on_cpu).visible().expand(B, H, Tq, Tk)
+    several = (visible.sum(-1) >= 4).flatten(0, 1).all(0)
     for name, got, t, p in zip(names, results, truth, pytorch, strict=False):
         if name == "lse":
             assert torch.equal(got.cpu() == -torch.inf, t == -torch.inf)
-        assert_accurate(got, t, p, dims=(0, 1, 2), what=name, dtype=None if name == "lse" else dtype)
+        kind, by_row = None if name == "lse" else dtype, name not in ("dq", "dbias")
+        assert_accurate(got, t, p, dims=(0, 1, 2) if by_row else (0, 1), what=name, dtype=kind)
+        if not by_row and got.numel():
+            rows = (x.cpu()[:, :, several] for x in (got, t, p))
+            assert_accurate(*rows, dims=(2,), what=f"{name} by row", dtype=kind)
     assert want_dbias or results[-1].numel() == 0
     hidden = (truth[1] == -torch.inf)[..., None]
     for got in (results[0], results[2]):  # rows that see nothing: exactly zero
