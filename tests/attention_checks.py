@@ -114,9 +114,10 @@ def attend(names=(), B=2, H=2, Hkv=1, Tq=21, Tk=37, D=16, DV=None, dtype=torch.f
         for one, other in zip(results, run(), strict=True):
             assert torch.equal(one, other), "two calls with the same inputs differ"
     names = ("out", "lse", "dq", "dk", "dv", "dbias")
-    # Scores' gradients cancel where a query sees few keys (with one they are 0): a flash backward rounds sum(dout * out)
-    # on its own, softmax's takes it from the numbers that cancel. In PyTorch's own ops the flash formula had 4 times the
-    # error of softmax's in a row of two keys (1.5e-6, 3.7e-7). Such rows are judged within their head and tensor.
+    # Scores' gradients cancel where a query sees few keys (with one they are 0), and a flash backward rounds
+    # sum(dout * out) on its own, where softmax's takes it from the numbers that cancel. In PyTorch's own ops the flash
+    # formula had 4 times the error of softmax's in a row of two keys (1.5e-6, 3.7e-7). Such rows are judged within
+    # their head and tensor.
     on_cpu = o._replace(**{n: x.cpu() for n, x in o._asdict().items() if isinstance(x, torch.Tensor)})
     visible = Positions(q.cpu(), k.cpu(), on_cpu).visible().expand(B, H, Tq, Tk)
     several = (visible.sum(-1) >= 4).flatten(0, 1).all(0)
