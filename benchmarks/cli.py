@@ -11,7 +11,9 @@ import typer
 def bench(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OP]...", help="Ops (layer_norm, gru, ...) or suites (norms, losses, recurrent)."),
+        typer.Argument(
+            metavar="[OP]...", help="Ops (layer_norm, gru, ...) or suites (norms, losses, attention, recurrent)."
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="auto, cpu, triton, cuda, torch or reference; may be repeated.")

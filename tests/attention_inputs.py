@@ -68,6 +68,10 @@ def check(q, k, v, keywords, fields, backend, lse=True):
 
     Rows of dq, dk and dbias count one by one only where every query sees two keys or none: with a single key its weight
     is 1 whatever q is, the gradient is a difference of equals, and what a kernel leaves is the rounding of either.
+
+    A flash backward, PyTorch's own too, takes sum(dout * out) from the rounded out that was given out, where softmax's
+    takes it from the numbers that cancel against it. In the gradients that is another gradient of lse: PyTorch's error
+    is that of its own ops with it.
     """
     tensors = [q, k, v] + ([keywords["bias"].to(q.dtype)] if "bias" in keywords else [])
 
@@ -82,13 +86,19 @@ def check(q, k, v, keywords, fields, backend, lse=True):
         drawn = {"seed": torch.randint(-(2**63), 2**63 - 1, (1,))} if "dropout_p" in fields else {}
         o = AttentionOptions(**{**fields, **drawn, **({"bias": bias[0]} if bias else {})})
         out, sums = reference.attention(q, k, v, o)
-        return (out, sums.masked_fill(sums == -torch.inf, 0.0)) if lse else (out,)
+        return out, sums.masked_fill(sums == -torch.inf, 0.0)
 
     grads = [torch.randn(*q.shape[:3], v.shape[3])] + [torch.randn(q.shape[:3])] * lse
     with seqfuse.backend(backend):
         got = gradients(ours, tensors, grads)
-    exact = gradients(truth, [t.double() for t in tensors], [g.double() for g in grads])
-    theirs = gradients(truth, tensors, grads)
+    dout, dlse = grads if lse else (*grads, torch.zeros(q.shape[:3]))
+    exact = gradients(truth, [t.double() for t in tensors], [dout.double(), dlse.double()])
+    theirs = gradients(truth, tensors, [dout, dlse])
+    dout = dout.to(q.dtype)
+    rounding = (dout.float() * theirs[0].float()).sum(-1) - (dout.double() * exact[0]).sum(-1)
+    theirs[2:] = gradients(truth, tensors, [dout, dlse - rounding])[2:]
+    if not lse:
+        del exact[1], theirs[1]
     names = ["out", *["lse"] * lse, "dq", "dk", "dv", "dbias"]
     seen = Positions(q, k, AttentionOptions(**fields)).visible().expand(*q.shape[:3], k.shape[2]).sum(-1)
     rows = {"dq", "dk", "dbias"} if (seen == 1).any() else set()

@@ -17,7 +17,19 @@ from typer.testing import CliRunner
 
 import seqfuse
 from seqfuse import dispatch, native, tuned
-from seqfuse.benchmarks import contenders, gate, harness, norms, plot, records, recurrent, registry, run, tune
+from seqfuse.benchmarks import (
+    attention,
+    contenders,
+    gate,
+    harness,
+    norms,
+    plot,
+    records,
+    recurrent,
+    registry,
+    run,
+    tune,
+)
 from seqfuse.benchmarks.__main__ import app
 from seqfuse.benchmarks.ceilings import Ceilings
 from seqfuse.benchmarks.records import Row
@@ -33,6 +45,10 @@ TINY = [
     TINY_GRU,
     recurrent.Recurrent("lstm", T=3, B=2, H=5, layers=2, bidirectional=True),
     recurrent.Recurrent("rnn", T=3, B=1, H=4),
+    *(
+        attention.AttentionCase("attention", kind=k, B=2, H=2, T=19, D=8, window=5)
+        for k in ("causal", "window", "bias")
+    ),
 ]
 
 
@@ -82,6 +98,8 @@ class TestRegistry:
         both = recurrent.Recurrent("lstm", T=1, B=1, H=4, layers=2, bidirectional=True)
         assert both.flops("fwd") == 2 * 2 * (16 * (4 + 4) + 16 * (8 + 4))
         assert norms.Norm("layer_norm", rows=10, cols=8).bytes("fwd", 4) == 4 * (2 * 80 + 2 * 8)
+        window = attention.AttentionCase("attention", kind="window", B=3, H=2, T=5, D=4, window=2)
+        assert window.scores == 1 + 2 + 2 + 2 + 2 and window.flops("fwd") == 4 * 4 * 9 * 3 * 2
 
     def test_sizes_of_the_targets_are_there(self):
         ids = {c.id for c in CASES}
@@ -89,6 +107,9 @@ class TestRegistry:
         assert {f"layer_norm/{n}{r}" for n in rows for r in ("", "-residual")} <= ids
         for op in ("gru", "lstm", "rnn"):
             assert {f"{op}/{n}" for n in ("T64-B32-H512", "T128-B16-H256", "T256-B1-H512", "T64-B4-H320")} <= ids
+        sizes = {f"T{T}-D{D}" for T in (256, 1024, 2048, 4096) for D in (64, 128)}
+        assert sizes <= {i.split("H8-")[-1].split("H4-")[-1] for i in ids if i.startswith("attention/causal")}
+        assert {"attention/window-B1-H4-T4096-D64", "attention/bias-B1-H8-T2048-D64"} <= ids
 
     def test_find(self):
         assert registry.find(["gru", "lstm", "rnn", "rnn_cell"]) == registry.find(["recurrent"])

@@ -168,14 +168,22 @@ def _cuda_refusal(case):
     return refusal or attention_cuda_rules.refusal(case)
 
 
-# Where the CPU kernel was measured slower than PyTorch's: {(dtype, with gradients): Tq * Tk from which ours is faster}.
-CPU_FASTER_FROM: dict[tuple[torch.dtype, bool], int] = {}
+# Scores of all heads, at a head dimension of 64, from which our CPU kernel was measured faster than PyTorch's: below
+# them a call costs more to reach it than it saves (about 100 us forward, 500 with gradients; two threads, AVX2,
+# 2026-11-25, both in one alternating run, T 1 to 256, causal and dense). By dtype, and whether gradients are wanted.
+CPU_FASTER_FROM = {
+    (torch.float32, False): 1 << 18,
+    (torch.float32, True): 1 << 17,
+    (torch.bfloat16, False): 1 << 15,
+    (torch.bfloat16, True): 1 << 13,
+}
 
 
 def _cpu_prefers(case):
     if torch_refusal(case) is not None:
         return None  # what is left is the reference, which keeps whole matrices of Tq x Tk
-    if case.Tq * case.Tk < CPU_FASTER_FROM.get((case.dtype, case.grad), 0):
+    scores = case.B * case.Hq * case.Tq * case.Tk * (case.D + case.Dv) // 128
+    if scores < CPU_FASTER_FROM.get((case.dtype, case.grad), 0):
         return "at this size PyTorch's own scaled_dot_product_attention was measured faster"
     return None
 
