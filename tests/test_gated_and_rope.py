@@ -52,7 +52,7 @@ def test_gated(isa, shape, dtype, activation):
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 30),
-    cols=st.integers(1, 200),
+    cols=st.integers(20, 200),  # at scale 30 a single number may be 1e-38, or what float32 makes of less
     dtype=st.sampled_from(DTYPES),
     activation=st.integers(0, 2),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
