@@ -72,9 +72,8 @@ class AttentionCase(Case):
         bias = self.H * self.T**2 if self.kind == "bias" else 0
         if mode == "fwd":
             return itemsize * (4 * heads + bias)  # q, k, v in, y out
-        return itemsize * (
-            12 * heads + 3 * bias
-        )  # and y, dy, q, k, v in, dq, dk, dv out; the bias in, its gradient out
+        # and y, dy, q, k, v in, dq, dk, dv out; the bias in, its gradient out
+        return itemsize * (12 * heads + 3 * bias)
 
     def sample(self, device: str):
         made = [torch.randn(self.B, self.H, self.T, self.D, device=device) for _ in range(4)]

@@ -63,6 +63,11 @@ def gradients(call, tensors, grads):
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, arriving, materialize_grads=True)]
 
 
+def rounding_of_delta(dout, out, exact):
+    """By how much sum(dout * out), taken in float32 from the out that was given out, misses the sum over `exact`."""
+    return (dout.float() * out.float()).sum(-1) - (dout.double() * exact).sum(-1)
+
+
 def check(q, k, v, keywords, fields, backend, lse=True):
     """Outputs and every gradient of a backend against the float64 reference, over batches, heads and rows too.
 
@@ -95,7 +100,7 @@ def check(q, k, v, keywords, fields, backend, lse=True):
     exact = gradients(truth, [t.double() for t in tensors], [dout.double(), dlse.double()])
     theirs = gradients(truth, tensors, [dout, dlse])
     dout = dout.to(q.dtype)
-    rounding = (dout.float() * theirs[0].float()).sum(-1) - (dout.double() * exact[0]).sum(-1)
+    rounding = rounding_of_delta(dout, theirs[0], exact[0])
     theirs[2:] = gradients(truth, tensors, [dout, dlse - rounding])[2:]
     if not lse:
         del exact[1], theirs[1]

@@ -1,9 +1,12 @@
 """What every test stands on: poisoned memory, a fixed seed, and reasons for what cannot run here."""
 
 import os
+import shutil
+import sys
 
 import pytest
 import torch
+from host_device.runner import HostDevice
 
 from seqfuse import native
 
@@ -23,6 +26,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    """csrc/cuda on the CPU (host_device/): one build a session, whichever test file asks first."""
+    if sys.platform != "linux" or not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs Linux and a C++ compiler on the PATH")
+    return HostDevice(tmp_path_factory.mktemp("host_device"))
 
 
 @pytest.fixture(params=native.LEVELS)

@@ -3,12 +3,10 @@ AddressSanitizer and UBSan, against the float64 truth: cells, both 16-bit types 
 directions in one launch, and the plan."""
 
 import functools
-import shutil
-import sys
 
 import pytest
 import torch
-from host_device.runner import DTYPES, Failed, Layout, host_device
+from host_device.runner import DTYPES, Failed, Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_on_host import CELLS, FLOATS, check_recurrent, recurrent_on_host, recurrent_sample
@@ -19,16 +17,6 @@ from seqfuse.reference import rnn as reference_rnn
 from seqfuse.testing import assert_accurate
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not any(map(shutil.which, ("g++", "clang++", "c++"))),
-    reason="needs Linux and a C++ compiler on the PATH",
-)
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory):
-    return host_device(tmp_path_factory.mktemp)
 
 
 # The layer: what one block sends to another

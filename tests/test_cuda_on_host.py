@@ -1,13 +1,10 @@
 """The CUDA kernels and their launchers, executed on the CPU by the host side of the device layer (tests/host_device),
 under AddressSanitizer and UBSan, against the float64 truth. docs/cuda.md: how that works and what it cannot show."""
 
-import shutil
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from host_device.runner import DTYPES, Failed, Layout, host_device
+from host_device.runner import DTYPES, Failed, Layout
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +14,6 @@ from seqfuse.testing import assert_accurate
 GATES = reference.GATES
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not any(map(shutil.which, ("g++", "clang++", "c++"))),
-    reason="needs Linux and a C++ compiler on the PATH",
-)
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory):
-    return host_device(tmp_path_factory.mktemp)
 
 
 # The host side itself: it computes what a GPU would, and it catches each kind of mistake.

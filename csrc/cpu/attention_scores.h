@@ -2,8 +2,8 @@
 #pragma once
 #include <cmath>
 
-#include "cpu/attention_dropout.h"
 #include "cpu/attention_tile.h"
+#include "cpu/dropout.h"
 #include "cpu/scratch.h"
 #include "seqfuse/attention.h"
 

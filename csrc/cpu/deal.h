@@ -6,22 +6,36 @@
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-// f(begin, end) over portions of [0, rows). `grain`: elements a worker should have, or waking it costs more than it
-// saves.
+constexpr int64_t kGrain = 1 << 14;  // elements a worker should have, or waking it costs more than it saves
+
+// How many workers [rows, cols] are worth; at least one.
+inline int64_t useful_workers(const Parallel& parallel, int64_t rows, int64_t cols) {
+  const int64_t useful = (rows * cols + kGrain - 1) / kGrain;
+  int64_t n = parallel.threads < useful ? parallel.threads : useful;
+  if (n > rows) n = rows;
+  return n < 1 ? 1 : n;
+}
+
+// f(portion, begin, end): called for each of `portions` of the rows, by one worker.
 template <class F>
-void deal_rows(const Parallel& parallel, int64_t rows, int64_t cols, F f, int64_t grain = 1 << 14) {
-  const int64_t useful = (rows * cols + grain - 1) / grain;
-  int64_t workers = parallel.threads < useful ? parallel.threads : useful;
-  if (workers > rows) workers = rows;
-  if (workers <= 1) return f(int64_t(0), rows);
-  int64_t portions = 8 * workers, next = 0;
-  if (portions > useful) portions = useful;
-  if (portions > rows) portions = rows;
+void deal_portions(const Parallel& parallel, int64_t workers, int64_t rows, int64_t portions, F f) {
+  int64_t next = 0;
   auto job = [&](int64_t, int64_t) {
     for (int64_t p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < portions;)
-      f(rows * p / portions, rows * (p + 1) / portions);
+      f(p, rows * p / portions, rows * (p + 1) / portions);
   };
   parallel(workers, job);
+}
+
+// f(begin, end) over portions of [0, rows).
+template <class F>
+void deal_rows(const Parallel& parallel, int64_t rows, int64_t cols, F f) {
+  const int64_t workers = useful_workers(parallel, rows, cols), useful = (rows * cols + kGrain - 1) / kGrain;
+  if (workers == 1) return f(int64_t(0), rows);
+  int64_t portions = 8 * workers;
+  if (portions > useful) portions = useful;
+  if (portions > rows) portions = rows;
+  deal_portions(parallel, workers, rows, portions, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
 }
 
 }  // namespace SEQFUSE_ISA

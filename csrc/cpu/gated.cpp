@@ -11,8 +11,6 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
-
 struct Value {
   vf y, slope;  // act(g), act'(g)
 };
@@ -77,12 +75,10 @@ void backward(const GatedBackward& a, const Parallel& parallel) {
   });
 }
 
-// f<Activation, Stream>() for the run-time choices. Results go past the caches where the call's tensors would not stay
-// there anyway.
+// f<Activation, Stream>() for the run-time choices.
 template <class T, class Args, class F>
 void choose(const Args& a, int tensors, const void* out, const void* other, F f) {
-  const int64_t row = a.cols * int64_t(sizeof(T));
-  const bool stream = tensors * a.rows * row > kCached && can_stream(out, row) && can_stream(other, row);
+  const bool stream = streams<T>(out, tensors, a.rows, a.cols) && can_stream(other, a.cols * int64_t(sizeof(T)));
   auto with = [&]<Activation A>() { stream ? f.template operator()<A, true>() : f.template operator()<A, false>(); };
   if (a.activation == Activation::silu) return with.template operator()<Activation::silu>();
   if (a.activation == Activation::gelu) return with.template operator()<Activation::gelu>();

@@ -3,14 +3,14 @@
 // Forward reads x (and the residual) once from memory and writes y (and the sum) once: a row stays in the first-level
 // cache between its two passes, statistics and result. Backward reads dy and s once and writes dx once, likewise.
 // Dropout keeps nothing: which elements stay is computed again, into a row of factors that never leaves the cache.
-// Rows are dealt out in portions, to whichever worker is free: a thread that wakes late, or whose core is busy
-// elsewhere, does less. dweight and dbias are summed per portion in fp32 and then added in order, and portions depend
-// on the shape alone: a result depends neither on the number of threads nor on their timing.
+// Rows are dealt out in portions (cpu/deal.h). dweight and dbias are summed per portion in fp32 and then added in
+// order, and portions depend on the shape alone: a result depends neither on the number of threads nor on their timing.
 #include "seqfuse/layer_norm.h"
 
 #include <cmath>
 
-#include "cpu/attention_dropout.h"
+#include "cpu/deal.h"
+#include "cpu/dropout.h"
 #include "cpu/scratch.h"
 #include "cpu/vec_pair.h"
 
@@ -18,37 +18,12 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;   // elements a worker should have, or waking it costs more than it saves
-constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
-
-int workers(int64_t rows, int64_t cols, int threads) {
-  const int64_t useful = (rows * cols + kGrain - 1) / kGrain;
-  int64_t n = threads < useful ? threads : useful;
-  if (n > rows) n = rows;
-  return n < 1 ? 1 : int(n);
-}
-
-// How rows are dealt out: enough portions to even out two uneven workers, few enough that their sums cost nothing.
-struct Portions {
-  int64_t rows, count, next = 0;
-  Portions(int64_t rows, int64_t cols) : rows(rows), count(rows * cols / kGrain) {
-    count = count < 1 ? 1 : count > 16 ? 16 : count;
-    if (count > rows) count = rows;
-  }
-  // f(portion, first row, end): called for each portion, by one worker
-  template <class F>
-  void deal(F f) {
-    for (int64_t p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
-      f(p, rows * p / count, rows * (p + 1) / count);
-  }
-};
-
-// Whether a result goes past the caches: where a call's `tensors` [rows, cols] together would not stay there anyway, so
-// that fetching lines only to overwrite them, and driving out what is still wanted, is for nothing.
-template <class T>
-bool streams(const void* out, int tensors, int64_t rows, int64_t cols) {
-  const int64_t row = cols * int64_t(sizeof(T));
-  return tensors * rows * row > kCached && can_stream(out, row);
+// How many portions rows are dealt out in: enough to even out two uneven workers, few enough that their sums cost
+// nothing. It must not depend on the workers.
+int64_t portions_of(int64_t rows, int64_t cols) {
+  int64_t n = rows * cols / kGrain;
+  n = n < 1 ? 1 : n > 16 ? 16 : n;
+  return n > rows ? rows : n;
 }
 
 struct Statistics {
@@ -161,13 +136,12 @@ void forward_row(const ForwardRow<T> r, int64_t N, const float* __restrict weigh
 template <class T, Before B, bool Stream>
 void forward(const LayerNormForward& a, const Parallel& parallel) {
   const int64_t N = a.cols;
-  const int n = workers(a.rows, N, parallel.threads);
-  Portions portions(a.rows, N);
+  const int64_t portions = portions_of(a.rows, N);
   Scratch scratch;
   float *weight, *bias, *factor;
   for (int pass = 0; pass < 2; pass++) {
     scratch.take(weight, Paired<T>::size(N)), scratch.take(bias, Paired<T>::size(N));
-    scratch.take(factor, B == Before::dropped ? portions.count * factors(N) : 0);
+    scratch.take(factor, B == Before::dropped ? portions * factors(N) : 0);
     if (pass == 0) scratch.allocate();
   }
   read_parameter<T>(a.param_dtype, a.weight, weight, N, 1.0f, a.options.zero_centered);
@@ -188,8 +162,7 @@ void forward(const LayerNormForward& a, const Parallel& parallel) {
     }
     if constexpr (Stream) fence_streams();
   };
-  auto job = [&](int64_t, int64_t) { portions.deal(share); };
-  parallel(n, job);
+  deal_portions(parallel, useful_workers(parallel, a.rows, N), a.rows, portions, share);
 }
 
 template <class T>
@@ -237,13 +210,12 @@ void backward_row(const BackwardRow<T> r, int64_t N, const float* __restrict wei
 template <class T, bool Params, bool Drop, bool Stream>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
   const int64_t N = a.cols, padded = Paired<T>::size(N);
-  const int n = workers(a.rows, N, parallel.threads);
-  Portions portions(a.rows, N);
+  const int64_t portions = portions_of(a.rows, N);
   Scratch scratch;
   float *weight, *partial, *factor;
   for (int pass = 0; pass < 2; pass++) {
-    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * portions.count * padded : 0);
-    scratch.take(factor, Drop ? portions.count * factors(N) : 0);
+    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * portions * padded : 0);
+    scratch.take(factor, Drop ? portions * factors(N) : 0);
     if (pass == 0) scratch.allocate();
   }
   read_parameter<T>(a.param_dtype, a.weight, weight, N, 1.0f, a.options.zero_centered);
@@ -268,10 +240,9 @@ void backward(const LayerNormBackward& a, const Parallel& parallel) {
     }
     if constexpr (Stream) fence_streams();
   };
-  auto job = [&](int64_t, int64_t) { portions.deal(share); };
-  parallel(n, job);
+  deal_portions(parallel, useful_workers(parallel, a.rows, N), a.rows, portions, share);
   if constexpr (Params) {
-    for (int64_t p = 1; p < portions.count; p++)
+    for (int64_t p = 1; p < portions; p++)
       for_vectors(0, 2 * padded,
                   [=](int64_t i, int) { store(partial + i, load(partial + i) + load(partial + 2 * p * padded + i)); });
     auto write = [&](const float* sum, void* out) {

@@ -98,6 +98,16 @@ SEQFUSE_INLINE bool can_stream(const void* p, int64_t row_bytes) {
   return uintptr_t(p) % SEQFUSE_VBYTES == 0 && row_bytes % SEQFUSE_VBYTES == 0;
 }
 
+constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
+
+// Whether a result goes past the caches: where a call's `tensors` [rows, cols] together would not stay there anyway, so
+// that fetching lines only to overwrite them, and driving out what is still wanted, is for nothing.
+template <class T>
+bool streams(const void* out, int tensors, int64_t rows, int64_t cols) {
+  const int64_t row = cols * int64_t(sizeof(T));
+  return tensors * rows * row > kCached && can_stream(out, row);
+}
+
 // n elements, fewer than PL at a row's end; the others read as zero and are not touched in memory.
 template <class T>
 SEQFUSE_INLINE vp take_pair(const T* p, int n) {

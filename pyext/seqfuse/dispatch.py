@@ -69,6 +69,11 @@ _listeners: list[Callable[[Choice, Any], None]] = []
 _changes = 0  # how often anything that decisions depend on has changed
 
 
+def size_class(n: int) -> str:
+    """Sizes that a `shape_class` does not tell apart: those with as many binary digits."""
+    return f"2^{max(n, 1).bit_length()}"
+
+
 def register(op: str, *backends: Backend) -> None:
     """Make an op known, with its backends in the order in which `auto` asks them."""
     _ops[op] = {b.name: b for b in backends}

@@ -1,6 +1,5 @@
 """Builds the host driver once per session and calls the launchers of csrc/cuda through it, on the CPU."""
 
-import functools
 import os
 import shutil
 import subprocess
@@ -74,12 +73,6 @@ class HostDevice:
             raw = bytearray((self.folder / f"out_{name}").read_bytes())
             found[name] = torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
         return found
-
-
-@functools.cache
-def host_device(make_folder) -> HostDevice:
-    """One build a session, whichever test file asks first."""
-    return HostDevice(make_folder("host_device"))
 
 
 class Layout:

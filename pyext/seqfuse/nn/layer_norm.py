@@ -67,7 +67,7 @@ class LayerNorm(torch.nn.LayerNorm):
             # autocast keeps this op in float32 on a GPU
             input, residual = input.float(), None if residual is None else residual.float()
         weight, bias = self.weight, self.bias
-        if weight is not None and weight.dtype != input.dtype and not _mixes(input.dtype, weight.dtype):
+        if weight is not None and weight.dtype != input.dtype and not mixes(input.dtype, weight.dtype):
             explanation.handed_over(self, "input and weight have dtypes that only PyTorch's own op may judge")
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
         explanation.entering(self)
@@ -102,5 +102,5 @@ class LayerNorm(torch.nn.LayerNorm):
         )
 
 
-def _mixes(dtype, param):
+def mixes(dtype, param):
     return param == torch.float32 and dtype in (torch.bfloat16, torch.float16)

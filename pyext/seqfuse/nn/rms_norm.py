@@ -3,6 +3,7 @@
 import torch
 
 from seqfuse import explanation, ops
+from seqfuse.nn.layer_norm import mixes
 from seqfuse.ops.layer_norm import LayerNormCase
 
 
@@ -20,9 +21,7 @@ class RMSNorm(torch.nn.RMSNorm):
                 f"Given normalized_shape={list(self.normalized_shape)}, expected input with shape "
                 f"[*, {', '.join(map(str, self.normalized_shape))}], but got input of size {list(input.shape)}"
             )
-        if weight is not None and weight.dtype != input.dtype and not (
-            weight.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-        ):  # fmt: skip
+        if weight is not None and weight.dtype != input.dtype and not mixes(input.dtype, weight.dtype):
             explanation.handed_over(self, "input and weight have dtypes that only PyTorch's own op may judge")
             s = input if residual is None else input + residual
             y = super().forward(s)

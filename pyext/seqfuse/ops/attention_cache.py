@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from seqfuse import dispatch, reference
 from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
-from seqfuse.ops import checks
+from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.library import NOT_RUN_ON_GPU
 from seqfuse.reference import AttentionOptions
 from seqfuse.reference.attention import Positions, gather_pages, written
 
@@ -159,29 +158,18 @@ def _torch_decode(q, k_cache, v_cache, lengths, block_table, slopes, scale, left
     return F.scaled_dot_product_attention(q, k_cache, v_cache, mask, scale=scale, enable_gqa=gqa), None
 
 
-def _kernels(namespace):
-    def decode(*args):
-        return getattr(torch.ops, namespace).attention_decode.default(*args)
-
-    def append(*args):
-        return getattr(torch.ops, namespace).kv_cache_append.default(*args)
-
-    return decode, append
-
-
-_cpu_decode, _cpu_append = _kernels("seqfuse")
-_triton_decode, _triton_append = _kernels("seqfuse_triton")
 _APPEND = {
-    "cpu": _cpu_append,
-    "triton": _triton_append,
+    "cpu": library.kernel("kv_cache_append"),
+    "triton": library.kernel("kv_cache_append", "seqfuse_triton"),
     "torch": reference.kv_cache_append,
     "reference": reference.kv_cache_append,
 }
 
 dispatch.register(
     "attention_decode",
-    dispatch.Backend("cpu", _cpu_decode, None, rules.cpu_decode_refusal),
-    dispatch.Backend("triton", _triton_decode, None, rules.triton_refusal, rules.triton_prefers, note=NOT_RUN_ON_GPU),
+    dispatch.Backend("cpu", library.kernel("attention_decode"), None, rules.cpu_decode_refusal),
+    dispatch.Backend("triton", library.kernel("attention_decode", "seqfuse_triton"), None, rules.triton_refusal,
+                     rules.triton_prefers, note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", _torch_decode, None, rules.torch_refusal, note="PyTorch's own op under a mask"),
     dispatch.Backend("reference", reference.attention_decode, None),
-)
+)  # fmt: skip

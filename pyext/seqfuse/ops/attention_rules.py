@@ -34,9 +34,7 @@ class AttentionCase(NamedTuple):
         return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
     def shape_class(self) -> str:
-        def power(n):
-            return f"2^{max(n, 1).bit_length()}"
-
+        power = dispatch.size_class
         return (
             f"{str(self.dtype)[6:]} Tq{power(self.Tq)} Tk{power(self.Tk)} D{self.D} BH{power(self.B * self.Hq)}"
             f"{' gqa' if self.Hq != self.Hkv else ''}{' grad' if self.grad else ''}"
@@ -116,14 +114,6 @@ def torch_attention(q, k, v, *options):
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=o.scale, enable_gqa=gqa), None
 
 
-def _fwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).attention_fwd.default(*args)
-
-
-def _bwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).attention_bwd.default(*args)
-
-
 def _reference(q, k, v, *options):
     return reference.attention(q, k, v, AttentionOptions(*options))
 
@@ -195,16 +185,16 @@ def _gpu_prefers(case):
 
 
 def triton_prefers(case):
-    return "the interpreter is for tests" if case.device == "cpu" else _gpu_prefers(case)
+    return library.interpreter_is_for_tests(case) or _gpu_prefers(case)
 
 
 dispatch.register(
     "attention",
-    dispatch.Backend("cpu", _fwd("seqfuse"), _bwd("seqfuse"), _cpu_refusal, _cpu_prefers,
+    dispatch.Backend("cpu", *library.pair("attention"), _cpu_refusal, _cpu_prefers,
                      path=lambda c: "flash on the CPU"),
-    dispatch.Backend("cuda", _fwd("seqfuse"), _bwd("seqfuse"), _cuda_refusal, note=library.NOT_RUN_ON_GPU,
+    dispatch.Backend("cuda", *library.pair("attention"), _cuda_refusal, note=library.NOT_RUN_ON_GPU,
                      by_name_only=f"{library.NOT_RUN_ON_GPU}: only asked for by name"),
-    dispatch.Backend("triton", _fwd("seqfuse_triton"), _bwd("seqfuse_triton"), triton_refusal, triton_prefers,
+    dispatch.Backend("triton", *library.pair("attention", "seqfuse_triton"), triton_refusal, triton_prefers,
                      note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", torch_attention, None, torch_refusal, note="PyTorch's own op", path=_torch_path),
     dispatch.Backend("reference", _reference, None, path=lambda c: "whole matrices of Tq x Tk in float32"),

@@ -29,7 +29,7 @@ class LossCase(NamedTuple):
     grad: bool
 
     def shape_class(self) -> str:
-        sizes = " x ".join(f"2^{max(n, 1).bit_length()}" for n in (self.tokens, self.vocabulary, self.width))
+        sizes = " x ".join(dispatch.size_class(n) for n in (self.tokens, self.vocabulary, self.width))
         return f"{str(self.dtype)[6:]} {sizes}{' grad' if self.grad else ''}"
 
 
@@ -287,7 +287,7 @@ for _op in ("cross_entropy", "linear_cross_entropy"):
             _kernel("triton"),
             _kernel("triton"),
             lambda c: library.triton_refusal(c.device, c.dtype),
-            lambda c: "the interpreter is for tests" if c.device == "cpu" else None,
+            library.interpreter_is_for_tests,
             note=library.NOT_RUN_ON_GPU,
         ),
         dispatch.Backend("torch", _torch_cross_entropy, None, note="PyTorch's own cross_entropy, of whole logits"),

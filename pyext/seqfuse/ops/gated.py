@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
+from seqfuse.reference.gated import ACTIVATIONS
 
 SILU, GELU, GELU_TANH = range(3)
 
@@ -22,8 +23,8 @@ class GatedCase(NamedTuple):
     grad: bool
 
     def shape_class(self) -> str:
-        kind = ("silu", "gelu", "gelu_tanh")[self.activation]
-        return f"{str(self.dtype)[6:]} {kind} 2^{max(self.elements, 1).bit_length()}{' grad' if self.grad else ''}"
+        kind = ACTIVATIONS[self.activation]
+        return f"{str(self.dtype)[6:]} {kind} {dispatch.size_class(self.elements)}{' grad' if self.grad else ''}"
 
 
 def swiglu(gate, up):
@@ -99,14 +100,6 @@ def _fake_bwd(dy, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _fwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).gated_fwd.default(*args)
-
-
-def _bwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).gated_bwd.default(*args)
-
-
 library.register_fake("gated_fwd", _fake_fwd)
 library.register_fake("gated_bwd", _fake_bwd)
 
@@ -123,9 +116,7 @@ def _cpu_prefers(case: GatedCase) -> str | None:
 
 dispatch.register(
     "gated",
-    dispatch.Backend(
-        "cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
-    ),
+    dispatch.Backend("cpu", *library.pair("gated"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
     dispatch.Backend("torch", _torch_gated, None, note="PyTorch's own activation and product"),
     dispatch.Backend("reference", reference.gated, None),
 )

@@ -27,8 +27,8 @@ class LayerNormCase(NamedTuple):
 
     def shape_class(self) -> str:
         kind = ("residual" if self.residual else "plain") + (" dropout" if self.dropout else "")
-        rows, cols = max(self.rows, 1).bit_length(), max(self.cols, 1).bit_length()
-        return f"{str(self.dtype)[6:]} {kind} 2^{rows} rows of 2^{cols}{' grad' if self.grad else ''}"
+        rows, cols = dispatch.size_class(self.rows), dispatch.size_class(self.cols)
+        return f"{str(self.dtype)[6:]} {kind} {rows} rows of {cols}{' grad' if self.grad else ''}"
 
 
 class NormOptions(NamedTuple):
@@ -228,14 +228,6 @@ def _torch_norm(x, residual, weight, bias, eps, seed=None, dropout_p=0.0, rms=Fa
     return y, None if residual is None else s
 
 
-def _fwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).layer_norm_fwd.default(*args)
-
-
-def _bwd(namespace):
-    return lambda *args: getattr(torch.ops, namespace).layer_norm_bwd.default(*args)
-
-
 def _fake_fwd(x, residual, weight, bias, eps, seed=None, dropout_p=0.0, rms=False, zero_centered=False):
     rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
     return (
@@ -322,20 +314,18 @@ def _cpu_prefers(case: LayerNormCase) -> str | None:
 
 BACKENDS = (
     dispatch.Backend(
-        "cpu", _fwd("seqfuse"), _bwd("seqfuse"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
+        "cpu", *library.pair("layer_norm"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers
     ),
     dispatch.Backend(
         "triton",
-        _fwd("seqfuse_triton"),
-        _bwd("seqfuse_triton"),
+        *library.pair("layer_norm", "seqfuse_triton"),
         lambda c: library.triton_refusal(c.device, c.dtype) or _only_plain(c),
-        lambda c: "the interpreter is for tests" if c.device == "cpu" else None,
+        library.interpreter_is_for_tests,
         note=library.NOT_RUN_ON_GPU,
     ),
     dispatch.Backend(
         "cuda",
-        _fwd("seqfuse"),
-        _bwd("seqfuse"),
+        *library.pair("layer_norm"),
         lambda c: library.cuda_refusal(c.device, c.dtype) or _only_plain(c),
         lambda c: library.NOT_RUN_ON_GPU,
         note=library.NOT_RUN_ON_GPU,

@@ -124,6 +124,21 @@ def _member_by_member(namespace, name):
     return rule
 
 
+def kernel(name: str, namespace: str = "seqfuse"):
+    """torch.ops.NAMESPACE.NAME as a function of a Backend; looked up when it is called, for it may not be there."""
+    return lambda *args: getattr(getattr(torch.ops, namespace), name).default(*args)
+
+
+def pair(name: str, namespace: str = "seqfuse"):
+    """(fwd, bwd) of a Backend whose ops are called NAME_fwd and NAME_bwd."""
+    return kernel(f"{name}_fwd", namespace), kernel(f"{name}_bwd", namespace)
+
+
+def interpreter_is_for_tests(case) -> str | None:
+    """Why `auto` passes Triton over where it would be interpreted, or None."""
+    return "the interpreter is for tests" if case.device == "cpu" else None
+
+
 def has_kernel(name: str, key: str) -> bool:
     """Whether torch.ops.seqfuse.NAME is implemented for this dispatch key ("CPU", "CUDA")."""
     if native.missing() is not None:

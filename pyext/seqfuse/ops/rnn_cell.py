@@ -32,8 +32,8 @@ class CellCase(NamedTuple):
     grad: bool
 
     def shape_class(self) -> str:
-        batch = max(self.B, 1).bit_length()
-        return f"{self.cell} {str(self.dtype)[6:]} B2^{batch} H{self.hidden_size}{' grad' if self.grad else ''}"
+        batch = dispatch.size_class(self.B)
+        return f"{self.cell} {str(self.dtype)[6:]} B{batch} H{self.hidden_size}{' grad' if self.grad else ''}"
 
 
 def lstm_cell(x, hx, w_ih, w_hh, b_ih=None, b_hh=None):

@@ -30,9 +30,7 @@ class RecurrentCase(NamedTuple):
     tf32: bool = False
 
     def shape_class(self) -> str:
-        def power(n):
-            return f"2^{max(n, 1).bit_length()}"
-
+        power = dispatch.size_class
         return (
             f"{str(self.dtype)[6:]} T{power(self.T)} B{power(self.B)} I{power(self.input_size)} H{self.hidden_size}"
             f"{' bidirectional' if self.bidirectional else ''}{' grad' if self.grad else ''}"
@@ -225,7 +223,7 @@ def _backends():
             _never,
             _never,
             refuses(library.triton_refusal),
-            lambda c: "the interpreter is for tests" if c.device == "cpu" else _gpu_prefers(c),
+            lambda c: library.interpreter_is_for_tests(c) or _gpu_prefers(c),
             note=library.NOT_RUN_ON_GPU,
             path=_triton_path,
         ),

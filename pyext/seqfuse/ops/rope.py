@@ -20,7 +20,7 @@ class RopeCase(NamedTuple):
 
     def shape_class(self) -> str:
         kind = "neighbours" if self.interleaved else "halves"
-        return f"{str(self.dtype)[6:]} {kind} 2^{max(self.elements, 1).bit_length()}{' grad' if self.grad else ''}"
+        return f"{str(self.dtype)[6:]} {kind} {dispatch.size_class(self.elements)}{' grad' if self.grad else ''}"
 
 
 def rope(x, cos, sin, *, positions=None, offset=0, interleaved=False, inplace=False):

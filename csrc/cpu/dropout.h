@@ -1,5 +1,5 @@
-// Dropout of attention weights: Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405), as the reference has
-// it.
+// Dropout by Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405), as the reference has it: of attention
+// weights, and of what is normalised.
 #pragma once
 #include "cpu/vec.h"
 
