@@ -68,7 +68,7 @@ def random_options(names, sizes):
 
 
 @NO_CPU
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     sizes=random_sizes(),
     names=st.sets(st.sampled_from(NAMES)),

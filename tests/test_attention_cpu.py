@@ -220,7 +220,7 @@ def test_scales_that_are_not_positive(isa, scale):  # PyTorch's own flash attent
     check(*tensors(), AttentionOptions(scale=scale, window_right=0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     names=st.sets(st.sampled_from(OPTIONS)),
     B=st.integers(1, 3),

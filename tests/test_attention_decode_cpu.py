@@ -77,7 +77,7 @@ def test_sizes(isa, size, dtype):
     check(*cache(*size, dtype=dtype), torch.full((B,), T), make_options(("right",), B, size[1]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     names=st.sets(st.sampled_from(OPTIONS)),
     B=st.integers(1, 4),

@@ -56,7 +56,7 @@ def test_cpu_kernel_keeps_the_error_rule(isa, cell, size, dtype):
     check(cell, *size, dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     cell=st.sampled_from(["lstm", "gru", "rnn_tanh"]),
     B=st.integers(1, 50),

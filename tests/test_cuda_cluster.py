@@ -235,7 +235,7 @@ def test_each_option(host, cell, reverse):
         check_options(host, cell, 5, 4, 20, [option], reverse=reverse)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=16)
 @given(
     cell=st.sampled_from(["rnn_tanh", "gru", "lstm"]),
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 70)),

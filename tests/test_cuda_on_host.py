@@ -185,7 +185,7 @@ def test_layer_norm_float32_parameters(host, dtype):
     check_layer_norm(host, 6, 200, FLOATS[dtype], param_dtype=torch.float32, residual=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 20),
     cols=st.integers(1, 300),
@@ -350,7 +350,7 @@ def test_recurrent_scan(host, cell, size, dtype):
     check_recurrent(host, cell, *size, FLOATS[dtype])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     cell=st.sampled_from(sorted(CELLS)),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),

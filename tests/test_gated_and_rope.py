@@ -49,7 +49,7 @@ def test_gated(isa, shape, dtype, activation):
     check_gated(activation, *(torch.randn(shape).mul(2).to(dtype) for _ in range(3)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 30),
     cols=st.integers(20, 200),  # at scale 30 a single number may be 1e-38, or what float32 makes of less

@@ -98,7 +98,7 @@ def test_no_bias_and_zero_states(isa, cell):
     check(cell, module, torch.float32, *inputs(cell, module, 5, 4, states=False))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     cell=st.sampled_from(CELLS),
     T=st.integers(1, 9),

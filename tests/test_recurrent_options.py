@@ -172,7 +172,7 @@ def test_option_keeps_the_error_rule(kind, name, mode, dtype):
 probability = st.sampled_from([0.0, 0.3])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 1000))
 def test_options_compose(data, kind, seed):
     torch.manual_seed(seed)

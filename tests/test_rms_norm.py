@@ -76,7 +76,7 @@ def test_dropout_and_zero_centred_weight(isa, cols, dtype, residual, rms):
     check(13, cols, dtype, rms=rms, residual=residual, p=0.3, zero_centered=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 40), cols=st.integers(3, 300), dtype=st.sampled_from(DTYPES), rms=st.booleans(),
        residual=st.booleans(), weight=st.booleans(), p=st.sampled_from([0.0, 0.1, 0.5]), zero_centered=st.booleans(),
        wide_weight=st.booleans(), backend=st.sampled_from(["cpu", "torch", "reference"]),

@@ -215,7 +215,7 @@ def test_everything_at_once_on_many_threads(cell, size, packed, dtype):
         check(cell, made, DTYPES[dtype], threads == 3, packed, threads=threads)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_random_configurations(data):
     def draw(strategy):

@@ -80,7 +80,7 @@ def test_layer_norm_options(chunked, options, monkeypatch):
     checks.layer_norm(21, 200, torch.float16, "cpu", **options)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 700),
@@ -210,7 +210,7 @@ def test_rnn_says_what_it_does_not_take():
         rnn.rnn_scan_fwd("gru", xg[:, None], h0, None, w, None, lengths=torch.zeros(1, device="meta"))
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=16)
 @given(
     cell=st.sampled_from(CELLS),
     tier=st.sampled_from(TIERS),
