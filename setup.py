@@ -6,7 +6,7 @@ build into an isolated environment, gigabytes and the wrong ABI), then `pip inst
 The build is one generated ninja file, so an edit recompiles only what it touches:
 
     csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once; avx512_bf16: WITH_DOTS)
-    csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else
+    csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else (HOPPER_ONLY: sm_90a)
     pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
     pyext/autograd/*.cpp -> seqfuse._autograd, on torch's own ABI: used under the torch it was built with, and no loss
                             where it can't be built
@@ -16,6 +16,7 @@ Where there is no C++ compiler the package installs without seqfuse._C and says 
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,15 +31,22 @@ ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
 WITH_DOTS = {"rnn_forward.cpp", "rnn_backward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}  # they multiply pairs of bf16
+HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-CPU_LEVELS = {"baseline": BASELINE, "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+WARN = ["-Wall"]  # at one level: it takes time, and all levels are made of the same lines
+CPU_LEVELS = {
+    "baseline": BASELINE,
+    "avx2": [*AVX2, *WARN],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
 INCLUDES = ["-Icsrc/include", "-Icsrc"]
 
 
 def cxx_flags():
-    return ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    return ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 
 
 def kernel_flags():
@@ -46,15 +54,17 @@ def kernel_flags():
     return [*cxx_flags(), "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *INCLUDES]
 
 
-def nvcc_flags():
-    architectures = [("80", "sm_80"), ("90a", "sm_90a"), ("80", "compute_80")]
+def nvcc_flags(name: str):
+    architectures = [("90a", "sm_90a")]
+    if name not in HOPPER_ONLY:
+        architectures += [("80", "sm_80"), ("80", "compute_80")]
     codes = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in architectures]
     return ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, *INCLUDES]
 
 
 def cpu_levels():
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return CPU_LEVELS if x86 else {"baseline": []}
+    return CPU_LEVELS if x86 else {"baseline": WARN}
 
 
 def sources():
@@ -76,6 +86,14 @@ def compiler():
         [named] if named else [shlex.split(sysconfig.get_config_var("CXX") or "c++")[0], "c++", "g++", "clang++"]
     )
     return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
+
+
+def cuda_toolkit(home: str) -> Path:
+    """Where the toolkit of home/bin/nvcc lies: torch takes what is above the nvcc on the PATH for it, and that nvcc may
+    be a script that calls another."""
+    said = subprocess.run([f"{home}/bin/nvcc", "--dryrun", "-c", "any.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(\S+)", said.stdout + said.stderr, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(home)
 
 
 def is_gcc(cxx: str) -> bool:
@@ -100,8 +118,10 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
     libraries = [f"-L{p}" for p in library_paths()] + ["-ltorch_cpu"]
     if cuda:
         defines += ["-DUSE_CUDA", "-DSEQFUSE_CUDA"]
-        headers.append(f"-isystem{CUDA_HOME}/include")
-        libraries += ["-ltorch_cuda", f"-L{CUDA_HOME}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        toolkit = cuda_toolkit(CUDA_HOME)
+        headers.append(f"-isystem{toolkit}/include")
+        folders = [f"-L{toolkit / lib}" for lib in ("lib64", "lib") if (toolkit / lib).is_dir()]
+        libraries += ["-ltorch_cuda", *folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     if sys.platform == "darwin":
         libraries += ["-undefined", "dynamic_lookup"]
 
@@ -116,6 +136,7 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         lines.append(f"rule nvcc\n  command = {CUDA_HOME}/bin/nvcc $flags -MMD -MF $out.d -c $in -o $out\n"
                      "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in")  # fmt: skip
     objects, nodes = [], []
+    gcc = is_gcc(cxx)
 
     def compile_one(rule, source, flags, level="", objects=objects, needs=""):
         out = (build / f"{source.replace('/', '_')}{'.' if level else ''}{level}.o").as_posix()
@@ -123,24 +144,31 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         lines.append(f"build {out}: {rule} {source}{after}\n  flags = {' '.join(flags)}\n  level = {level}")
         objects.append(out)
 
+    def parse_once(header, flags, level=""):
+        """(the precompiled header, the flags that use it). Only GCC's can stand in for an #include."""
+        if not gcc:
+            return "", []
+        name = (build / "parsed" / level / Path(header).name).as_posix()
+        lines.append(f"build {name}.gch: cxx {header}\n  flags = -w -x c++-header {' '.join(flags)}\n  level = {level}")
+        return f"{name}.gch", ["-include", name]
+
+    for level, isa in cpu_levels().items():
+        flags = [*kernel_flags(), *isa, f"-DSEQFUSE_ISA={level}"]
+        parsed, use_parsed = parse_once("csrc/cpu/vec.h", flags, level)  # the compiler's intrinsics, 0.7 s a file
+        for source in files["cpu"]:
+            name = Path(source).name
+            if name not in RUN_ONCE and (level != "avx512_bf16" or name in WITH_DOTS):  # the others: as on avx512
+                compile_one("cxx", source, [*use_parsed, *flags], level, needs=parsed)
     for source in files["cpu"]:
-        name = Path(source).name
-        for level, flags in [("", [])] if name in RUN_ONCE else cpu_levels().items():
-            if level == "avx512_bf16" and name not in WITH_DOTS:
-                continue  # runs as on avx512
-            isa = [f"-DSEQFUSE_ISA={level}"] if level else []
-            compile_one("cxx", source, [*kernel_flags(), *flags, *isa], level)
+        if Path(source).name in RUN_ONCE:
+            compile_one("cxx", source, kernel_flags())
     for source in files["cuda"] if cuda else []:
-        compile_one("nvcc", source, nvcc_flags())
-    binding_flags = [*cxx_flags(), "-O1", *INCLUDES, *headers, *defines]
-    parsed, use_parsed = "", []
-    if is_gcc(cxx):  # most of a binding's compile time is torch's headers: they are parsed once for all of them
-        parsed = (build / "parsed" / "common.h.gch").as_posix()
-        use_parsed = [f"-I{(build / 'parsed').as_posix()}", "-include common.h"]
-        lines.append(f"build {parsed}: cxx pyext/bindings/common.h\n  flags = -x c++-header {' '.join(binding_flags)}")
+        compile_one("nvcc", source, nvcc_flags(Path(source).name))
+    binding_flags = [*cxx_flags(), *WARN, "-O1", *INCLUDES, *headers, *defines]
+    parsed, use_parsed = parse_once("pyext/bindings/common.h", binding_flags)  # torch's: most of a binding's time
     for source in files["bindings"]:
         if Path(source).name == "module.cpp":
-            compile_one("cxx", source, [*binding_flags, built_with])
+            compile_one("cxx", source, [*binding_flags, "-O0", built_with])
         else:
             compile_one("cxx", source, [*use_parsed, *binding_flags], needs=parsed)
     for source in files["autograd"]:
@@ -172,7 +200,9 @@ class NinjaBuild(build_ext):
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
         ninja = shutil.which("ninja")
-        command = [*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-f", str(script)]
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = os.environ.get("MAX_JOBS") or cpus  # ninja's own choice, three jobs on two cores, takes 15% longer
+        command = [*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-j", str(jobs), "-f", str(script)]
         built = subprocess.run([*command, "-k", "0"], cwd=ROOT).returncode == 0  # both extensions, side by side
         if not built and subprocess.run([*command, target.as_posix()], cwd=ROOT).returncode:
             if not ext.optional:

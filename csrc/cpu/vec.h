@@ -139,14 +139,15 @@ SEQFUSE_INLINE void store_n(bf16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1u), _mm256_loadu_si256((const __m256i*)t));
 }
 #else
+// not inlined: a tail is seldom, its code is long, and every place that reads or writes n elements has one
 template <class T>
-SEQFUSE_INLINE vf load_n(const T* p, int n, float fill = 0.0f) {
+__attribute__((noinline)) static vf load_n(const T* p, int n, float fill = 0.0f) {
   float t[VL];
   for (int i = 0; i < VL; i++) t[i] = i < n ? widen(p[i]) : fill;
   return load(t);
 }
 template <class T>
-SEQFUSE_INLINE void store_n(T* p, vf x, int n) {
+__attribute__((noinline)) static void store_n(T* p, vf x, int n) {
   T t[VL];
   store(t, x);
   for (int i = 0; i < VL && i < n; i++) p[i] = t[i];
