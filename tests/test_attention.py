@@ -419,3 +419,52 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as caught:
         call()
     assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def told(call):
+    """(result, the backends that the dispatcher's listeners hear of)"""
+    heard = []
+    dispatch.add_listener(record := lambda choice, case: heard.append(choice.backend))
+    try:
+        return call(), heard
+    finally:
+        dispatch._listeners.remove(record)
+
+
+@NO_CPU
+def test_a_small_call_that_is_known_goes_straight_to_pytorch(monkeypatch):
+    """... with the same result, and whoever listens hears of it; anything that is different is looked at again."""
+    q, k, v = qkv(Tq=9, Tk=9)
+    calls = [
+        lambda q, k, v, **more: attention(q, k, v, causal=True, **more),
+        lambda q, k, v, **more: attention(q, k, v, **more),
+        lambda q, k, v, **more: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **more),
+    ]
+    selected = []
+    asked = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda *a: selected.append(a) or asked(*a))
+    for call in calls:
+        expected = call(q, k, v)
+        selected.clear()
+        again, heard = told(lambda call=call: call(q, k, v))
+        assert torch.equal(again, expected) and heard == ["torch"] and not selected
+        assert_accurate(again, call(q.double(), k.double(), v.double()))
+        with seqfuse.backend("cpu"):
+            assert told(lambda call=call: call(q, k, v))[1] == ["cpu"]
+        wants = q.detach().requires_grad_()
+        call(wants, k, v, scale=0.1).sum().backward()
+        assert wants.grad.abs().sum() > 0
+        with pytest.raises(ValueError, match="is float64"):
+            call(q, k.double(), v)
+    with seqfuse.backend("auto"), torch.autocast("cpu", torch.bfloat16):
+        assert calls[0](q, k, v).dtype == torch.bfloat16
+
+
+@NO_CPU
+def test_causal_calls_with_fewer_queries_are_not_taken_for_pytorchs():
+    """Its is_causal is top-left: PyTorch's op needs a mask there, each time."""
+    q, k, v = qkv(Tq=3, Tk=9)
+    for _ in range(2):
+        got, heard = told(lambda: attention(q, k, v, causal=True))
+        assert heard == ["torch"]
+        assert_accurate(got, attention(*(t.double() for t in (q, k, v)), causal=True))

@@ -23,7 +23,7 @@ class Plan {
       total_ += head_cost(seq) * a.Hkv;
       if (seq.keys > most_keys_) most_keys_ = seq.keys;
     }
-    const int64_t useful = total_ * tile_ / least_work * (a.D + a.Dv);
+    const int64_t useful = total_ * tile_ * (a.D + a.Dv) / least_work;
     workers_ = int(clamp(useful, 1, threads < 1 ? 1 : threads));
   }
 

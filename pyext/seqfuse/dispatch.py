@@ -150,9 +150,14 @@ def select(op: str, case: Any) -> Choice:
         if len(_cache) > 4096:  # ever-changing shapes must not fill the memory
             _cache.clear()
         choice = _cache[key] = _decide(op, case, _forced, compiling=False)
-    for tell in _listeners:
-        tell(choice, case)
+    tell(choice, case)
     return choice
+
+
+def tell(choice: Choice, case: Any) -> None:
+    """Let the listeners hear of a decision: select does, and whoever remembers one and goes straight there."""
+    for listener in _listeners:
+        listener(choice, case)
 
 
 def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:

