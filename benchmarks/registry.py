@@ -33,6 +33,7 @@ class Case:
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     outputs: ClassVar[tuple[str, ...]] = ("y",)
     compiled: ClassVar[bool] = True  # whether torch.compile of torch's module is worth waiting for
+    modes: ClassVar[tuple[str, ...]] = MODES  # what it has: not every op has a gradient
     # for each result, the dimensions whose worst slice must be accurate too (seqfuse.testing)
     worst: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -60,6 +61,13 @@ class Case:
     def others(self, eager: torch.nn.Module, ours: torch.nn.Module) -> dict[str, tuple[Callable, torch.nn.Module]]:
         """What else competes, PyTorch's named op say: {name: (call, the module whose parameters it uses)}."""
         return {}
+
+    def truth_of(self, call, inputs, parameters, grads) -> list[torch.Tensor]:
+        """Outputs of call(*inputs), and the gradients of inputs and parameters where the case has them; in float64."""
+        outputs = flatten(call(*inputs))
+        if "fwd+bwd" not in self.modes:
+            return outputs
+        return outputs + list(torch.autograd.grad(outputs[: len(grads)], [*inputs, *parameters], grads))
 
     @property
     def eager_name(self) -> str:
@@ -118,10 +126,11 @@ class Problem:
 
         module = copy.deepcopy(self.ours).double()
         inputs, grads = self.samples[0]
-        wide = [t.detach().double().requires_grad_() for t in inputs], [t.double() for t in grads]
+        trained = "fwd+bwd" in self.case.modes
+        inputs, grads = [t.detach().double().requires_grad_(trained) for t in inputs], [t.double() for t in grads]
         with seqfuse.backend("reference"), torch.enable_grad():
-            problem = Problem(self.case, "fp64", module, module, [wide])
-            return [t.detach() for t in problem.run(module, list(module.parameters()), "fwd+bwd")]
+            found = self.case.truth_of(module, inputs, list(module.parameters()), grads)
+            return [t.detach() for t in found]
 
 
 def flatten(out) -> list[torch.Tensor]:

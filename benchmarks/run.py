@@ -153,7 +153,7 @@ class Runner:
         clock = harness.timer(self.options.device, case.bytes("fwd", size))
         problem = case.build(self.options.device, dtype, clock.sets)
         truth = problem.truth()
-        for mode in self.options.modes:
+        for mode in [m for m in self.options.modes if m in case.modes]:
             self.rows += self._group(problem, dtype, mode, truth, clock)
 
     def _group(self, problem: Problem, dtype: str, mode: str, truth, clock) -> list[Row]:

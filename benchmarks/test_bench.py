@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc):
         for case in registry.find()
         if DEVICE in case.devices and (case.quick or everything)
         for dtype in case.dtypes(DEVICE)
-        for mode in registry.MODES
+        for mode in case.modes
     ]
     metafunc.parametrize("case,dtype,mode", rows, ids=[f"{c.id}-{d}-{m}" for c, d, m in rows], scope="module")
 

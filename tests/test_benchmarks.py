@@ -47,8 +47,9 @@ TINY = [
     recurrent.Recurrent("rnn", T=3, B=1, H=4),
     *(
         attention.AttentionCase("attention", kind=k, B=2, H=2, T=19, D=8, window=5)
-        for k in ("causal", "window", "bias")
+        for k in ("causal", "window", "bias", "biases", "softcap")
     ),
+    attention.DecodeCase("attention_decode", B=2, H=4, Hkv=2, T=19, D=8),
 ]
 
 
@@ -87,8 +88,9 @@ class TestRegistry:
 
     @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
     def test_work_and_traffic(self, case):
-        assert 0 < case.flops("fwd") < case.flops("fwd+bwd") < math.inf
-        assert 0 < case.bytes("fwd", 2) < case.bytes("fwd", 4) < case.bytes("fwd+bwd", 4)
+        assert 0 < case.flops("fwd") < math.inf and 0 < case.bytes("fwd", 2) < case.bytes("fwd", 4)
+        if "fwd+bwd" in case.modes:
+            assert case.flops("fwd") < case.flops("fwd+bwd") and case.bytes("fwd", 4) < case.bytes("fwd+bwd", 4)
         slow = case.op == "linear_cross_entropy" and products.SLOW_BF16  # ATen's products would take minutes a call
         assert set(case.dtypes("cpu")) == ({"fp32"} if slow else {"fp32", "bf16"}) and "fp16" in case.dtypes("cuda")
 
@@ -108,7 +110,9 @@ class TestRegistry:
         for op in ("gru", "lstm", "rnn"):
             assert {f"{op}/{n}" for n in ("T64-B32-H512", "T128-B16-H256", "T256-B1-H512", "T64-B4-H320")} <= ids
         sizes = {f"T{T}-D{D}" for T in (256, 1024, 2048, 4096) for D in (64, 128)}
-        assert sizes <= {i.split("H8-")[-1].split("H4-")[-1] for i in ids if i.startswith("attention/causal")}
+        for kind in ("causal", "dense"):
+            assert sizes <= {i.split("H8-")[-1].split("H4-")[-1] for i in ids if i.startswith(f"attention/{kind}")}
+        assert {f"attention/{kind}-B1-H8-T16384-D128" for kind in ("causal", "dense")} <= ids
         assert {"attention/window-B1-H4-T4096-D64", "attention/bias-B1-H8-T2048-D64"} <= ids
 
     def test_find(self):
@@ -118,8 +122,7 @@ class TestRegistry:
         for name in registry.SUITES:
             assert any(c.quick for c in registry.find([name]))
 
-    @pytest.mark.parametrize("case", TINY, ids=lambda c: c.id)
-    @pytest.mark.parametrize("mode", registry.MODES)
+    @pytest.mark.parametrize("case,mode", [(c, m) for c in TINY for m in c.modes], ids=lambda v: getattr(v, "id", v))
     def test_contenders_agree(self, case, mode):
         problem = case.build("cpu", "fp32")
         names = problem.result_names(mode)
@@ -132,6 +135,18 @@ class TestRegistry:
             assert gate.judge(results, truth, yardstick, names, case.worst).wrong is None
             assert (choice is not None) == bool(contender.asked)
         assert described == contenders.describe(problem, mode) and described.grad == (mode == "fwd+bwd")
+
+    def test_the_kernels_below_pytorchs_op_compete_on_a_gpu(self):
+        """Flash attention by name also runs here, and the truth is found head by head."""
+        case = attention.AttentionCase("attention", B=2, H=2, T=19, D=8, devices=("cuda",))
+        problem = case.build("cpu", "fp32")
+        found = {c.name: c for c in contenders.others(problem, "fwd+bwd")}
+        assert list(found) == ["SDPA flash", "SDPA cuDNN", "FlexAttention compiled"]
+        names, truth = problem.result_names("fwd+bwd"), problem.truth()
+        whole = registry.Case.truth_of(case, problem.ours, *problem.samples[0][:1], [], problem.samples[0][1])
+        yardstick = contenders.call_once(contenders.eager(problem, "fwd+bwd"), "attention")[0]
+        for results in (contenders.call_once(found["SDPA flash"], "attention")[0], [t.detach() for t in whole]):
+            assert gate.judge(results, truth, yardstick, names, case.worst).wrong is None
 
     def test_data_is_random_and_repeatable(self):
         first, again = (TINY_NORM.build("cpu", "fp32", sets=2) for _ in range(2))
