@@ -18,6 +18,7 @@ from . import attention_plan, common
 from .attention_backward import bias_kernel, key_kernel, query_kernel, row_kernel
 from .attention_forward import forward_kernel
 from .attention_options import Options, Plane, Rows
+from .dropout import drop_below
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -65,10 +66,7 @@ def _options(
     scale, window_left, window_right, top_left, softcap, dropout_p,
 ) -> Options:  # fmt: skip
     slopes, slopes_b = slopes_of(alibi_slopes)
-    threshold = int(dropout_p * 2**32)
-    drop = None
-    if threshold > 0:  # a word of the generator below it drops its weight; the kernels compare with threshold - 1
-        drop = threshold - 1 if threshold <= 2**31 else threshold - 1 - 2**32
+    drop = drop_below(dropout_p)
     whole = [None if t is None else t.contiguous() for t in (key_lengths, cu_seqlens_q, cu_seqlens_k, query_start)]
     return Options(
         bias=_plane(bias, keys), mask=_plane(mask, keys), slopes=slopes, slopes_b=slopes_b,

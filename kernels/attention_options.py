@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import dropout
 from .rnn_cells import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -225,20 +226,7 @@ def scores(qk, o, b, h, i, j, queries, keys, shift, EDGE: tl.constexpr):
 
 @triton.jit
 def kept(o, b, h, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights dropout keeps, as int8 [BLOCK_M, BLOCK_N]: reference/attention.py, dropout_keep. j0 % 4 == 0.
-
-    One counter gives the words of four neighbouring keys. Computed once and put side by side, they cost a quarter of
-    Philox's 80 integer instructions an element and one trip of a byte an element through shared memory.
-    """
+    """Which weights dropout keeps, as int8 [BLOCK_M, BLOCK_N]: reference/attention.py, dropout_keep. j0 % 4 == 0."""
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
     j4 = (j0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    zero = tl.zeros([1, 1], tl.int32)
-    w0, w1, w2, w3 = tl.philox(tl.load(o.seed), j4 + zero, i + zero, h + zero, b + zero)
-    below = tl.full([], o.drop_below, tl.int32).to(tl.uint32, bitcast=True)
-    k0, k1, k2, k3 = (
-        (w0 > below).to(tl.int8),
-        (w1 > below).to(tl.int8),
-        (w2 > below).to(tl.int8),
-        (w3 > below).to(tl.int8),
-    )
-    return tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), [BLOCK_M, BLOCK_N])
+    return dropout.kept(o.seed, o.drop_below, j4, i, h, b, BLOCK_M, BLOCK_N)

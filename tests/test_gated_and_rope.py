@@ -32,8 +32,8 @@ def pytorch(activation):
     return lambda gate, up: F.gelu(gate, approximate=("none", "tanh")[activation - 1]) * up
 
 
-def check_gated(activation, gate, up, upstream):
-    with seqfuse.backend("cpu"):
+def check_gated(activation, gate, up, upstream, backend="cpu"):
+    with seqfuse.backend(backend):
         got = run(CALLS[activation], (gate, up), upstream)
     exact = run(lambda *a: reference.gated(*a, activation), (gate, up), upstream, torch.float64)
     theirs = run(pytorch(activation), (gate, up), upstream)
@@ -114,9 +114,9 @@ def tables(positions, half):
     return angles.cos(), angles.sin()
 
 
-def check_rope(x, cos, sin, **options):
+def check_rope(x, cos, sin, backend="cpu", **options):
     def call(x):
-        with seqfuse.backend("cpu"):
+        with seqfuse.backend(backend):
             return seqfuse.ops.rope(x, cos, sin, **options)
 
     def plain(x):

@@ -15,7 +15,18 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton_aot as aot
 
-from seqfuse.kernels import common, cross_entropy, layer_norm, rnn, rnn_persistent, rnn_plan, rnn_step, rnn_tile
+from seqfuse.kernels import (
+    common,
+    cross_entropy,
+    gated,
+    layer_norm,
+    rnn,
+    rnn_persistent,
+    rnn_plan,
+    rnn_step,
+    rnn_tile,
+    rope,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler in this process"
@@ -25,12 +36,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = (80, 89, 90, 120)
 
 
-def layer_norm_call(m, n, dtype, param_dtype=None, residual=True):
+def layer_norm_call(m, n, dtype, param_dtype=None, residual=True, p=0.0, rms=False):
     def call():
         x = torch.empty(m, n, dtype=dtype, device="meta")
         w = torch.empty(n, dtype=param_dtype or dtype, device="meta")
-        y, s, mean, rstd = layer_norm.layer_norm_fwd(x, x if residual else None, w, w, 1e-5)
-        layer_norm.layer_norm_bwd(y, y if residual else None, x, w, mean, rstd, True, True)
+        r, bias = x if residual else None, None if rms else w
+        options = torch.empty(1, dtype=torch.int64, device="meta") if p else None, p, rms, p > 0
+        y, s, mean, rstd = layer_norm.layer_norm_fwd(x, r, w, bias, 1e-5, *options)
+        layer_norm.layer_norm_bwd(y, r, x, w, mean, rstd, True, not rms, residual, *options)
 
     return call
 
@@ -45,6 +58,26 @@ def loss_call(vocabulary, dtype, every=False, backward=False):
         options = (cw, rows, rows if backward else None, logits, -100, 0.1, 30.0, 1e-4)
         plain = (None, rows[:1], rows if backward else None, logits, -100, 0.0, 0.0, 0.0)
         cross_entropy.cross_entropy_rows(logits, target, *(options if every else plain))
+
+    return call
+
+
+def gated_call(columns, dtype, activation):
+    def call():
+        both = torch.empty(1024, 2 * columns, dtype=dtype, device="meta")
+        gate, up = both.chunk(2, -1)
+        gated.gated_bwd(gated.gated_fwd(gate, up, activation), gate, up, activation)
+
+    return call
+
+
+def rope_call(dim, half, dtype, interleaved=False, positions=False):
+    def call():
+        x = torch.empty(4, 2048, 32, dim, dtype=dtype, device="meta").transpose(1, 2)
+        table = torch.empty(4096, half, dtype=torch.float32, device="meta")
+        given = torch.empty(4, 2048, dtype=torch.int64, device="meta") if positions else None
+        for inverse in (False, True):
+            rope.rope(x, table, table, given, 0, interleaved, inverse)
 
     return call
 
@@ -98,10 +131,21 @@ def table():
     yield "ln-bf16-32768", layer_norm_call(4096, 32768, BF16), (80, 90)
     yield "ln-fp32-16384", layer_norm_call(4096, 16384, FP32), (80,)
     yield "ln-bf16-65536", layer_norm_call(4096, 65536, BF16), ARCHS
+    yield "rms-bf16-4096", layer_norm_call(4096, 4096, BF16, rms=True), ARCHS
+    yield "rms-fp32-65536", layer_norm_call(4096, 65536, FP32, rms=True), (90,)
+    yield "ln-bf16-4096-dropout", layer_norm_call(4096, 4096, BF16, p=0.1), (80, 90)
+    yield "ln-fp32-1008-dropout", layer_norm_call(4096, 1008, FP32, p=0.1), (90, 120)
+    yield "rms-bf16-8192-dropout", layer_norm_call(4096, 8192, BF16, p=0.1, rms=True), (90,)
     yield "loss-bf16-128256", loss_call(128256, BF16), ARCHS
     yield "loss-bf16-50257-options", loss_call(50257, BF16, every=True), (80, 90)
     yield "loss-fp32-32000-options", loss_call(32000, FP32, every=True), (90,)
     yield "loss-fp16-32000-backward", loss_call(32000, FP16, every=True, backward=True), (90,)
+    yield "swiglu-bf16-14336", gated_call(14336, BF16, 0), ARCHS
+    yield "geglu-fp16-11008", gated_call(11008, FP16, 1), (90,)
+    yield "geglu-tanh-fp32-3073", gated_call(3073, FP32, 2), (80, 90)
+    yield "rope-bf16-128", rope_call(128, 64, BF16), ARCHS
+    yield "rope-fp32-256-interleaved", rope_call(256, 128, FP32, interleaved=True, positions=True), (90,)
+    yield "rope-fp16-80-part", rope_call(80, 16, FP16, positions=True), (80, 90)
     # tile tier
     yield "lstm-bf16-128", rnn_call("lstm", 32, 128, BF16), (80, 90)
     yield "gru-bf16-104", rnn_call("gru", 32, 104, BF16), (90,)
@@ -152,10 +196,10 @@ def failures(compiled, wrong):
 
 def test_every_kernel_is_compiled(compiled):
     """Jitted functions are kernels, named so, or helpers that a kernel calls."""
-    modules = (cross_entropy, layer_norm, rnn_tile, rnn_step, rnn_persistent)
+    modules = (cross_entropy, gated, layer_norm, rnn_tile, rnn_step, rnn_persistent, rope)
     names = {n for m in modules for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
     kernels = {n for n in names if n.endswith("_kernel")}
-    assert len(kernels) == 13
+    assert len(kernels) == 16
     for arch in ARCHS:
         assert {job.kernel for job in compiled if job.arch == arch} == kernels, f"not all for sm_{arch}"
 

@@ -59,7 +59,8 @@ def layer_norm(
     def run():
         y, s, mean, rstd = ln.layer_norm_fwd(x, r, w, b, eps)
         normalised = s if residual else x
-        return y, s, mean, rstd, *ln.layer_norm_bwd(dy, dsum, normalised, w, mean, rstd, weight, bias)
+        dx, _, *parameters = ln.layer_norm_bwd(dy, dsum, normalised, w, mean, rstd, weight, bias)
+        return y, s, mean, rstd, dx, *parameters
 
     y, s, mean, rstd, dx, dw, db = results = run()
     if repeat:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from seqfuse import explanation, nn
-from seqfuse.interop import hf_attention
+from seqfuse.interop import hf_attention, hf_layers
 
 
 def _nothing(module) -> None:
@@ -60,21 +60,32 @@ def fuse(
     model: torch.nn.Module,
     include: Iterable[str | type] | None = None,
     exclude: Iterable[str | type] | None = None,
+    fuse_loss: bool = False,
 ) -> torch.nn.Module:
     """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, RMSNorm, MultiheadAttention
     and TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
     Hugging Face models (without include) change their attention implementation to "seqfuse", unless their class is in
-    exclude.
+    exclude; RMSNorm and gated MLPs of the families in interop/hf_layers.py are replaced like torch.nn's modules.
+    fuse_loss: GPT2LMHeadModel and LlamaForCausalLM, called with labels, compute the loss without ever holding the
+    logits, and return logits=None. Raises ValueError where the model has neither.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
     a forward of their own and scripted modules are left alone. A module already fused stays as it is.
     """
     wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
     rules = {rule.original: rule for rule in RULES}
     banned = [p for p in ([exclude] if isinstance(exclude, (str, type)) else exclude or ()) if isinstance(p, type)]
-    for path, module in _modules(model, "fuse"):
+    modules = _modules(model, "fuse")
+    if fuse_loss and not hf_layers.has_a_loss_to_fuse(model):
+        known = " and ".join(sorted(hf_layers.CAUSAL_LMS))
+        raise ValueError(
+            f"fuse: fuse_loss=True knows the loss of {known}, and {type(model).__name__} has neither in it"
+        )
+    for path, module in modules:
         rule = rules.get(_plain_class(module))
+        if (fused := hf_layers.fused_class(module, fuse_loss)) is not None:
+            rule = Rule(type(module), fused)
         if rule is None or "forward" in module.__dict__:
             continue
         if (include is not None and not wanted(path, rule)) or unwanted(path, rule):
@@ -93,6 +104,8 @@ def unfuse(model: torch.nn.Module) -> torch.nn.Module:
     rules = {rule.fused: rule for rule in RULES}
     for path, module in _modules(model, "unfuse"):
         rule = rules.get(_plain_class(module))
+        if (original := hf_layers.original_class(module)) is not None:
+            rule = Rule(original, type(module))
         beyond = getattr(module, "beyond_torch", tuple)()
         if rule is not None and beyond:
             where = path or "the model"

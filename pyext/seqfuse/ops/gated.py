@@ -100,8 +100,14 @@ def _fake_bwd(dy, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-library.register_fake("gated_fwd", _fake_fwd)
-library.register_fake("gated_bwd", _fake_bwd)
+library.register_op(
+    "gated_fwd", "(Tensor gate, Tensor up, int activation) -> Tensor", _fake_fwd,
+    library.launcher("gated", "gated_fwd"),
+)  # fmt: skip
+library.register_op(
+    "gated_bwd", "(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor dgate, Tensor dup)", _fake_bwd,
+    library.launcher("gated", "gated_bwd"),
+)  # fmt: skip
 
 # Elements from which our kernel was measured no slower on a CPU than PyTorch's ops, by activation (two threads, AVX2:
 # docs/losses.md). Below, reaching it costs more than it saves.
@@ -117,6 +123,9 @@ def _cpu_prefers(case: GatedCase) -> str | None:
 dispatch.register(
     "gated",
     dispatch.Backend("cpu", *library.pair("gated"), lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
+    dispatch.Backend("triton", *library.pair("gated", "seqfuse_triton"),
+                     lambda c: library.triton_refusal(c.device, c.dtype), library.interpreter_is_for_tests,
+                     note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", _torch_gated, None, note="PyTorch's own activation and product"),
     dispatch.Backend("reference", reference.gated, None),
-)
+)  # fmt: skip

@@ -249,17 +249,16 @@ def _fake_bwd(
     return s.new_empty(s.shape), dresidual, dweight, param.new_empty(cols if want_dbias else 0)
 
 
-def _triton_fwd(x, residual, weight, bias, eps, *_options):
+def _triton_fwd(x, residual, weight, bias, eps, *options):
     rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
-    y, s, mean, rstd = library.launcher("layer_norm", "layer_norm_fwd")(*rows, weight, bias, eps)
-    return y.view(x.shape), s if residual is None else s.view(x.shape), mean, rstd
+    y, s, mean, rstd = library.launcher("layer_norm", "layer_norm_fwd")(*rows, weight, bias, eps, *options)
+    return y.view(x.shape), s.view(x.shape) if s.numel() else s, mean, rstd
 
 
-def _triton_bwd(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, *_options):
+def _triton_bwd(dy, dsum, s, weight, mean, rstd, *rest):
     rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, dsum, s)]
-    wanted = want_dweight, want_dbias
-    dx, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, weight, mean, rstd, *wanted)
-    return dx.view(s.shape), s.new_empty(0), dweight, dbias
+    dx, dr, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, weight, mean, rstd, *rest)
+    return dx.view(s.shape), dr.view(s.shape) if dr.numel() else dr, dweight, dbias
 
 
 library.register_op(
@@ -281,7 +280,7 @@ library.register_op(
 
 def _only_plain(case: LayerNormCase) -> str | None:
     if case.rms or case.dropout or case.zero_centered:
-        return "the GPU kernels have no rms_norm, dropout or zero-centred weight yet"
+        return "the CUDA C++ kernels have no rms_norm, dropout or zero-centred weight yet"
     return None
 
 
@@ -319,7 +318,7 @@ BACKENDS = (
     dispatch.Backend(
         "triton",
         *library.pair("layer_norm", "seqfuse_triton"),
-        lambda c: library.triton_refusal(c.device, c.dtype) or _only_plain(c),
+        lambda c: library.triton_refusal(c.device, c.dtype),
         library.interpreter_is_for_tests,
         note=library.NOT_RUN_ON_GPU,
     ),

@@ -83,12 +83,17 @@ def register_fake(name: str, fake) -> None:
         torch.library.register_fake(f"seqfuse::{name}", fake)
 
 
-def register_op(name: str, schema: str, fake, launch) -> None:
-    """Register the fake of torch.ops.seqfuse.NAME, and a Triton launcher as torch.ops.seqfuse_triton.NAME."""
+def register_triton(name: str, schema: str, fake, launch) -> None:
+    """Register a Triton launcher as torch.ops.seqfuse_triton.NAME."""
     _triton.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _triton.impl(name, launch, "CUDA")
     _triton.impl(name, launch, "CPU")  # the interpreter
     torch.library.register_fake(f"seqfuse_triton::{name}", fake, lib=_triton)
+
+
+def register_op(name: str, schema: str, fake, launch) -> None:
+    """Register the fake of torch.ops.seqfuse.NAME, and a Triton launcher with the same schema."""
+    register_triton(name, schema, fake, launch)
     register_fake(name, fake)
 
 

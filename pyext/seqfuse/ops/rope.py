@@ -55,8 +55,8 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
     if backend.bwd is None:
         y = backend.fwd(x, *args)
         return x.copy_(y) if inplace else y
-    if inplace and x.stride(3) in (1, 0) and backend.name == "cpu":
-        torch.ops.seqfuse.rope.default(x, *args, x)
+    if inplace and x.stride(3) == 1:
+        _INTO[backend.name](x, *args, x)
         return x
     y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
     return x.copy_(y) if inplace else y
@@ -122,12 +122,17 @@ def _new_rope(x, cos, sin, positions, offset, interleaved, inverse):
     return y
 
 
-library.register_composed(
-    "rope",
-    "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor",
-    lambda x, *_: torch.empty_like(x),
-    _new_rope,
-)
+_SCHEMA = "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor"
+_triton_rope = library.kernel("rope", "seqfuse_triton")
+_INTO = {"cpu": library.kernel("rope"), "triton": library.launcher("rope", "rope")}  # with y, which may be x itself
+
+
+def _fake(x, *_):
+    return torch.empty_like(x)
+
+
+library.register_composed("rope", _SCHEMA, _fake, _new_rope)
+library.register_triton("rope", _SCHEMA, _fake, library.launcher("rope", "rope"))
 
 
 def _cpu_prefers(case: RopeCase) -> str | None:
@@ -139,6 +144,8 @@ def _cpu_prefers(case: RopeCase) -> str | None:
 dispatch.register(
     "rope",
     dispatch.Backend("cpu", _cpu_rope, _cpu_rope, lambda c: library.cpu_refusal(c.device, c.dtype), _cpu_prefers),
+    dispatch.Backend("triton", _triton_rope, _triton_rope, lambda c: library.triton_refusal(c.device, c.dtype),
+                     library.interpreter_is_for_tests, note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", reference.rope, None, note="plain PyTorch"),
     dispatch.Backend("reference", reference.rope, None),
-)
+)  # fmt: skip
