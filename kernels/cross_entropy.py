@@ -1,4 +1,4 @@
-"""Loss and gradient of rows of logits, in place: what linear_cross_entropy runs between its GEMMs.
+"""Loss and gradient of rows of logits, in place: what linear_cross_entropy and kl_loss run between their GEMMs.
 
 Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
 
@@ -9,7 +9,8 @@ Interpreted and compiled for sm_80 ... sm_120; never yet run on a GPU.
 
 Memory traffic allowed, for V elements of e bytes a row: read the row (e V), write the gradient in its place (e V). The
 second read comes from the L2 where the rows in flight fit there (an H100: 50 MB, a few rows of e V bytes on each of 132
-multiprocessors); at V = 128k in bf16 they may not, and then it is 3 e V: to be measured.
+multiprocessors); at V = 128k in bf16 they may not, and then it is 3 e V: to be measured. kl_loss: the same, and the
+teacher's row.
 One program takes one row; statistics are fp32, each lane keeps its own largest value and sum until the row's end.
 A target out of range gives NaN: a check would have to wait for the device.
 """
@@ -138,3 +139,79 @@ def cross_entropy_rows(
     with common.on_device(logits):
         common.launch(cross_entropy_rows_kernel, (rows,), *args, **flags, BLOCK=block, num_warps=8)
     return loss, made
+
+
+@triton.jit
+def kl_rows_kernel(
+    student_ptr, teacher_ptr, keep_ptr, scale_ptr, loss_ptr, dstudent_ptr, V, temperature,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss = t^2 sum_j p_j (log p_j - log q_j), dstudent_j = scale t (q_j - p_j); p, q: softmax of logits / t."""
+    row = tl.program_id(0).to(tl.int64)
+    base = row * V
+    lanes = tl.arange(0, BLOCK)
+    keep = True
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + row) != 0
+    top_q = tl.full([BLOCK], float("-inf"), tl.float32)
+    top_p = tl.full([BLOCK], float("-inf"), tl.float32)
+    total_q = tl.zeros([BLOCK], tl.float32)
+    total_p = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)  # sum of exp(teacher) (teacher - student)
+    for start in range(0, V, BLOCK):
+        cols = start + lanes
+        mask = cols < V
+        q = tl.load(student_ptr + base + cols, mask, other=float("-inf")).to(tl.float32) / temperature
+        p = tl.load(teacher_ptr + base + cols, mask, other=float("-inf")).to(tl.float32) / temperature
+        larger = tl.maximum(top_q, q)
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total_q = total_q * tl.exp(top_q - shift) + tl.exp(q - shift)
+        top_q = larger
+        larger = tl.maximum(top_p, p)
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        shrink = tl.exp(top_p - shift)
+        e = tl.exp(p - shift)
+        total_p = total_p * shrink + e
+        weighted = weighted * shrink + tl.where(e == 0.0, 0.0, e * (p - q))  # a word without weight may be -inf
+        top_p = larger
+    largest = tl.max(top_q, axis=0)
+    lse_q = largest + tl.log(tl.sum(total_q * tl.exp(top_q - largest), axis=0))
+    largest = tl.max(top_p, axis=0)
+    shrink = tl.exp(top_p - largest)
+    sum_p = tl.sum(total_p * shrink, axis=0)
+    lse_p = largest + tl.log(sum_p)
+    loss = temperature * temperature * (tl.sum(weighted * shrink, axis=0) / sum_p - (lse_p - lse_q))
+    tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
+    if GRADIENT:
+        factor = tl.load(scale_ptr) * temperature
+        for start in range(0, V, BLOCK):
+            cols = start + lanes
+            mask = cols < V
+            q = tl.load(student_ptr + base + cols, mask, other=0.0).to(tl.float32) / temperature
+            p = tl.load(teacher_ptr + base + cols, mask, other=0.0).to(tl.float32) / temperature
+            d = factor * (tl.exp(q - lse_q) - tl.exp(p - lse_p))
+            tl.store(dstudent_ptr + base + cols, tl.where(keep, d, 0.0).to(dstudent_ptr.dtype.element_ty), mask)
+
+
+def kl_rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    dstudent: torch.Tensor | None,
+    temperature: float,
+) -> torch.Tensor:
+    """student, teacher: logits [N, V] contiguous, fp32 / bf16 / fp16; keep: bool [N], rows that count; scale [1] fp32.
+
+    Returns loss [N] fp32; with `scale` the gradient goes into dstudent [N, V], which may be student itself.
+    """
+    rows, vocabulary = student.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=student.device)
+    if not rows:
+        return loss
+    keep = None if keep is None else keep.view(torch.uint8)
+    block = min(_BLOCK, common.next_power_of_2(vocabulary))
+    with common.on_device(student):
+        common.launch(kl_rows_kernel, (rows,), student, teacher, keep, scale, loss, dstudent, vocabulary, temperature,
+                      GRADIENT=scale is not None, BLOCK=block, num_warps=8)  # fmt: skip
+    return loss

@@ -83,7 +83,7 @@ def test_double_backward_compile_and_opcheck():
         assert_accurate(a, b, c)
     op = torch.ops.seqfuse_composed.kl.default
     for scale in (None, torch.ones(1)):
-        torch.library.opcheck(op, (*tensors, mask, scale, 1.0))
+        torch.library.opcheck(op, (*tensors, mask, scale, 1.0, "cpu"))
 
 
 def test_bad_input_gets_one_sentence():

@@ -1,13 +1,16 @@
-"""The Triton row kernel under cross_entropy and linear_cross_entropy, interpreted, by the checks of test_losses.py."""
+"""The Triton row kernels under cross_entropy, linear_cross_entropy and kl_loss, interpreted, by the CPU's checks."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import test_distillation as distillation
 import test_losses as losses
 
+import seqfuse
 from seqfuse.kernels import cross_entropy
+from seqfuse.testing import assert_accurate
 
 pytestmark = pytest.mark.interpret
 
@@ -28,3 +31,31 @@ def test_a_target_out_of_range_gives_nan():
     target = torch.tensor([1, 9, -100])
     loss, _ = cross_entropy.cross_entropy_rows(torch.randn(3, 5), target, None, None, None, None, -100, 0.0, 0.0, 0.0)
     assert loss.isnan().tolist() == [False, True, False] and loss[2] == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("block", [16, 4096], ids=["several-blocks", "one-block"])
+def test_kl_keeps_the_error_rule(dtype, block, masked, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_BLOCK", block)
+    tensors, mask = distillation.sample(dtype)
+    mask = mask if masked else None
+
+    def ours(*tensors):
+        with seqfuse.backend("triton"):
+            return seqfuse.ops.kl_loss(*tensors, mask=mask, temperature=2.0)
+
+    call = distillation.plain(mask, 2.0, "mean")
+    exact, theirs = (distillation.run(call, tensors, d) for d in (torch.float64, None))
+    for a, b, c in zip(distillation.run(ours, tensors), exact, theirs, strict=True):
+        assert_accurate(a, b, c, dims=(0,) if a.dim() == 2 else (), dtype=dtype)
+
+
+def test_kl_where_the_teacher_excludes_words():
+    student, teacher = torch.randn(3, 40), torch.randn(3, 40)
+    teacher[:, 5:9] = float("-inf")
+    gradient = torch.empty_like(student)
+    loss = cross_entropy.kl_rows(student, teacher, None, torch.ones(1), gradient, 1.0)
+    p, q = teacher.double().softmax(1), student.double().softmax(1)
+    assert_accurate(loss, torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(1))
+    assert_accurate(gradient, q - p, dims=(0,))

@@ -62,6 +62,16 @@ def loss_call(vocabulary, dtype, every=False, backward=False):
     return call
 
 
+def kl_call(vocabulary, dtype, masked=True):
+    def call():
+        logits = torch.empty(2, 1024, vocabulary, dtype=dtype, device="meta")
+        keep = torch.empty(1024, dtype=torch.bool, device="meta") if masked else None
+        scale = torch.empty(1, dtype=torch.float32, device="meta")
+        cross_entropy.kl_rows(*logits, keep, scale, logits[0], 2.0)
+
+    return call
+
+
 def gated_call(columns, dtype, activation):
     def call():
         both = torch.empty(1024, 2 * columns, dtype=dtype, device="meta")
@@ -140,6 +150,8 @@ def table():
     yield "loss-bf16-50257-options", loss_call(50257, BF16, every=True), (80, 90)
     yield "loss-fp32-32000-options", loss_call(32000, FP32, every=True), (90,)
     yield "loss-fp16-32000-backward", loss_call(32000, FP16, every=True, backward=True), (90,)
+    yield "kl-bf16-128256", kl_call(128256, BF16), ARCHS
+    yield "kl-fp32-50257", kl_call(50257, FP32, masked=False), (90,)
     yield "swiglu-bf16-14336", gated_call(14336, BF16, 0), ARCHS
     yield "geglu-fp16-11008", gated_call(11008, FP16, 1), (90,)
     yield "geglu-tanh-fp32-3073", gated_call(3073, FP32, 2), (80, 90)
@@ -199,7 +211,7 @@ def test_every_kernel_is_compiled(compiled):
     modules = (cross_entropy, gated, layer_norm, rnn_tile, rnn_step, rnn_persistent, rope)
     names = {n for m in modules for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
     kernels = {n for n in names if n.endswith("_kernel")}
-    assert len(kernels) == 16
+    assert len(kernels) == 17
     for arch in ARCHS:
         assert {job.kernel for job in compiled if job.arch == arch} == kernels, f"not all for sm_{arch}"
 

@@ -45,7 +45,7 @@ def kl_loss(x, weight, teacher_x, teacher_weight, *, mask=None, temperature=1.0,
     tensors = rows, weight, teacher_rows, teacher_weight.detach(), mask
     if name == "reference":
         return reference.kl(*tensors, float(temperature)).sum() * scale
-    args = (*tensors, scale, float(temperature), grad)
+    args = (*tensors, scale, float(temperature), name, grad)
     return apply(KlFunction, *args)[0] if grad else KlFunction.forward(*args)[0]
 
 
@@ -53,27 +53,27 @@ class KlFunction(torch.autograd.Function):
     """Gradients are made in the forward pass, while the logits are there; see LossFunction of cross_entropy."""
 
     @staticmethod
-    def forward(x, weight, teacher_x, teacher_weight, mask, scale, temperature, grad):
+    def forward(x, weight, teacher_x, teacher_weight, mask, scale, temperature, name, grad):
         own = scale.reshape(1) if grad else None
-        losses, dx, dweight = _kernel(x, weight, teacher_x, teacher_weight, mask, own, temperature)
+        losses, dx, dweight = _kernel(x, weight, teacher_x, teacher_weight, mask, own, temperature, name)
         return losses.sum() * scale, dx, dweight
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, temperature, _ = inputs
+        *tensors, temperature, name, _ = inputs
         _, *grads = output
         ctx.mark_non_differentiable(*grads)
         ctx.set_materialize_grads(False)
-        ctx.call = temperature, traced()
+        ctx.call = temperature, name, traced()
         ctx.save_for_backward(*tensors, *(grads if traced() else ()))
         ctx.grads = None if traced() else grads
 
     @staticmethod
     def backward(ctx, dloss, *_):
         *inputs, scale = ctx.saved_tensors[:6]
-        temperature, was_traced = ctx.call
+        temperature, name, was_traced = ctx.call
         if dloss is None:
-            return (None,) * 8
+            return (None,) * 9
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loss = reference.kl(*inputs, temperature).sum() * scale
             grads = differentiable_gradients([loss], [dloss], inputs[:2])
@@ -82,12 +82,12 @@ class KlFunction(torch.autograd.Function):
         else:
             grads, ctx.grads = ctx.grads, None
             if grads is None:  # a second backward pass
-                grads = _kernel(*inputs, scale.reshape(1), temperature)[1:]
+                grads = _kernel(*inputs, scale.reshape(1), temperature, name)[1:]
             grads = [g.mul_(dloss) for g in grads]
-        return *(g if w else None for g, w in zip(grads, ctx.needs_input_grad[:2], strict=True)), *(None,) * 6
+        return *(g if w else None for g, w in zip(grads, ctx.needs_input_grad[:2], strict=True)), *(None,) * 7
 
 
-def _fake(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
+def _fake(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
     grads = (t.new_empty(0 if scale is None else t.shape) for t in (x, weight))
     return x.new_empty(x.shape[0], dtype=torch.float32), *grads
 
@@ -95,7 +95,7 @@ def _fake(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
 library.register_composed(
     "kl",
     "(Tensor x, Tensor weight, Tensor teacher_x, Tensor teacher_weight, Tensor? mask, Tensor? scale, "
-    "float temperature) -> (Tensor, Tensor, Tensor)",
+    "float temperature, str backend) -> (Tensor, Tensor, Tensor)",
     _fake,
     loss_blocks.kl,
 )
@@ -108,5 +108,7 @@ def _kernel(*args):
 dispatch.register(
     "kl_loss",
     dispatch.Backend("cpu", _kernel, _kernel, lambda c: library.cpu_refusal(c.device, c.dtype)),
+    dispatch.Backend("triton", _kernel, _kernel, lambda c: library.triton_refusal(c.device, c.dtype),
+                     library.interpreter_is_for_tests, note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("reference", reference.kl, None),
-)
+)  # fmt: skip

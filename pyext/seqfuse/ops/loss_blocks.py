@@ -77,8 +77,10 @@ def cross_entropy(
     return losses, log_sums, *grads
 
 
-def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
+def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
     """Losses [N] (float32), and with `scale` the gradients of sum(scale * loss) for x and weight (else empty)."""
+    triton = backend == "triton"
+    kernel = library.launcher("cross_entropy", "kl_rows") if triton else torch.ops.seqfuse.kl_rows.default
     dtype = x.dtype
     if products.widened(x):
         x, weight, teacher_x, teacher_weight = (t.float() for t in (x, weight, teacher_x, teacher_weight))
@@ -94,7 +96,7 @@ def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature):
         torch.mm(x[part], weight.t(), out=student)
         torch.mm(teacher_x[part], teacher_weight.t(), out=teacher)
         keep, gradient = None if mask is None else mask[part], None if scale is None else student
-        losses[part] = torch.ops.seqfuse.kl_rows.default(student, teacher, keep, scale, gradient, temperature)
+        losses[part] = kernel(student, teacher, keep, scale, gradient, temperature)
         if scale is not None:
             torch.mm(student, weight, out=dx[part])
             torch.addmm(dweight, student.t(), x[part], out=dweight)
