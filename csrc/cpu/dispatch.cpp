@@ -30,16 +30,16 @@
   X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
   X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
   X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
-  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                   \
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)       \
-  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)       \
   X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 // those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X)               \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward) \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                  \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)    \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward) \
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)    \
+  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
 namespace seqfuse {
 
