@@ -158,6 +158,11 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         lines.append(f"build {name}.gch: cxx {header}\n  flags = -w -x c++-header {' '.join(flags)}\n  level = {level}")
         return f"{name}.gch", ["-include", name]
 
+    # ninja begins at the top: what takes longest comes first, or it would be waited for at the end
+    for source in files["autograd"]:
+        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
+    for source in files["cuda"] if cuda else []:
+        compile_one("nvcc", source, nvcc_flags(Path(source).name))
     for level, isa in cpu_levels().items():
         flags = [*kernel_flags(), *isa, f"-DSEQFUSE_ISA={level}"]
         parsed, use_parsed = parse_once("csrc/cpu/vec.h", flags, level)  # the compiler's intrinsics, 0.7 s a file
@@ -168,8 +173,6 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
     for source in files["cpu"]:
         if Path(source).name in RUN_ONCE:
             compile_one("cxx", source, kernel_flags())
-    for source in files["cuda"] if cuda else []:
-        compile_one("nvcc", source, nvcc_flags(Path(source).name))
     binding_flags = [*cxx_flags(), *WARN, "-O1", *INCLUDES, *headers, *defines]
     parsed, use_parsed = parse_once("pyext/bindings/common.h", binding_flags)  # torch's: most of a binding's time
     for source in files["bindings"]:
@@ -177,8 +180,6 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
             compile_one("cxx", source, [*binding_flags, "-O0", built_with])
         else:
             compile_one("cxx", source, [*use_parsed, *binding_flags], needs=parsed)
-    for source in files["autograd"]:
-        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
     for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
         lines.append(f"build {targets[name].as_posix()}: link {' '.join(linked)}\n  flags = {' '.join(flags)}")
     return "\n".join(lines) + "\n"
