@@ -1,5 +1,7 @@
 """linear against the float64 reference: the CPU kernel at every instruction set, and the op as F.linear."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,12 @@ def test_auto(monkeypatch):
         assert "no gradient" in why_not_cpu(chosen(large[0], module.weight, module.bias))
         assert chosen(*large).backend == "cpu"  # nobody wants one
     assert chosen(*(t.double() for t in large)).backend == "torch"
+    monkeypatch.setitem(vars(sys.modules["seqfuse.ops.linear"]), "SLOW_BF16", False)  # ops.linear is the function
+    many = sample(5, 512, 512, torch.bfloat16)
+    assert "widened" in why_not_cpu(chosen(*many))
+    monkeypatch.setattr(native, "isa", lambda: "avx512_bf16")
+    seqfuse.dispatch.forget()
+    assert chosen(*many).backend == "cpu"
     monkeypatch.setattr(native, "isa", lambda: "baseline")
     seqfuse.dispatch.forget()
     assert "without AVX2" in why_not_cpu(chosen(*large))

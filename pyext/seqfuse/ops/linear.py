@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
+from seqfuse.ops.products import SLOW_BF16
 
 MOST_ROWS = 8  # csrc/include/seqfuse/linear.h
 
@@ -131,11 +132,14 @@ def _cpu_refusal(case: LinearCase) -> str | None:
 # AVX2 on (one and two threads: docs/linear.md). Either side must have _SIDE at least: a sum or a result is long then.
 _WORTH_IT = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
 _SIDE = 128
+_WIDENED_ROWS = 4
 
 
 def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
+    if case.dtype == torch.bfloat16 and case.rows > _WIDENED_ROWS and native.isa() != "avx512_bf16" and not SLOW_BF16:
+        return "for so many rows oneDNN was measured faster than bfloat16 that is widened"
     if min(case.inputs, case.outputs) >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None
     return "at this size PyTorch's own linear was measured faster"
