@@ -12,7 +12,8 @@ def bench(
     ops: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[OP]...", help="Ops (layer_norm, gru, ...) or suites (norms, losses, attention, recurrent)."
+            metavar="[OP]...",
+            help="Ops (layer_norm, gru, ...) or suites (norms, losses, projections, attention, recurrent).",
         ),
     ] = None,
     backend: Annotated[

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-SUITES = ("norms", "losses", "attention", "recurrent")
+SUITES = ("norms", "losses", "projections", "attention", "recurrent")
 MODES = ("fwd", "fwd+bwd")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}

@@ -3,6 +3,7 @@
 #include "seqfuse/cross_entropy.h"
 #include "seqfuse/gated.h"
 #include "seqfuse/layer_norm.h"
+#include "seqfuse/linear.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
@@ -35,10 +36,11 @@
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 // those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                  \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)    \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward) \
-  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)    \
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                   \
+  X(linear_forward_cpu, linear_forward, LinearForward) \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)     \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)  \
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)     \
   X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
 namespace seqfuse {
