@@ -51,16 +51,10 @@ SEQFUSE_INLINE vf load_terms_n(const bf16* p, int n) {
 
 template <class T>
 SEQFUSE_INLINE void add_products(vf& sum, vf w, vf x) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (sizeof(T) == 4)
     sum += w * x;
-  } else {
-#if defined(__AVX512BF16__)
-    sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-#else
-    sum += as_float(as_bits(w) << 16) * as_float(as_bits(x) << 16);
-    sum += as_float(as_bits(w) & 0xffff0000u) * as_float(as_bits(x) & 0xffff0000u);
-#endif
-  }
+  else
+    sum = add_dots(sum, as_bits(w), as_bits(x));
 }
 
 // What a tile multiplies: rows of weights with rows of the batch, `ld` elements apart, over K terms. Weights of unit i
