@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from seqfuse.models import files
-from seqfuse.models.base import MODELS, Config, Model, check_tokenizer, empty_model
+from seqfuse.models.base import Model, check_tokenizer, empty_model
+from seqfuse.models.config import MODELS, Config
 from seqfuse.models.files import CheckpointError
 
 __all__ = ["MODELS", "CheckpointError", "Config", "Model", "load"]

@@ -5,87 +5,16 @@ model.save("DIR")               # config.json, model.safetensors, tokenizer.json
 model = seqfuse.models.load("DIR")
 """
 
-import dataclasses
-import types
-import typing
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from torch import nn
 
 from seqfuse import ops
 from seqfuse.models import files
+from seqfuse.models.config import MODELS, Config
 from seqfuse.models.files import CheckpointError
-
-MODELS: dict[str, type["Model"]] = {}  # what "model" in a config.json may name; every subclass of Model enters itself
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Sizes and switches of a model: numbers, strings, None, or the config of a body within a head's.
-
-    vocab: how many tokens there are. bos_id, eos_id, pad_id: tokens with a meaning, or None. checkpoint: in training,
-    compute activations within a block again in the backward pass instead of keeping them.
-
-    A value of a wrong type or out of range raises ValueError with one sentence; so does an unknown key in from_dict.
-    """
-
-    model: ClassVar[str]  # the name of the class that it configures
-    encoder_decoder: ClassVar[bool] = False  # True: a source goes in and new tokens come out
-
-    vocab: int
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    checkpoint: bool = False
-
-    def __post_init__(self):
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is ClassVar:
-                continue
-            value = getattr(self, name)
-            self.require(_fits(hint, value), f"{name} must be {_describe(hint)}, got {value!r}")
-            if isinstance(value, (int, float)):
-                self.require(value >= 0, f"{name} must not be negative, got {value!r}")
-            if isinstance(value, int) and name.endswith("_id"):
-                self.require(value < self.vocab, f"{name} is {value}, but there are {self.vocab} tokens (vocab)")
-
-    def require(self, holds: bool, sentence: str) -> None:
-        if not holds:
-            raise ValueError(f"{type(self).__name__}: {sentence}")
-
-    def positive(self, *names: str) -> None:
-        for name in names:
-            self.require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)!r}")
-
-    def to_dict(self) -> dict:
-        """What from_dict takes: plain values, and "model", the name of the model's class."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"model": self.model} | {k: v.to_dict() if isinstance(v, Config) else v for k, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__}: expected keys and values, got {values!r}")
-        values = dict(values)
-        name = values.pop("model", None)
-        if cls is Config:  # of whichever model it names
-            if name not in MODELS:
-                raise ValueError(f'"model" must be one of {", ".join(sorted(MODELS))}, got {name!r}')
-            return MODELS[name].config_class.from_dict(values)
-        if name not in (None, cls.model):
-            raise ValueError(f'{cls.__name__}: "model" must be {cls.model!r}, got {name!r}')
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                raise ValueError(f"{cls.__name__}: unknown key {key!r}; there are {', '.join(sorted(fields))}")
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-        if required:
-            raise ValueError(f"{cls.__name__}: missing key {required[0]!r}")
-        if isinstance(values.get("body"), dict):
-            values["body"] = Config.from_dict(values["body"])
-        return cls(**values)
 
 
 class Model(nn.Module):
@@ -192,26 +121,3 @@ def check_tokenizer(model: Model, path: Path) -> None:
         raise CheckpointError(
             f"{path}: it has {tokens} tokens, but the model's embedding has {model.config.vocab} rows"
         )
-
-
-def _fits(hint, value) -> bool:
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint) and not isinstance(value, bool)
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_fits(h, value) for h in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, (tuple, list)) and all(_fits(typing.get_args(hint)[0], v) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_describe, typing.get_args(hint)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "None"}
-    return names.get(hint, str(getattr(hint, "__name__", hint)))
