@@ -7,9 +7,11 @@ import torch
 from seqfuse.models import files
 from seqfuse.models.base import Model, check_tokenizer, empty_model
 from seqfuse.models.config import MODELS, Config
+from seqfuse.models.decoder import Decoder, DecoderConfig
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.positions import RopeSettings
 
-__all__ = ["MODELS", "CheckpointError", "Config", "Model", "load"]
+__all__ = ["MODELS", "CheckpointError", "Config", "Decoder", "DecoderConfig", "Model", "RopeSettings", "load"]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
