@@ -10,7 +10,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-def read_config(values):
+def read_config(values, names):
     refuse(values, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     v = _DEFAULTS | values
     return DecoderConfig(

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from seqfuse.interop import gpt2, llama
+from seqfuse.interop import bert, gpt2, llama
 from seqfuse.interop.hf_table import to_ours, to_theirs
 from seqfuse.models import files
 from seqfuse.models.base import Model, empty_model
 from seqfuse.models.files import CheckpointError
 
-FAMILIES = {"gpt2": gpt2.FAMILY, "llama": llama.FAMILY}
+FAMILIES = {"bert": bert.FAMILY, "gpt2": gpt2.FAMILY, "llama": llama.FAMILY}
 
 
 def load(folder: Path, values: dict, dtype: torch.dtype | None = None) -> Model:
@@ -22,15 +22,14 @@ def load(folder: Path, values: dict, dtype: torch.dtype | None = None) -> Model:
             f'{path}: neither "model" of seqfuse nor a "model_type" that it knows '
             f"({', '.join(FAMILIES)}), got model_type {kind!r}"
         )
-    family = FAMILIES[kind]
+    family, (tensors, file) = FAMILIES[kind], files.read_tensors(folder)
     with files.named(path):
         try:
-            config = family.read_config(values)
+            config = family.read_config(values, set(tensors))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"is no config of a {kind} model: {error}") from error
     model = empty_model(config, path)
-    tensors, path = files.read_tensors(folder)
-    files.fill(model, to_ours(family, config, tensors, files.tensors_of(model), path), path, dtype)
+    files.fill(model, to_ours(family, config, tensors, files.tensors_of(model), file), file, dtype)
     return model
 
 

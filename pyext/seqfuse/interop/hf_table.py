@@ -35,14 +35,15 @@ class Row(NamedTuple):
 class Family(NamedTuple):
     """What there is to know about the checkpoints of one model_type.
 
-    configs: which of our configs may be of this family. read_config(values) -> our config, write_config(config) ->
-    their values; both raise ValueError, one sentence, for what the other side does not have. rows(config): the table.
-    prefix: what a model with a head puts before its body's tensors. ignored: tensors that hold nothing learned.
-    adapt(tensors, config), restore(tensors, config): what a table can't say, before reading and after writing.
+    configs: which of our configs may be of this family. read_config(values, names) -> our config, of theirs and the
+    names of their tensors; write_config(config) -> theirs. Both raise ValueError, one sentence, for what the other
+    side does not have. rows(config): the table. prefix: what a model with a head puts before its body's tensors.
+    ignored: tensors that hold nothing learned. adapt(tensors, config), restore(tensors, config): what a table can't
+    say, before reading and after writing.
     """
 
     configs: tuple[type[Config], ...]
-    read_config: Callable[[dict], Config]
+    read_config: Callable[[dict, set[str]], Config]
     write_config: Callable[[Config], dict]
     rows: Callable[[Config], list[Row]]
     prefix: str

@@ -51,7 +51,7 @@ def read_rope(values) -> RopeSettings:
     return RopeSettings(theta=theta, scaling=None if kind == "default" else kind, **fields)
 
 
-def read_config(values):
+def read_config(values, names):
     v = _DEFAULTS | values
     refuse(v, pretraining_tp=1)
     if v["hidden_act"] not in _GATED:

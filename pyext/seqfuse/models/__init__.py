@@ -8,10 +8,40 @@ from seqfuse.models import files
 from seqfuse.models.base import Model, check_tokenizer, empty_model
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.decoder import Decoder, DecoderConfig
+from seqfuse.models.encoder import Encoder, EncoderConfig
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.heads import (
+    Classifier,
+    ClassifierConfig,
+    MaskedLM,
+    MaskedLMConfig,
+    SpanQA,
+    SpanQAConfig,
+    Tagger,
+    TaggerConfig,
+)
 from seqfuse.models.positions import RopeSettings
 
-__all__ = ["MODELS", "CheckpointError", "Config", "Decoder", "DecoderConfig", "Model", "RopeSettings", "load"]
+__all__ = [
+    "MODELS",
+    "CheckpointError",
+    "Classifier",
+    "ClassifierConfig",
+    "Config",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "MaskedLM",
+    "MaskedLMConfig",
+    "Model",
+    "RopeSettings",
+    "SpanQA",
+    "SpanQAConfig",
+    "Tagger",
+    "TaggerConfig",
+    "load",
+]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
