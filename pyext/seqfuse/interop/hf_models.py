@@ -4,13 +4,19 @@ from pathlib import Path
 
 import torch
 
-from seqfuse.interop import bert, gpt2, llama
+from seqfuse.interop import bert, gpt2, llama, marian
 from seqfuse.interop.hf_table import to_ours, to_theirs
 from seqfuse.models import files
 from seqfuse.models.base import Model, empty_model
 from seqfuse.models.files import CheckpointError
 
-FAMILIES = {"bert": bert.FAMILY, "gpt2": gpt2.FAMILY, "llama": llama.FAMILY}
+FAMILIES = {
+    "bert": bert.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "llama": llama.FAMILY,
+    "marian": marian.MARIAN,
+    "bart": marian.BART,
+}
 
 
 def load(folder: Path, values: dict, dtype: torch.dtype | None = None) -> Model:

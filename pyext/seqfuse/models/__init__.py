@@ -21,6 +21,7 @@ from seqfuse.models.heads import (
     TaggerConfig,
 )
 from seqfuse.models.positions import RopeSettings
+from seqfuse.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "MODELS",
@@ -40,6 +41,8 @@ __all__ = [
     "SpanQAConfig",
     "Tagger",
     "TaggerConfig",
+    "Transformer",
+    "TransformerConfig",
     "load",
 ]
 

@@ -116,30 +116,34 @@ def empty_model(config: Config, path: Path) -> Model:
         raise CheckpointError(f"{path}: no model can be made of it: {error}") from error
 
 
-def check_ids(model: Model, ids, lengths=None, capacity: int | None = None) -> None:
+def check_ids(model: Model, ids, lengths=None, name: str = "ids", vocab: int | None = None) -> None:
     """One sentence for tokens that the model does not take; their numbers are looked at on a CPU only."""
-    name, config = type(model).__name__, model.config
+    who, longest = type(model).__name__, getattr(model.config, "max_positions", None)
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"{name}: ids must be an int64 tensor of shape [B, T], not empty, got {describe(ids)}")
+        raise ValueError(f"{who}: {name} must be an int64 tensor of shape [B, T], not empty, got {describe(ids)}")
     B, T = ids.shape
-    longest = getattr(config, "max_positions", None)
-    if longest is not None and max(T, capacity or 0) > longest:
-        raise ValueError(
-            f"{name}: {max(T, capacity or 0)} tokens are more than the {longest} that it has positions for"
-        )
-    if capacity is not None and capacity < T:
-        raise ValueError(f"{name}: a capacity of {capacity} has no room for {T} tokens")
+    if longest is not None and T > longest:
+        raise ValueError(f"{who}: {T} tokens are more than the {longest} that it has positions for")
     if lengths is not None and (
         not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int64 or lengths.shape != (B,)
     ):
-        raise ValueError(f"{name}: lengths must be an int64 tensor of shape [{B}], got {describe(lengths)}")
+        raise ValueError(f"{who}: lengths must be an int64 tensor of shape [{B}], got {describe(lengths)}")
     if traced() or not ids.is_cpu:
         return
-    for what, numbers, least, most in (("ids", ids, 0, config.vocab - 1), ("lengths", lengths, 1, T)):
-        if numbers is not None and (int(numbers.min()) < least or int(numbers.max()) > most):
-            raise ValueError(
-                f"{name}: {what} must lie in {least} to {most}, got {int(numbers.min())} to {int(numbers.max())}"
-            )
+    for what, numbers, least, most in ((name, ids, 0, (vocab or model.config.vocab) - 1), ("lengths", lengths, 1, T)):
+        if numbers is None:
+            continue
+        low, high = (int(n) for n in numbers.aminmax())
+        if low < least or high > most:
+            raise ValueError(f"{who}: {what} must lie in {least} to {most}, got {low} to {high}")
+
+
+def check_capacity(model: Model, capacity: int | None, needed: int) -> None:
+    """Whether a cache of so many tokens has room for those that there are, and the model positions for them."""
+    longest = model.config.max_positions
+    if capacity is not None and not needed <= capacity <= longest:
+        who = type(model).__name__
+        raise ValueError(f"{who}: capacity must be {needed} to {longest} (max_positions), got {capacity}")
 
 
 def check_tokenizer(model: Model, path: Path) -> None:

@@ -239,11 +239,11 @@ class Stack(nn.Module):
     """Embeddings, blocks, and the last norm where norms come first."""
 
     def __init__(self, config: BlockConfig, *, causal: bool, cross: bool = False, layers: int | None = None,
-                 token_types: int = 0):  # fmt: skip
+                 vocab: int | None = None, token_types: int = 0):  # fmt: skip
         super().__init__()
         layers = layers or config.layers
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.embedding = nn.Embedding(vocab or config.vocab, config.width)
         self.position = {
             "learned": lambda: nn.Embedding(config.max_positions, config.width),
             "sinusoidal": lambda: Sinusoidal(config.max_positions, config.width),

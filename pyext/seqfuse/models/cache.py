@@ -23,10 +23,10 @@ class KVCache:
         self.used = 0  # no row has written further: known without waiting for a device
 
     @classmethod
-    def of(cls, config, B: int, capacity: int | None, like: torch.Tensor):
-        """For a model of this config, with weights like `like`; no capacity: the longest sequence that it takes."""
+    def of(cls, config, B: int, capacity: int | None, like: torch.Tensor, layers: int | None = None):
+        """For a model of this config, of the dtype and device of `like`; no capacity: the longest that it takes."""
         shape = (B, config.Hkv, capacity or config.max_positions, config.D)
-        return cls(config.layers, shape, like.dtype, like.device)
+        return cls(layers or config.layers, shape, like.dtype, like.device)
 
     @property
     def capacity(self) -> int:
@@ -60,24 +60,30 @@ class KVCache:
 
 
 class CrossCache(KVCache):
-    """A KVCache that also has the keys and values of a source, computed once: [S, Hkv, Ts, D] for every layer."""
+    """A KVCache that also has the keys and values of S sources, computed once: [S, Hkv, Ts, D] for every layer.
 
-    sources: list  # of (keys, values)
-    source_lengths: torch.Tensor  # int64 [B]
-    source_of: torch.Tensor  # int64 [B]: which source each row has
+    Rows that stand together may share a source, as beams do: its keys are neither copied nor moved for them.
+    """
 
     def read(self, sources, source_lengths) -> None:
-        self.sources, self.source_lengths = sources, source_lengths
-        self.source_of = torch.arange(len(source_lengths), device=source_lengths.device)
+        """sources: (keys, values) of every layer; source_lengths: int64 [S]."""
+        self.sources = [(k.contiguous(), v.contiguous()) for k, v in sources]
+        self.source_lengths = source_lengths
 
     def attend_source(self, layer: int, q):
-        """q [B, H, T, D] -> [B, H, T, D], over the source's keys."""
+        """q [S n, H, 1, D] -> [S n, H, 1, D], over the keys of the source of each n rows."""
         k, v = self.sources[layer]
-        return ops.attention_with_kv_cache(q, k, v, cache_lengths=self.source_lengths, causal=False)
+        beams = q.unflatten(0, (len(k), -1)).squeeze(3).transpose(1, 2)  # (S, H, n, D)
+        y = ops.attention_with_kv_cache(beams, k, v, cache_lengths=self.source_lengths, causal=False)
+        return y.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
     def reorder(self, index) -> None:
+        S, rows = len(self.source_lengths), len(self.lengths)
         super().reorder(index)
-        of = self.source_of[index]
-        if not torch.equal(of, self.source_of):  # beams of one source change places: their keys need not move
-            self.sources = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.sources]
-            self.source_lengths, self.source_of = self.source_lengths[index], of
+        of = index // (rows // S)  # the source of each new row
+        if len(index) % S == 0 and torch.equal(
+            of, torch.arange(S, device=of.device).repeat_interleave(len(index) // S)
+        ):
+            return
+        self.sources = [(k.index_select(0, of), v.index_select(0, of)) for k, v in self.sources]
+        self.source_lengths = self.source_lengths[of]

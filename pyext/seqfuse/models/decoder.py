@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from seqfuse.models.base import Model, check_ids
+from seqfuse.models.base import Model, check_capacity, check_ids
 from seqfuse.models.blocks import BlockConfig, Context, Stack, multiply
 from seqfuse.models.cache import KVCache
 
@@ -53,7 +53,8 @@ class Decoder(Model):
 
         capacity: tokens that the cache has room for, the prompt's among them; by default max_positions.
         """
-        check_ids(self, ids, lengths, capacity)
+        check_ids(self, ids, lengths)
+        check_capacity(self, capacity, ids.shape[1])
         B, T = ids.shape
         cache = KVCache.of(self.config, B, capacity, like=self.stack.embedding.weight)
         x = self.stack(ids, Context(cache=cache))  # (B, T, d)

@@ -122,7 +122,7 @@ def fill(
 ) -> None:
     """Give an empty model (base.empty_model) its tensors: each one that it has, of its shape, and no others.
 
-    dtype: of the weights; None keeps the file's, which must then be one for all.
+    dtype: of all weights; None: that of the file's first.
     """
     wanted = tensors_of(model)
     for name in wanted:
