@@ -41,10 +41,8 @@ def test_a_beam_of_one_is_greedy_search():
 
 def test_a_wider_beam_scores_at_least_as_well_on_average():
     model, ids = TableModel(vocab=30, spread=1.0), torch.arange(3, 30)[:, None]
-    scores = [
-        float(beam_search(model, ids, None, Options(max_new_tokens=12, num_beams=k), STOPS)[1].mean())
-        for k in (1, 2, 4, 8)
-    ]
+    searches = [Options(max_new_tokens=12, num_beams=k) for k in (1, 2, 4, 8)]
+    scores = [float(beam_search(model, ids, None, options, STOPS)[1].mean()) for options in searches]
     assert scores == sorted(scores) and scores[0] < scores[-1]
 
 

@@ -1,10 +1,10 @@
-"""Beam search: keep the `num_beams` likeliest beginnings of each row, and of all that ended the one with the best score.
+"""Beam search: keep the `num_beams` likeliest beginnings of each row, and the best sequence that has ended.
 
-    score = log-probability of the new tokens / (their number) ** length_penalty         (Wu et al. 2016, arXiv:1609.08144,
-                                                                                         in its usual simple form)
+    score = log-probability of the new tokens / (their number) ** length_penalty
 
-The search ends when no beginning that is kept can still beat the best that has ended, however it goes on. So a wide
-enough beam finds what trying every sequence would find, which a test does.
+(Wu et al. 2016, arXiv:1609.08144, section 7, in its usual simple form.) The search ends when no beginning that is kept
+can still beat the best that has ended, however it goes on. So a wide enough beam finds what trying every sequence would
+find, which a test does.
 """
 
 from __future__ import annotations

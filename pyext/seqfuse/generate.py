@@ -64,11 +64,11 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
     prompts: token ids, [B, T] int64, or a list of 1-D tensors or lists of ids of any lengths; or a string or a list of
     strings, if the model has a tokenizer.
 
-    Options (defaults): max_new_tokens (64); temperature (0.0, which is greedy); top_k (None): draw from the k likeliest;
-    top_p (None): from the likeliest that together have probability p; repetition_penalty (1.0): logits of tokens said
-    before are divided by it, or multiplied where negative; no_repeat_ngram (0): no n-gram twice in a row of tokens;
-    num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is divided by its length to this
-    power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none), and strings, which also end a
+    Options (defaults): max_new_tokens (64); temperature (0.0, which is greedy); top_k (None): draw from the k
+    likeliest; top_p (None): from the likeliest that together have probability p; repetition_penalty (1.0): logits of
+    tokens said before are divided by it, or multiplied where negative; no_repeat_ngram (0): no n-gram of this length
+    twice in a row of tokens; num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is
+    divided by its length to this power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none), and strings, which also end a
     row; seed (None: torch's own generator). A decoder's prompt counts as said, an encoder's source does not.
 
     Returns ids [B, T + new] int64: each row its prompt, then its new tokens up to and with the one that stopped it,
@@ -231,7 +231,7 @@ class Writer:
         return piece
 
 
-# ------------------------------------------------------------------------------------------------- what comes in, goes out
+# -------------------------------------------------------------------------------------------- what comes in and goes out
 
 
 def _check_model(model) -> None:
