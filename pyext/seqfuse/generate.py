@@ -68,8 +68,9 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
     likeliest; top_p (None): from the likeliest that together have probability p; repetition_penalty (1.0): logits of
     tokens said before are divided by it, or multiplied where negative; no_repeat_ngram (0): no n-gram of this length
     twice in a row of tokens; num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is
-    divided by its length to this power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none), and strings, which also end a
-    row; seed (None: torch's own generator). A decoder's prompt counts as said, an encoder's source does not.
+    divided by its length to this power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none),
+    and strings, which also end a row; seed (None: torch's own generator). A decoder's prompt counts as said, an
+    encoder's source does not.
 
     Returns ids [B, T + new] int64: each row its prompt, then its new tokens up to and with the one that stopped it,
     then padding; of an encoder-decoder [B, new], without the source. Strings for strings: prompt and continuation, or
@@ -231,7 +232,7 @@ class Writer:
         return piece
 
 
-# -------------------------------------------------------------------------------------------- what comes in and goes out
+# ------------------------------------------------------------------------------------------ what comes in and goes out
 
 
 def _check_model(model) -> None:

@@ -8,8 +8,31 @@ from seqfuse.models import files
 from seqfuse.models.base import Model, check_tokenizer, empty_model
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.recurrent import (
+    ClassToText,
+    ClassToTextConfig,
+    RNNEncoder,
+    RNNEncoderConfig,
+    RNNLanguageModel,
+    RNNLanguageModelConfig,
+)
+from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
 
-__all__ = ["MODELS", "CheckpointError", "Config", "Model", "load"]
+__all__ = [
+    "MODELS",
+    "CheckpointError",
+    "ClassToText",
+    "ClassToTextConfig",
+    "Config",
+    "Model",
+    "RNNEncoder",
+    "RNNEncoderConfig",
+    "RNNLanguageModel",
+    "RNNLanguageModelConfig",
+    "RNNSeq2Seq",
+    "RNNSeq2SeqConfig",
+    "load",
+]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
