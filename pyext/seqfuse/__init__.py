@@ -4,7 +4,7 @@ model = seqfuse.fuse(model)      # torch.nn.LSTM, GRU, RNN and LayerNorm run on 
 print(seqfuse.explain(model, x)) # which backend each of them took, and why
 """
 
-from seqfuse import nn, ops
+from seqfuse import interop, models, nn, ops
 from seqfuse.dispatch import backend
 from seqfuse.explanation import explain
 from seqfuse.fuse import fuse, unfuse
@@ -12,4 +12,8 @@ from seqfuse.generate import generate
 from seqfuse.info import build_info
 
 __version__ = "0.1.0"
+<<<<<<< HEAD
 __all__ = ["backend", "build_info", "explain", "fuse", "generate", "nn", "ops", "unfuse"]
+=======
+__all__ = ["backend", "build_info", "explain", "fuse", "interop", "models", "nn", "ops", "unfuse"]
+>>>>>>> models-t

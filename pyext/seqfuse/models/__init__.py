@@ -7,7 +7,20 @@ import torch
 from seqfuse.models import files
 from seqfuse.models.base import Model, check_tokenizer, empty_model
 from seqfuse.models.config import MODELS, Config
+from seqfuse.models.decoder import Decoder, DecoderConfig
+from seqfuse.models.encoder import Encoder, EncoderConfig
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.heads import (
+    Classifier,
+    ClassifierConfig,
+    MaskedLM,
+    MaskedLMConfig,
+    SpanQA,
+    SpanQAConfig,
+    Tagger,
+    TaggerConfig,
+)
+from seqfuse.models.positions import RopeSettings
 from seqfuse.models.recurrent import (
     ClassToText,
     ClassToTextConfig,
@@ -23,7 +36,15 @@ __all__ = [
     "CheckpointError",
     "ClassToText",
     "ClassToTextConfig",
+    "Classifier",
+    "ClassifierConfig",
     "Config",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "MaskedLM",
+    "MaskedLMConfig",
     "Model",
     "RNNEncoder",
     "RNNEncoderConfig",
@@ -31,6 +52,11 @@ __all__ = [
     "RNNLanguageModelConfig",
     "RNNSeq2Seq",
     "RNNSeq2SeqConfig",
+    "RopeSettings",
+    "SpanQA",
+    "SpanQAConfig",
+    "Tagger",
+    "TaggerConfig",
     "load",
 ]
 

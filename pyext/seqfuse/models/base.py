@@ -15,6 +15,8 @@ from seqfuse import ops
 from seqfuse.models import files
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.files import CheckpointError
+from seqfuse.ops.autograd import traced
+from seqfuse.ops.checks import describe
 
 
 class Model(nn.Module):
@@ -112,6 +114,32 @@ def empty_model(config: Config, path: Path) -> Model:
             return MODELS[config.model](config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise CheckpointError(f"{path}: no model can be made of it: {error}") from error
+
+
+def check_ids(model: Model, ids, lengths=None, capacity: int | None = None) -> None:
+    """One sentence for tokens that the model does not take; their numbers are looked at on a CPU only."""
+    name, config = type(model).__name__, model.config
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"{name}: ids must be an int64 tensor of shape [B, T], not empty, got {describe(ids)}")
+    B, T = ids.shape
+    longest = getattr(config, "max_positions", None)
+    if longest is not None and max(T, capacity or 0) > longest:
+        raise ValueError(
+            f"{name}: {max(T, capacity or 0)} tokens are more than the {longest} that it has positions for"
+        )
+    if capacity is not None and capacity < T:
+        raise ValueError(f"{name}: a capacity of {capacity} has no room for {T} tokens")
+    if lengths is not None and (
+        not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int64 or lengths.shape != (B,)
+    ):
+        raise ValueError(f"{name}: lengths must be an int64 tensor of shape [{B}], got {describe(lengths)}")
+    if traced() or not ids.is_cpu:
+        return
+    for what, numbers, least, most in (("ids", ids, 0, config.vocab - 1), ("lengths", lengths, 1, T)):
+        if numbers is not None and (int(numbers.min()) < least or int(numbers.max()) > most):
+            raise ValueError(
+                f"{name}: {what} must lie in {least} to {most}, got {int(numbers.min())} to {int(numbers.max())}"
+            )
 
 
 def check_tokenizer(model: Model, path: Path) -> None:
