@@ -12,8 +12,4 @@ from seqfuse.generate import generate
 from seqfuse.info import build_info
 
 __version__ = "0.1.0"
-<<<<<<< HEAD
-__all__ = ["backend", "build_info", "explain", "fuse", "generate", "nn", "ops", "unfuse"]
-=======
-__all__ = ["backend", "build_info", "explain", "fuse", "interop", "models", "nn", "ops", "unfuse"]
->>>>>>> models-t
+__all__ = ["backend", "build_info", "explain", "fuse", "generate", "interop", "models", "nn", "ops", "unfuse"]
