@@ -8,7 +8,8 @@ from seqfuse import interop, models, nn, ops
 from seqfuse.dispatch import backend
 from seqfuse.explanation import explain
 from seqfuse.fuse import fuse, unfuse
+from seqfuse.generate import generate
 from seqfuse.info import build_info
 
 __version__ = "0.1.0"
-__all__ = ["backend", "build_info", "explain", "fuse", "interop", "models", "nn", "ops", "unfuse"]
+__all__ = ["backend", "build_info", "explain", "fuse", "generate", "interop", "models", "nn", "ops", "unfuse"]

@@ -21,11 +21,22 @@ from seqfuse.models.heads import (
     TaggerConfig,
 )
 from seqfuse.models.positions import RopeSettings
+from seqfuse.models.recurrent import (
+    ClassToText,
+    ClassToTextConfig,
+    RNNEncoder,
+    RNNEncoderConfig,
+    RNNLanguageModel,
+    RNNLanguageModelConfig,
+)
+from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
 from seqfuse.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "MODELS",
     "CheckpointError",
+    "ClassToText",
+    "ClassToTextConfig",
     "Classifier",
     "ClassifierConfig",
     "Config",
@@ -36,6 +47,12 @@ __all__ = [
     "MaskedLM",
     "MaskedLMConfig",
     "Model",
+    "RNNEncoder",
+    "RNNEncoderConfig",
+    "RNNLanguageModel",
+    "RNNLanguageModelConfig",
+    "RNNSeq2Seq",
+    "RNNSeq2SeqConfig",
     "RopeSettings",
     "SpanQA",
     "SpanQAConfig",
