@@ -111,9 +111,12 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises Exception itself
             raise CheckpointError(f"{path}: is damaged or no tokenizer.json: {error}") from error
+        inner.no_padding()  # a file may ask for rows of one length, whose padding would be taken for text
+        inner.no_truncation()
+        return cls(inner)
 
     def save(self, path: str | Path) -> None:
         text = self.inner.to_str(pretty=True)
