@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 BUILD_TOOLS := "setuptools>=68" wheel "pybind11>=2.12" ninja
-RUNTIME := numpy safetensors typer
+RUNTIME := numpy safetensors tokenizers typer
 TESTING := pytest pytest-benchmark hypothesis expecttest transformers
 
 .PHONY: demo test lint bench clean

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import seqfuse
-from seqfuse import data, report, testing
+from seqfuse import data, files, report, testing
 from seqfuse.recipes import g2p
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -75,7 +75,7 @@ def load_data(path: Path | None) -> tuple[data.Lexicon, Source]:
 def save_checkpoint(path: Path, run: g2p.Run, extra: dict) -> None:
     tensors, values = run.state()
     header = {"seqfuse": json.dumps(values | extra)}
-    g2p.save_atomically(path, lambda part: save_file(tensors, str(part), metadata=header))
+    files.save_atomically(path, lambda part: save_file(tensors, str(part), metadata=header))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -332,7 +332,7 @@ class Demo:
         self.head("6  Held-out words")
         model, corpus = run.model.eval(), run.corpus
         final = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-        g2p.save_atomically(self.options.out / "model.safetensors", lambda part: save_file(final, str(part)))
+        files.save_atomically(self.options.out / "model.safetensors", lambda part: save_file(final, str(part)))
         with self.console.status("decoding"):
             result = g2p.evaluate(model, corpus, corpus.words["test"])
         samples = random.Random(run.config.seed).sample(result.samples, min(40, len(result.samples)))
@@ -350,7 +350,7 @@ class Demo:
         self.print_speed()
         path = self.options.out / "report.html"
         html = self.report(run, result, samples)
-        g2p.save_atomically(path, lambda part: part.write_text(html, encoding="utf-8"))
+        files.save_atomically(path, lambda part: part.write_text(html, encoding="utf-8"))
         self.say(f"\nreport: {path}    weights: {self.options.out / 'model.safetensors'}")
         self.say(f"{time.perf_counter() - self.started:.0f} s in all")
 

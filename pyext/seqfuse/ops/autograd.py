@@ -19,8 +19,11 @@ def apply(function, *args):
 
     Function.apply of a class with setup_context binds its arguments through inspect.signature at every call: 25 us,
     measured, three times as much as the rest of the call. Ours pass every argument by position, so the base class's
-    apply does; torch.func's transforms and Dynamo need the full one.
+    apply does; torch.func's transforms and Dynamo need the full one. Where no gradient is taken Dynamo (torch 2.13)
+    hands forward a ctx, which with setup_context it doesn't have: it gets the call itself.
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return function.forward(*args)
     if traced():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)

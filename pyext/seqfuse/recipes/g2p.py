@@ -16,11 +16,9 @@ attention needs no mask. Only the target side is padded, at its end, where a cau
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -379,16 +377,3 @@ def attention_map(model: G2P, corpus: Corpus, word: str) -> tuple[list[str], lis
     ids = tokens[0].tolist()
     phonemes = [*corpus.spell(ids), *(["end"] if EOS in ids else [])]
     return list(word), phonemes, weights[0, : len(phonemes)].float().cpu().tolist()
-
-
-def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make the file under a temporary name, then rename it: readers see the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        umask = os.umask(0)  # there is no way to read it without setting it
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # safetensors makes its files private
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""Beam search against trying every sequence, and against itself row by row."""
+
+import pytest
+import torch
+from generating import TableModel, every_sequence, log_probability
+
+import seqfuse
+from seqfuse.beam import beam_search
+from seqfuse.sampling import Options
+
+STOPS = torch.tensor([2])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_wide_beam_finds_what_trying_everything_finds(length_penalty, encoder_decoder, seed):
+    model, most = TableModel(vocab=4, seed=seed, encoder_decoder=encoder_decoder), 5
+    prompts = [[3, 1], [1, 1, 3], [3]]
+    truth = []
+    for prompt in prompts:
+        scored = [(log_probability(model, prompt, t) / len(t) ** length_penalty, t) for t in every_sequence(4, 2, most)]
+        truth.append(max(scored))
+    ids, lengths = torch.tensor([[3, 1, 0], [1, 1, 3], [3, 0, 0]]), torch.tensor([2, 3, 1])
+    options = Options(max_new_tokens=most, num_beams=4**most, length_penalty=length_penalty)
+    found, scores = beam_search(model, ids, lengths, options, STOPS)
+    for row, score, (best, tokens) in zip(found.tolist(), scores.tolist(), truth, strict=True):
+        assert tuple(row) == tokens + (0,) * (len(row) - len(tokens))
+        assert score == pytest.approx(best, rel=1e-5)
+
+
+def test_a_beam_of_one_is_greedy_search():
+    model = TableModel(spread=1.0)
+    ids = torch.tensor([[3], [4], [5], [6]])
+    greedy = seqfuse.generate(model, ids, max_new_tokens=15)[:, 1:]
+    found, _ = beam_search(model, ids, None, Options(max_new_tokens=15, length_penalty=0.0), STOPS)
+    width = max(greedy.shape[1], found.shape[1])
+    pad = torch.nn.functional.pad
+    assert torch.equal(pad(greedy, (0, width - greedy.shape[1])), pad(found, (0, width - found.shape[1])))
+
+
+def test_a_wider_beam_scores_at_least_as_well_on_average():
+    model, ids = TableModel(vocab=30, spread=1.0), torch.arange(3, 30)[:, None]
+    searches = [Options(max_new_tokens=12, num_beams=k) for k in (1, 2, 4, 8)]
+    scores = [float(beam_search(model, ids, None, options, STOPS)[1].mean()) for options in searches]
+    assert scores == sorted(scores) and scores[0] < scores[-1]
+
+
+@pytest.mark.parametrize("extra", [{}, {"no_repeat_ngram": 2}, {"repetition_penalty": 1.5}])
+def test_each_row_is_searched_as_if_alone(extra):
+    """Fails where a search forgets to reorder a row's state, or its rules' memory."""
+    model, prompts = TableModel(vocab=12, spread=1.0), [[3, 4], [5, 1, 6, 4, 3], [1], [6, 6, 6]]
+    options = dict(max_new_tokens=10, num_beams=4, length_penalty=0.6, **extra)
+    out = seqfuse.generate(model, prompts, **options)
+    for row, prompt in zip(out.tolist(), prompts, strict=True):
+        alone = seqfuse.generate(model, [prompt], **options)[0].tolist()
+        assert row == alone + [0] * (len(row) - len(alone))
+        if "no_repeat_ngram" in extra:
+            pairs = list(zip(alone[len(prompt) - 1 :], alone[len(prompt) :], strict=False))
+            assert len(pairs) == len(set(pairs))
+
+
+def test_the_score_is_what_the_model_says_of_the_tokens():
+    model, ids = TableModel(vocab=9), torch.tensor([[4, 5], [7, 8]])
+    found, scores = beam_search(model, ids, None, Options(max_new_tokens=8, num_beams=3, length_penalty=0.7), STOPS)
+    for prompt, row, score in zip(ids.tolist(), found.tolist(), scores.tolist(), strict=True):
+        tokens = row[: row.index(2) + 1] if 2 in row else row
+        assert score == pytest.approx(log_probability(model, prompt, tokens) / len(tokens) ** 0.7, rel=1e-5)
+
+
+def test_it_ends_when_nothing_can_win_any_more():
+    model = TableModel(vocab=5, spread=4.0)
+    _, report = seqfuse.generate(model, [[3]], max_new_tokens=400, num_beams=2, length_penalty=0.0, return_report=True)
+    assert report.steps < 100 and report.tokens <= report.steps + 1

