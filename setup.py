@@ -32,32 +32,6 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
 # they multiply pairs of bf16
 WITH_DOTS = {"linear.cpp", "rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
-HOPPER_ONLY: sm_90a)
-    pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
-    pyext/autograd/*.cpp -> seqfuse._autograd, on torch's own ABI: used under the torch it was built with, and no loss
-                            where it can't be built
-
-Where there is no C++ compiler the package installs without seqfuse._C and says so; every op then runs on torch's own.
-"""
-
-import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
-
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
-ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
-RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
-# they multiply pairs of bf16
-WITH_DOTS = {f"{name}.cpp" for name in ("linear", "rnn_backward", "rnn_cell_step", "rnn_forward", "rnn_gemm", "rnn_scan")}
 HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
