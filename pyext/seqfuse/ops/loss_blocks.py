@@ -12,12 +12,19 @@ from seqfuse.ops import library, products
 # reads and writes the vocabulary matrix's gradient once a block.
 _BLOCK = 1 << 24
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+_LINE = 64  # bytes: the rows of a block begin at cache lines, without which GEMMs are slow (50257 is an odd number)
 
 
 def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
     most = max(_BLOCK // max(vocabulary, 1), _LEAST_TOKENS.get(device, 256))
     blocks = max(-(-tokens // most), 1)
     return max(-(-tokens // blocks), 1)
+
+
+def _block(x, tokens, vocabulary):
+    """[tokens, vocabulary], uninitialised, its rows apart by whole cache lines."""
+    line = _LINE // x.element_size()
+    return x.new_empty(tokens, -(-vocabulary // line) * line)[:, :vocabulary]
 
 
 def rows_kernel(backend):
@@ -43,7 +50,7 @@ def cross_entropy(
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, vocabulary, x.device.type)
-    block = x.new_empty(min(size, tokens), vocabulary)
+    block = _block(x, min(size, tokens), vocabulary)
     dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = None if scale is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = None if scale is None or bias is None else torch.zeros(vocabulary, dtype=torch.float32, device=x.device)
