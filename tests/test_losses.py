@@ -324,3 +324,10 @@ def test_bad_input_gets_one_sentence(call, error, text):
 def test_a_target_out_of_range_raises():
     with seqfuse.backend("cpu"), pytest.raises(RuntimeError, match="target 5 is out of bounds"):
         seqfuse.ops.linear_cross_entropy(X, W, torch.tensor([0, 5, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_rows_of_a_block_begin_at_cache_lines(dtype):
+    block = loss_blocks._block(torch.empty(1, dtype=dtype), 3, 33)
+    assert block.shape == (3, 33) and block.stride(0) * block.element_size() % 64 == 0
+    assert loss_blocks._block(torch.empty(1, dtype=dtype), 3, 64).is_contiguous()

@@ -13,12 +13,19 @@ from seqfuse.ops import library, products
 _BLOCK = 1 << 24
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
 _IN_CACHE = 1 << 22  # elements of a block of columns, which the kernel finds where the GEMM left it
+_LINE = 64  # bytes: the rows of a block begin at cache lines, without which GEMMs are slow (50257 is an odd number)
 
 
 def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
     most = max(_BLOCK // max(vocabulary, 1), _LEAST_TOKENS.get(device, 256))
     blocks = max(-(-tokens // most), 1)
     return max(-(-tokens // blocks), 1)
+
+
+def _block(x, tokens, vocabulary):
+    """[tokens, vocabulary], uninitialised, its rows apart by whole cache lines."""
+    line = _LINE // x.element_size()
+    return x.new_empty(tokens, -(-vocabulary // line) * line)[:, :vocabulary]
 
 
 def rows_kernel(backend):
@@ -47,7 +54,7 @@ def cross_entropy(
     if scale is None and lse is None and size < tokens and backend == "cpu" and not label_smoothing:
         found = _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, softcap, z_loss)
         return *found, *(x.new_empty(0, dtype=dtype) for _ in range(3))
-    block = x.new_empty(min(size, tokens), vocabulary)
+    block = _block(x, min(size, tokens), vocabulary)
     dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = None if scale is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = None if scale is None or bias is None else torch.zeros(vocabulary, dtype=torch.float32, device=x.device)
@@ -88,12 +95,12 @@ def _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, soft
     exponentials goes on from block to block. Each target's logit is one dot product of its own.
     """
     tokens, vocabulary = x.shape[0], weight.shape[0]
-    columns = max(_IN_CACHE // tokens, 256)
-    block, first = x.new_empty(tokens * min(columns, vocabulary)), torch.zeros_like(target)
+    columns = max(_IN_CACHE // tokens // 64 * 64, 256)
+    block, first = _block(x, tokens, min(columns, vocabulary)), torch.zeros_like(target)
     lse = None
     for start in range(0, vocabulary, columns):
         part = slice(start, min(start + columns, vocabulary))
-        logits = block[: tokens * (part.stop - start)].view(tokens, -1)
+        logits = block[:, : part.stop - start]
         if bias is None:
             torch.mm(x, weight[part].t(), out=logits)
         else:
