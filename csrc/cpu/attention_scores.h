@@ -329,12 +329,14 @@ void pack_along(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t
   const int64_t ld = leading(words<W>(D)), padded = round_up(words<W>(D), tile_columns);
   for (int64_t r = 0; r < capacity; r++) {
     auto* to = out + r * ld;
+    if constexpr (W::per_word == 1) {
+      if (r < rows) {
+        copy_row(p + r * row, D, padded, to);
+        continue;
+      }
+    }
     memset(to, 0, sizeof(*to) * size_t(padded));
-    if (r >= rows) continue;
-    if constexpr (W::per_word == 1)
-      copy_row(p + r * row, D, D, to);
-    else
-      memcpy(to, p + r * row, sizeof(T) * size_t(D));
+    if (W::per_word == 2 && r < rows) memcpy(to, p + r * row, sizeof(T) * size_t(D));
   }
 }
 
