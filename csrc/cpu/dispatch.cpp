@@ -19,8 +19,6 @@
 
 // one line an op: entry point, kernel, arguments
 #define SEQFUSE_CPU_OPS(X)                                           \
-  X(attention_forward_cpu, attention_forward, AttentionForward)      \
-  X(attention_backward_cpu, attention_backward, AttentionBackward)   \
   X(attention_decode_cpu, attention_decode, AttentionDecode)         \
   X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
   X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
@@ -36,11 +34,13 @@
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 // those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                   \
-  X(linear_forward_cpu, linear_forward, LinearForward) \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)     \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)  \
-  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)     \
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                               \
+  X(attention_forward_cpu, attention_forward, AttentionForward)    \
+  X(attention_backward_cpu, attention_backward, AttentionBackward) \
+  X(linear_forward_cpu, linear_forward, LinearForward)             \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                 \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)              \
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                 \
   X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
 namespace seqfuse {

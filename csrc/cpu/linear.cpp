@@ -143,7 +143,8 @@ void forward(const LinearForward& a, const Parallel& parallel) {
 }  // namespace
 
 void linear_forward(const LinearForward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
+  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
 }
 
 }  // namespace SEQFUSE_ISA

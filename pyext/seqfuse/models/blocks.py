@@ -88,7 +88,7 @@ class BlockConfig(Config):
 
 
 def multiply(x, weight, bias=None):
-    """x @ weight^T + bias: where no gradient is wanted, by the op with a kernel for the few rows of a step of decoding."""
+    """x @ weight^T + bias; without a gradient by the op that has a kernel for the few rows of a step of decoding."""
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else ops.linear(x, weight, bias)
 
 
