@@ -13,7 +13,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[OP]...",
-            help="Ops (layer_norm, gru, ...) or suites (norms, losses, projections, attention, recurrent, models).",
+            help="Ops (layer_norm, gru, ...) or suites "
+            "(norms, losses, projections, attention, recurrent, models, decoding).",
         ),
     ] = None,
     backend: Annotated[

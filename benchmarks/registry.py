@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import torch
 
-SUITES = ("norms", "losses", "projections", "attention", "recurrent", "models")
-MODES = ("fwd", "fwd+bwd", "step")  # step: forward, backward and the optimizer's update, of whole models
+SUITES = ("norms", "losses", "projections", "attention", "recurrent", "models", "decoding")
+# step: forward, backward and the optimizer's update, generate: many steps of decoding; both of whole models
+MODES = ("fwd", "fwd+bwd", "step", "generate")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
