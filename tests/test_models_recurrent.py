@@ -328,6 +328,34 @@ def test_a_body_with_two_directions_ignores_padding():
     assert torch.allclose(out[1, :3], model.hidden(ids[1:, :3])[0], atol=1e-6) and (out[1, 3:] == 0).all()
 
 
+def test_heads_read_a_recurrent_body():
+    """Many to one, and many to many in step."""
+    body = models.RNNEncoder(models.RNNEncoderConfig(vocab=9, embed=8, hidden=12))
+    ids, lengths = drawn(9, 2, 6), torch.tensor([6, 3])
+    tags = models.Tagger.on(body, labels=4).eval()(ids, lengths)
+    assert tags.shape == (2, 6, 4)
+    for pooling in ("mean", "last"):
+        head = models.Classifier.on(body, labels=3, pooling=pooling).eval()
+        out = head(ids, lengths)
+        assert out.shape == (2, 3) and torch.allclose(out[1:], head(ids[1:, :3]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: language_model()(torch.zeros(2, 3)), "ids must be an int64 tensor of shape .B, T., not empty, got"),
+        (lambda: language_model()(drawn(30, 2, 30)), "ids must lie in 0 to 10, got"),
+        (lambda: seq2seq()(drawn(30, 2, 30), drawn(9, 2, 3)), "src must lie in 0 to 12, got"),
+        (lambda: seq2seq()(drawn(9, 2, 3), drawn(30, 2, 30)), "tgt must lie in 0 to 8, got"),
+        (lambda: seq2seq()(drawn(9, 2, 3), drawn(9, 2, 3), torch.tensor([3, 0])), "lengths must lie in 1 to 3, got 0"),
+        (lambda: class_to_text()(drawn(9, 2, 30), drawn(9, 2, 3)), "attributes must lie in 0 to 4, got"),
+    ],
+)
+def test_wrong_ids_get_one_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
 def test_unfused_it_is_plain_torch_and_the_same():
     model, args = seq2seq(norm=True), inputs(2)
     before = model(*args)

@@ -1,7 +1,7 @@
 """The command line. Each command parses its options, calls one function and turns expected errors into one sentence.
 
-A new command is one function below with @app.command() (bench brings its own); what it does is imported inside, so that
-`seqfuse --help` stays quick.
+A new command is one function below with @app.command() (bench brings its own, cli_models.py those of models); what it
+does is imported inside, so that `seqfuse --help` stays quick.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from seqfuse import cli_models
 from seqfuse.benchmarks.cli import bench
 
 app = typer.Typer(
@@ -54,20 +55,28 @@ def demo(
 
 
 @app.command()
-def info() -> None:
-    """Show versions, compiled features, the CPU's instruction set and the GPU."""
+def info(
+    model: Annotated[Path | None, typer.Argument(help="A model's folder, to show what is in it instead.")] = None,
+) -> None:
+    """Show versions, compiled features, the CPU's instruction set and the GPU; or what a model's folder holds."""
     from rich.console import Console
     from rich.table import Table
 
     import seqfuse
 
+    with cli_models.one_sentence():
+        rows = seqfuse.build_info().items() if model is None else list(cli_models.model_rows(model))
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in seqfuse.build_info().items():
+    for name, value in rows:
         table.add_row(f"[dim]{name}[/dim]", _plain(value))
     Console(highlight=False).print(table)
 
 
 app.command()(bench)
+app.command()(cli_models.generate)
+app.command()(cli_models.translate)
+app.command("import")(cli_models.import_)
+app.command()(cli_models.export)
 
 
 def _plain(value: object) -> str:

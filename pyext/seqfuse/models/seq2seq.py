@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from seqfuse import nn, ops
-from seqfuse.models.base import Model
+from seqfuse.models.base import Model, check_ids
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
 
 
@@ -115,6 +115,7 @@ class RNNSeq2Seq(Model):
 
     def encode(self, src: Tensor, lengths: Tensor | None = None) -> tuple[Memory | None, list[State]]:
         """src: [B, T] int64 -> (the memory, None without attention; the decoder's first state)."""
+        check_ids(self, src, lengths, "src", self.config.source_vocab)
         states, last, _ = self.encoder(src, lengths)  # (B, T, H)
         if self.config.attention is None:
             return None, last
@@ -166,6 +167,7 @@ class RNNSeq2Seq(Model):
         return self._decode(src, tgt, src_lengths)[1]
 
     def _decode(self, src, tgt, src_lengths):
+        check_ids(self, tgt, None, "tgt")
         memory, state = self.encode(src, src_lengths)
         if self.config.attention == "additive":
             return self._decode_in_steps(tgt, state, memory)
