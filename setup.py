@@ -30,7 +30,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
-WITH_DOTS = {"rnn_forward.cpp", "rnn_backward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}  # they multiply pairs of bf16
+WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}  # they multiply pairs of bf16
+WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
@@ -152,6 +153,11 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         lines.append(f"build {name}.gch: cxx {header}\n  flags = -w -x c++-header {' '.join(flags)}\n  level = {level}")
         return f"{name}.gch", ["-include", name]
 
+    # ninja begins at the top: what takes longest comes first, or it would be waited for at the end
+    for source in files["autograd"]:
+        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
+    for source in files["cuda"] if cuda else []:
+        compile_one("nvcc", source, nvcc_flags(Path(source).name))
     for level, isa in cpu_levels().items():
         flags = [*kernel_flags(), *isa, f"-DSEQFUSE_ISA={level}"]
         parsed, use_parsed = parse_once("csrc/cpu/vec.h", flags, level)  # the compiler's intrinsics, 0.7 s a file
@@ -162,8 +168,6 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
     for source in files["cpu"]:
         if Path(source).name in RUN_ONCE:
             compile_one("cxx", source, kernel_flags())
-    for source in files["cuda"] if cuda else []:
-        compile_one("nvcc", source, nvcc_flags(Path(source).name))
     binding_flags = [*cxx_flags(), *WARN, "-O1", *INCLUDES, *headers, *defines]
     parsed, use_parsed = parse_once("pyext/bindings/common.h", binding_flags)  # torch's: most of a binding's time
     for source in files["bindings"]:
@@ -171,8 +175,6 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
             compile_one("cxx", source, [*binding_flags, "-O0", built_with])
         else:
             compile_one("cxx", source, [*use_parsed, *binding_flags], needs=parsed)
-    for source in files["autograd"]:
-        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
     for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
         lines.append(f"build {targets[name].as_posix()}: link {' '.join(linked)}\n  flags = {' '.join(flags)}")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,8 @@ def bench(
     ops: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[OP]...", help="Ops (layer_norm, gru, ...) or suites (norms, losses, attention, recurrent)."
+            metavar="[OP]...",
+            help="Ops (layer_norm, gru, ...) or suites (norms, losses, projections, attention, recurrent, models).",
         ),
     ] = None,
     backend: Annotated[
@@ -26,7 +27,7 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     case: Annotated[str | None, typer.Option(help="Only cases with this text in their name, such as H512.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="fwd or fwd+bwd; may be repeated.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="fwd, fwd+bwd or (models) step; may be repeated.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time for one case in one mode; 2, or 0.3 if quick.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile as a baseline.")] = None,
 ) -> None:

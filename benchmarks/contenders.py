@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,33 @@ def ours(problem: Problem, mode: str, backend: str) -> Contender:
     return _contender(name, problem, problem.ours, problem.ours, mode, backend)
 
 
+def line_up(problem: Problem, mode: str, backends: Sequence[str], compile: bool):
+    """What Case.line_up says, for an op that the dispatcher knows."""
+    case, known = problem.case, dispatch.ops()[problem.case.op]
+    described = describe(problem, mode)
+    mine, refused = [], {}
+    for name in backends:
+        contender = ours(problem, mode, name)
+        why_not = None
+        if name != "auto":
+            why_not = known[name].supports(described) if name in known else f"{case.op} has no such backend"
+        if why_not is None:
+            mine.append(contender)
+        else:
+            refused[contender.name] = why_not
+    if not mine:
+        return [], refused
+    out = [eager(problem, mode), *mine, *others(problem, mode)]
+    if compile and case.compiled:
+        out.append(compiled(problem, mode))
+    return out, refused
+
+
 def call_once(contender: Contender, op: str) -> tuple[list[torch.Tensor], dispatch.Choice | None, Any]:
     """Results of one call, and of the dispatcher's decision about `op` in it: the choice, and the case it described."""
+    if contender.check is not None:  # of a whole model, whose parts each have their own choice
+        with contender.scope():
+            return list(contender.check()), None, None
     decisions = []
     with contender.scope(), dispatch.listening(lambda choice, case: decisions.append((choice, case))):
         results = [t.detach() for t in contender.call(0)]

@@ -31,12 +31,15 @@ class Contender:
     """One implementation of a case. call(i) runs it on the i-th set of inputs; scope is entered around many calls.
 
     asked: the backend that a contender of ours is asked to run on ("auto" included); "" for the baselines.
+    check: what the gate judges instead of the results of call(0). captured: whether a CUDA graph may hold call.
     """
 
     name: str
     call: Callable[[int], Sequence[torch.Tensor]]
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     asked: str = ""
+    check: Callable[[], Sequence[torch.Tensor]] | None = None
+    captured: bool = True
 
 
 @dataclass
@@ -99,6 +102,8 @@ class CudaTimer:
         torch.cuda.current_stream().wait_stream(stream)
         calls = max(self.sets, min(256, math.ceil(2 * SAMPLE_SECONDS / one)))
         timing.host = self._host_time(contender, run)
+        if not contender.captured:
+            return self._launches(contender, timing, run, calls)
         try:
             graph = torch.cuda.CUDAGraph()
             with contender.scope(), torch.cuda.graph(graph):
@@ -107,10 +112,13 @@ class CudaTimer:
             torch.cuda.synchronize()
         except RuntimeError:  # something in it synchronises, or launches what a graph can't hold
             torch.cuda.synchronize()
-            timing.how = f"events around {calls} launches"
-            return lambda: self._scoped(contender, lambda: run(calls)) / calls
+            return self._launches(contender, timing, run, calls)
         timing.how = f"replay of a graph of {calls} calls"
         return lambda: self._between_events(graph.replay) / calls
+
+    def _launches(self, contender: Contender, timing: Timing, run, calls: int) -> Callable[[], float]:
+        timing.how = f"events around {calls} launches"
+        return lambda: self._scoped(contender, lambda: run(calls)) / calls
 
     def _scoped(self, contender: Contender, work: Callable[[], None]) -> float:
         with contender.scope():

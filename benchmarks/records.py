@@ -41,6 +41,7 @@ class Row:
     how: str = ""
     host_us: float | None = None
     ratio: float | None = None
+    tokens_per_s: float | None = None
     tflops: float | None = None
     gbs: float | None = None
     percent_of_ceiling: float | None = None

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-SUITES = ("norms", "losses", "attention", "recurrent")
-MODES = ("fwd", "fwd+bwd")
+SUITES = ("norms", "losses", "projections", "attention", "recurrent", "models")
+MODES = ("fwd", "fwd+bwd", "step")  # step: forward, backward and the optimizer's update, of whole models
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
@@ -33,7 +33,8 @@ class Case:
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     outputs: ClassVar[tuple[str, ...]] = ("y",)
     compiled: ClassVar[bool] = True  # whether torch.compile of torch's module is worth waiting for
-    modes: ClassVar[tuple[str, ...]] = MODES  # what it has: not every op has a gradient
+    modes: ClassVar[tuple[str, ...]] = MODES[:2]  # what it has: not every op has a gradient
+    tokens_per_call: ClassVar[int] = 0  # where their rate is worth a column
     # for each result, the dimensions whose worst slice must be accurate too (seqfuse.testing)
     worst: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -69,6 +70,12 @@ class Case:
             return outputs
         return outputs + list(torch.autograd.grad(outputs[: len(grads)], [*inputs, *parameters], grads))
 
+    def line_up(self, problem: "Problem", mode: str, backends: Sequence[str], compile: bool):
+        """Contenders in the order of the table, the eager baseline first, and {name: why not} of what can't run."""
+        from seqfuse.benchmarks import contenders
+
+        return contenders.line_up(problem, mode, backends, compile)
+
     @property
     def eager_name(self) -> str:
         """What the eager baseline is called in tables."""
@@ -81,8 +88,15 @@ class Case:
     def id(self) -> str:
         return f"{self.op}/{self.name}"
 
-    def build(self, device: str, dtype: str, sets: int = 1) -> "Problem":
-        """All that the contenders run on: the same parameters, `sets` sets of random inputs. Seeded by the id."""
+    def missing(self) -> str | None:
+        """Why the case can't be built here (a sentence), or None."""
+        return None
+
+    def build(self, device: str, dtype: str, sets: int = 1, quick: bool = False) -> "Problem":
+        """All that the contenders run on: the same parameters, `sets` sets of random inputs. Seeded by the id.
+
+        quick: the check may do with less work, where it has a choice.
+        """
         kind = DTYPES[dtype]
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(self.id.encode()))

@@ -43,7 +43,9 @@ def table(rows: Sequence[Row]) -> None:
         title=f"{rows[0].op} {rows[0].dtype}", title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     gpu = any(r.host_us is not None for r in rows)
-    right = ["ms", "p10 to p90", "vs eager", "GB/s" if memory_bound else "TFLOP/s", "of ceiling", "MiB", "error"]
+    models = any(r.tokens_per_s is not None for r in rows)
+    rate = "tokens/s" if models else "GB/s" if memory_bound else "TFLOP/s"
+    right = ["ms", "p10 to p90", "vs eager", rate, "MFU" if models else "of ceiling", "MiB", "error"]
     for name in ("case", "mode", "contender", *right, *(["host us"] if gpu else [])):
         out.add_column(name, justify="left" if name in ("case", "mode", "contender") else "right", no_wrap=True)
     before = None
@@ -88,7 +90,7 @@ def _cells(row: Row, memory_bound: bool) -> list[str]:
         _number(row.median_ms),
         f"{_number(row.p10_ms)} to {_number(row.p90_ms)}",
         ratio,
-        _number(row.gbs if memory_bound else row.tflops),
+        _number(row.tokens_per_s or (row.gbs if memory_bound else row.tflops)),
         f"{row.percent_of_ceiling:.0f}%",
         f"{row.peak_memory / 2**20:.2f}",
         _error(row),

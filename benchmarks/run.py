@@ -126,6 +126,10 @@ class Runner:
 
     def run(self, cases: Sequence[Case]) -> int:
         report.heading(self.head)
+        for reason in dict.fromkeys(case.missing() for case in cases):
+            if reason is not None:
+                report.say(reason)
+        cases = [case for case in cases if case.missing() is None]
         try:
             for op in dict.fromkeys(c.op for c in cases):
                 mine = [c for c in cases if c.op == op]
@@ -151,7 +155,7 @@ class Runner:
     def _case(self, case: Case, dtype: str) -> None:
         size = registry.DTYPES[dtype].itemsize
         clock = harness.timer(self.options.device, case.bytes("fwd", size))
-        problem = case.build(self.options.device, dtype, clock.sets)
+        problem = case.build(self.options.device, dtype, clock.sets, self.options.quick)
         truth = problem.truth()
         for mode in [m for m in self.options.modes if m in case.modes]:
             self.rows += self._group(problem, dtype, mode, truth, clock)
@@ -159,14 +163,14 @@ class Runner:
     def _group(self, problem: Problem, dtype: str, mode: str, truth, clock) -> list[Row]:
         """All contenders of one case, dtype and mode: each through the gate, then together in one alternating run."""
         case, names = problem.case, problem.result_names(mode)
-        ours, refused = self._ours(problem, mode)
-        if not ours:
-            return refused
-        others = contenders.others(problem, mode)
-        if self.options.compile and case.compiled:
-            others.append(contenders.compiled(problem, mode))
+        backends = self.options.backends or tune.candidates(case.op, self.options.device)
+        everyone, why_not = case.line_up(problem, mode, backends, self.options.compile)
+        refused = [
+            Row(case.op, case.name, mode, dtype, name, "refused", name.split()[-1], message=reason)
+            for name, reason in why_not.items()
+        ]
         rows, right, yardstick = {}, [], (None, None)
-        for contender in (contenders.eager(problem, mode), *ours, *others):
+        for contender in everyone:
             row = rows[contender.name] = Row(case.op, case.name, mode, dtype, contender.name, asked=contender.asked)
             try:
                 results, choice, described = contenders.call_once(contender, case.op)
@@ -174,7 +178,7 @@ class Runner:
                 first_line = (str(error).strip() or "no message").splitlines()[0]
                 row.status, row.message = "failed", f"{type(error).__name__}: {first_line[:300]}"
                 continue
-            if contender.asked:
+            if choice is not None:
                 row.backend, row.reason, row.shape_class = choice.backend, choice.reason, described.shape_class()
             verdict = gate.judge(results, truth[: len(names)], yardstick[0], names, case.worst)
             if contender.name == case.eager_name and verdict.wrong is None:
@@ -201,26 +205,10 @@ class Runner:
             row.rounds, row.how = len(timing.samples), timing.how
             row.host_us = None if timing.host is None else timing.host * 1e6
             row.ratio = None if baseline is None else harness.ratio(baseline, timing)
+            row.tokens_per_s = case.tokens_per_call / seconds or None
             row.tflops, row.gbs = work / seconds / 1e12, moved / seconds / 1e9
             row.percent_of_ceiling = 100 * (work if case.bound == "compute" else moved) / seconds / ceiling
             row.peak_memory = memory[name]
-
-    def _ours(self, problem: Problem, mode: str) -> tuple[list[harness.Contender], list[Row]]:
-        """Contenders on the backends asked for, and rows of the backends that can't run the case."""
-        case, known = problem.case, dispatch.ops()[problem.case.op]
-        described = contenders.describe(problem, mode)
-        ours, refused = [], []
-        for name in self.options.backends or tune.candidates(case.op, self.options.device):
-            contender = contenders.ours(problem, mode, name)
-            why_not = None
-            if name != "auto":
-                why_not = known[name].supports(described) if name in known else f"{case.op} has no such backend"
-            if why_not is None:
-                ours.append(contender)
-            else:
-                row = Row(case.op, case.name, mode, problem.dtype, contender.name, "refused", name, message=why_not)
-                refused.append(row)
-        return ours, refused
 
     def _write(self) -> None:
         if self.options.json_file is not None:

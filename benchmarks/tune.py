@@ -10,7 +10,7 @@ from seqfuse.benchmarks.records import Row
 def candidates(op: str, device: str) -> list[str]:
     """Backends worth timing: not the reference, which is there to be right, and not an interpreter."""
     out = ["reference", "triton"] if device == "cpu" else ["reference"]
-    return [name for name in dispatch.ops()[op] if name not in out]
+    return [name for name in dispatch.ops().get(op, ()) if name not in out]
 
 
 def winners(rows: Iterable[Row]) -> dict[str, dict[str, str]]:

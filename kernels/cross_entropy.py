@@ -30,12 +30,12 @@ _BLOCK = 4096  # columns a program holds at a time
 @triton.jit
 def cross_entropy_rows_kernel(
     logits_ptr, target_ptr, cw_ptr, cw_sum_ptr, scale_ptr, loss_ptr, lse_ptr, dlogits_ptr,
-    V, ignore_index, eps, softcap, z_loss,
+    V, stride, ignore_index, eps, softcap, z_loss,
     HAS_CW: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, FORWARD: tl.constexpr, GRADIENT: tl.constexpr,
     SCALE_A_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    base = row * V
+    base = row * stride
     lanes = tl.arange(0, BLOCK)
     target = tl.load(target_ptr + row)
     keep = target != ignore_index
@@ -111,10 +111,10 @@ def cross_entropy_rows(
     softcap: float,
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [N, V] contiguous, fp32 / bf16 / fp16; target [N] int64; class_weight [V] fp32; scale [1] or [N] fp32.
+    """logits [N, V] of contiguous rows, fp32 / bf16 / fp16; target [N] int64; class_weight [V], scale [1] or [N] fp32.
 
     Returns (loss [N], lse [N]) fp32, or with `lse` of an earlier call two empty tensors; with `scale` the gradient goes
-    into dlogits [N, V], which may be logits itself.
+    into dlogits [N, V] with the strides of logits, which it may be.
     """
     rows, vocabulary = logits.shape
     forward = lse is None
@@ -125,7 +125,7 @@ def cross_entropy_rows(
     args = (
         logits, target, class_weight, None if class_weight is None else class_weight.sum().reshape(1), scale,
         loss if forward else None, made if forward else lse, dlogits,
-        vocabulary, ignore_index, label_smoothing, softcap, z_loss,
+        vocabulary, logits.stride(0), ignore_index, label_smoothing, softcap, z_loss,
     )  # fmt: skip
     flags = {
         "HAS_CW": class_weight is not None,

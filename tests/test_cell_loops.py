@@ -366,8 +366,10 @@ def test_opcheck_of_a_step(cell):
         (dict(w_ih=torch.randn(8, 5)), "w_ih must be [8, 4]"),
         (dict(h=torch.randn(2, 2)), "h must be [3, 2]"),
         (dict(c=None), "c belongs to an LSTM"),
-        (dict(x=torch.randn(3, 4).double()), "float32"),
+        (dict(x=torch.randn(3, 4).double()), "takes float32 and bfloat16"),
+        (dict(x=torch.randn(3, 4).bfloat16()), "h must have the dtype"),
         (dict(b_ih=torch.randn(7)), "a bias must be [G*H]"),
+        (dict(b_ih=torch.randn(8).bfloat16()), "of the dtype of x"),
     ],
 )
 def test_bad_arguments_of_a_step(change, text):

@@ -50,7 +50,7 @@ def check(cell, B, width, H, dtype, bias=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (3, 4, 16), (9, 8, 33), (40, 16, 100)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (3, 4, 16), (9, 8, 33), (40, 16, 100), (48, 35, 67)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_cpu_kernel_keeps_the_error_rule(isa, cell, size, dtype):
     check(cell, *size, dtype)

@@ -79,6 +79,24 @@ def test_t5s_norm():
     assert any(row.op == "rms_norm" for row in seqfuse.explain(fused))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_gelu_by_tanh(name, dtype):
+    plain = transformers.activations.ACT2FN[name]
+    fused = seqfuse.fuse(torch.nn.Sequential(transformers.activations.ACT2FN[name]))
+    x = (3 * torch.randn(5, 40)).to(dtype).requires_grad_()
+
+    def results(call, x):
+        y = call(x)
+        return [y, *torch.autograd.grad(y, x, torch.linspace(-1, 1, 200).reshape(5, 40).to(x.dtype))]
+
+    exact = results(plain, x.detach().double().requires_grad_())
+    for got, truth, theirs in zip(results(fused, x), exact, results(plain, x), strict=True):
+        assert_accurate(got, truth, theirs)
+    assert fused(x).grad_fn.name() == "GeluBackward0" != plain(x).grad_fn.name()
+    assert type(seqfuse.unfuse(fused)[0]) is type(plain)
+
+
 def test_include_exclude_and_another_activation():
     model = seqfuse.fuse(llama(), exclude="*norm*")
     assert type(model.model.norm) is type(llama().model.norm)

@@ -95,6 +95,31 @@ def test_several_blocks(dtype, reduction, monkeypatch):
     check(tensors, target, cw, reduction, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("options", [o for o in OPTIONS if "label_smoothing" not in o], ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_without_a_gradient_blocks_are_parts_of_the_vocabulary(dtype, options, monkeypatch):
+    monkeypatch.setattr(loss_blocks, "_BLOCK", 16 * 600)
+    monkeypatch.setitem(loss_blocks._LEAST_TOKENS, "cpu", 1)
+    monkeypatch.setattr(loss_blocks, "_IN_CACHE", 1)  # blocks of 256 columns, the last of 88
+    options = dict(options)
+    (x, weight, bias), target, cw = sample(40, 600, 16, dtype, class_weight=options.pop("class_weight", False))
+    known = LossOptions(-100, 0.0, options.get("softcap", 0.0), options.get("z_loss", 0.0))
+
+    def plain(dtype):
+        wide = [t.to(dtype) for t in (x, weight, bias)]
+        return reference.linear_cross_entropy(*wide, target, None if cw is None else cw.to(dtype), known)
+
+    shapes = []
+    mm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, out: (shapes.append(out.shape), mm(*a, out=out))[1])
+    with torch.no_grad(), seqfuse.backend("cpu"):
+        got = seqfuse.ops.linear_cross_entropy(
+            x, weight, target, bias=bias, class_weight=cw, reduction="none", **options
+        )
+    assert [shape[1] for shape in shapes] == [256, 256, 88]
+    assert_accurate(got, plain(torch.float64), plain(dtype))
+
+
 @settings(max_examples=40)
 @given(
     tokens=st.integers(4, 30),
@@ -299,3 +324,10 @@ def test_bad_input_gets_one_sentence(call, error, text):
 def test_a_target_out_of_range_raises():
     with seqfuse.backend("cpu"), pytest.raises(RuntimeError, match="target 5 is out of bounds"):
         seqfuse.ops.linear_cross_entropy(X, W, torch.tensor([0, 5, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_rows_of_a_block_begin_at_cache_lines(dtype):
+    block = loss_blocks._block(torch.empty(1, dtype=dtype), 3, 33)
+    assert block.shape == (3, 33) and block.stride(0) * block.element_size() % 64 == 0
+    assert loss_blocks._block(torch.empty(1, dtype=dtype), 3, 64).is_contiguous()

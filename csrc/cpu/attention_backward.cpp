@@ -20,7 +20,6 @@ namespace SEQFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 96;
-using View = BlockView<tile>;
 
 // dk and dv of one head, in fp32
 struct KeySums {
@@ -30,18 +29,30 @@ struct KeySums {
   bool of(const KeySums& other) const { return sequence == other.sequence && kv_head == other.kv_head; }
 };
 
+template <class W>
 struct BackwardScratch {
-  PackedHead head;
-  float *q, *dout, *dq, *weights, *grad, *cap_slope, *kept;
+  typedef typename W::Word Word;
+  PackedHead<W> head;
+  Word *q = nullptr, *dout = nullptr, *q_rows = nullptr,
+       *dout_rows = nullptr;   // along the rows, and as spread wants them; of floats the same
+  Word* grad_along = nullptr;  // as combine wants it; of floats grad itself
+  float *dq, *weights, *grad = nullptr, *cap_slope, *kept;
   float delta[tile];
   double lse[tile];  // to base 2
 
   BackwardScratch(const AttentionBackward& a, int64_t most_keys) : head(a, most_keys, true) {}
   void take(Scratch& scratch) {
     head.take(scratch);
-    scratch.take(q, tile * leading(head.D)), scratch.take(dq, tile * leading(head.D));
-    scratch.take(dout, tile * leading(head.Dv));
+    scratch.take(q, tile * leading(words<W>(head.D))), scratch.take(dq, tile * leading(head.D));
+    scratch.take(dout, tile * leading(words<W>(head.Dv)));
     scratch.take(weights, tile * block_keys), scratch.take(grad, tile * block_keys);
+    if constexpr (W::per_word == 1) {
+      q_rows = q, dout_rows = dout, grad_along = grad;
+    } else {
+      scratch.take(q_rows, words<W>(tile) * leading(head.D)),
+          scratch.take(dout_rows, words<W>(tile) * leading(head.Dv));
+      scratch.take(grad_along, tile * words<W>(block_keys));
+    }
     scratch.take(cap_slope, tile * block_keys), scratch.take(kept, block_keys + 4 * VL);
   }
 };
@@ -91,24 +102,39 @@ SEQFUSE_INLINE void gradient_row(float* __restrict s, float* __restrict g, const
 
 template <class T>
 struct Backward {
+  using W = WordsOf<T>;
+  using View = BlockView<tile, W>;
+  typedef typename W::Word Word;
   const AttentionBackward& a;
   const Dropout dropout;
   const int64_t group, ldq, ldv;
+  const int64_t D, Dv;  // words
 
   explicit Backward(const AttentionBackward& a)
-      : a(a), dropout(a.seed, a.dropout_p), group(a.Hq / a.Hkv), ldq(leading(a.D)), ldv(leading(a.Dv)) {}
+      : a(a),
+        dropout(a.seed, a.dropout_p),
+        group(a.Hq / a.Hkv),
+        ldq(leading(a.D)),
+        ldv(leading(a.Dv)),
+        D(words<W>(a.D)),
+        Dv(words<W>(a.Dv)) {}
 
   // q, dout, delta and lse of a tile
-  void load_tile(const Sequence& seq, int64_t h, int64_t i0, int64_t rows, BackwardScratch& w) const {
+  void load_tile(const Sequence& seq, int64_t h, int64_t i0, int64_t rows, BackwardScratch<W>& w) const {
     const int64_t capacity = round_up(rows, tile_rows);
-    pack_rows(row_of<T>(a.q, seq.batch, h, seq.q0 + i0), a.q.row, rows, capacity, a.D, w.q);
-    pack_rows(row_of<T>(a.dout, seq.batch, h, seq.q0 + i0), a.dout.row, rows, capacity, a.Dv, w.dout);
+    const T *q = row_of<T>(a.q, seq.batch, h, seq.q0 + i0), *douts = row_of<T>(a.dout, seq.batch, h, seq.q0 + i0);
+    pack_along<W>(q, a.q.row, rows, capacity, a.D, w.q);
+    pack_along<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout);
+    if constexpr (W::per_word == 2) {
+      pack_rows<W>(q, a.q.row, rows, capacity, a.D, w.q_rows);
+      pack_rows<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout_rows);
+    }
     for (int64_t r = 0; r < rows; r++) {
       const int64_t at = (seq.batch * a.Hq + h) * a.Tq + seq.q0 + i0 + r;
       const T* out = row_of<T>(a.out, seq.batch, h, seq.q0 + i0 + r);
-      const float* dout = w.dout + r * ldv;
+      const T* dout = douts + r * a.dout.row;
       vf products{};
-      for_vectors(0, a.Dv, [&](int64_t c, int n) { products += load(dout + c) * take(out + c, n); });
+      for_vectors(0, a.Dv, [&](int64_t c, int n) { products += take(dout + c, n) * take(out + c, n); });
       w.delta[r] = sum(products) - (a.dlse ? a.dlse[at] : 0.0f);
       w.lse[r] = a.lse[at] * log2_e;
     }
@@ -116,9 +142,9 @@ struct Backward {
 
   // weights and gradients of scores of one block, zero where a query doesn't see a key
   void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows,
-                       const View& view, const BiasRows& bias, BackwardScratch& w) const {
-    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
-    view.products(w.dout, ldv, w.head.values_across + view.first * a.Dv, a.Dv, w.grad);
+                       const View& view, const BiasRows& bias, BackwardScratch<W>& w) const {
+    view.scores(rule, i0, rows, w.q, leading(D), w.head.keys_across + view.first * D, D, w.weights);
+    view.products(w.dout, leading(Dv), w.head.values_across + view.first * Dv, Dv, w.grad);
     for (int64_t r = 0; r < rows; r++) {
       Range c = view.panels[r / tile_rows];
       float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys, *slope = w.cap_slope + r * block_keys;
@@ -145,8 +171,27 @@ struct Backward {
     }
   }
 
+  // Pairs: weights and gradients as words, across the rows in place (see View::spread), and gradients along them.
+  void narrow(int64_t rows, const View& view, BackwardScratch<W>& w) const {
+    for (int64_t r = 0; r < rows; r += 2) {
+      if (view.seen[r / tile_rows].empty()) continue;
+      float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys;
+      if (r + 1 == rows)  // the other half of the words
+        memset(s + block_keys, 0, sizeof(float) * block_keys), memset(g + block_keys, 0, sizeof(float) * block_keys);
+      Pairs::Word* along = w.grad_along + r * words<W>(block_keys);
+      for (int64_t c = 0; c < block_keys; c += 2 * VL) {
+        const vf a0 = load(g + c), a1 = load(g + c + VL), b0 = load(g + block_keys + c),
+                 b1 = load(g + block_keys + c + VL);
+        store_along(along + c / 2, a0, a1), store_along(along + words<W>(block_keys) + c / 2, b0, b1);
+        store(g + c, as_float(rounded_pairs(a0, b0))), store(g + c + VL, as_float(rounded_pairs(a1, b1)));
+      }
+      for (int64_t c = 0; c < block_keys; c += VL)
+        store(s + c, as_float(rounded_pairs(load(s + c), load(s + block_keys + c))));
+    }
+  }
+
   // One tile of queries. sums null: only the gradient of the bias is wanted.
-  void run(const Sequence& seq, const Unit& u, const BiasRows& bias, KeySums* sums, BackwardScratch& w) const {
+  void run(const Sequence& seq, const Unit& u, const BiasRows& bias, KeySums* sums, BackwardScratch<W>& w) const {
     const int64_t h = u.kv_head * group + u.member, i0 = u.tile * tile, rows = clamp(seq.queries - i0, 0, tile);
     if (rows == 0) return;
     const ScoreRule rule(a, seq, h);
@@ -161,12 +206,14 @@ struct Backward {
         continue;
       }
       const View view(seq, block, i0, rows);
-      w.head.ensure<T>(a, seq, u.kv_head, block);
+      w.head.template ensure<T>(a, seq, u.kv_head, block);
       block_gradients(seq, rule, h, i0, rows, view, bias, w);
       if (!sums) continue;
-      view.spread(w.weights, rows, w.dout, ldv, a.Dv, sums->dv + first * ldv);
-      view.spread(w.grad, rows, w.q, ldq, a.D, sums->dk + first * ldq);
-      view.combine(w.grad, w.head.keys + first * ldq, ldq, a.D, w.dq);
+      if constexpr (W::per_word == 2) narrow(rows, view, w);
+      const auto *weights = reinterpret_cast<const Word*>(w.weights), *grad = reinterpret_cast<const Word*>(w.grad);
+      view.spread(weights, rows, w.dout_rows, ldv, a.Dv, sums->dv + first * ldv);
+      view.spread(grad, rows, w.q_rows, ldq, a.D, sums->dk + first * ldq);
+      view.combine(w.grad_along, words<W>(block_keys), w.head.rows_from(w.head.keys, first, a.D), ldq, a.D, w.dq);
     }
     if (!sums) return;
     for (int64_t r = 0; r < rows; r++)
@@ -262,7 +309,7 @@ class SharedBias {
 
  private:
   struct Worker {
-    BackwardScratch scratch;
+    BackwardScratch<WordsOf<T>> scratch;
     float* bias = nullptr;               // [tile, Tk]
     float *dk = nullptr, *dv = nullptr;  // of the heads of keys of a group
     Worker(const AttentionBackward& a, int64_t most_keys) : scratch(a, most_keys) {}
@@ -368,7 +415,7 @@ void backward(const AttentionBackward& a, const Parallel& parallel) {
 
   auto job = [&](int64_t begin, int64_t end) {
     Scratch local;
-    BackwardScratch w(a, plan.most_keys());
+    BackwardScratch<WordsOf<T>> w(a, plan.most_keys());
     w.take(local), local.allocate(), w.take(local);
     for (int64_t worker = begin; worker < end; worker++) {
       KeySums *const continued = sums + 2 * worker, *const own = continued + 1, *now = nullptr;
@@ -395,7 +442,8 @@ void backward(const AttentionBackward& a, const Parallel& parallel) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return backward<bf16>(a, p);
+  if constexpr (!has_dot) backward<float>(a, p);  // see dispatch.cpp
 }
 
 }  // namespace SEQFUSE_ISA

@@ -14,39 +14,41 @@ namespace SEQFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 48;
-using View = BlockView<tile>;
 
+template <class W>
 struct ForwardScratch {
-  PackedHead head;
-  float *q, *weights, *out, *kept;
+  PackedHead<W> head;
+  typename W::Word* q;
+  float *weights, *out, *kept;
   float m[tile], l[tile];
 
   ForwardScratch(const AttentionForward& a, int64_t most_keys) : head(a, most_keys, false) {}
   void take(Scratch& scratch) {
     head.take(scratch);
-    scratch.take(q, tile * leading(head.D)), scratch.take(out, tile * leading(head.Dv));
+    scratch.take(q, tile * leading(words<W>(head.D))), scratch.take(out, tile * leading(head.Dv));
     scratch.take(weights, tile * block_keys), scratch.take(kept, block_keys + 4 * VL);
   }
 };
 
 template <class T>
 void forward_tile(const AttentionForward& a, const Dropout& dropout, const Sequence& seq, const Unit& u,
-                  ForwardScratch& w) {
+                  ForwardScratch<WordsOf<T>>& w) {
+  using W = WordsOf<T>;
   const int64_t h = u.kv_head * (a.Hq / a.Hkv) + u.member, i0 = u.tile * tile;
-  const int64_t rows = clamp(seq.queries - i0, 0, tile), ldq = leading(a.D), ldo = leading(a.Dv);
+  const int64_t rows = clamp(seq.queries - i0, 0, tile), D = words<W>(a.D), ldq = leading(D), ldo = leading(a.Dv);
   if (rows == 0) return;
   const ScoreRule rule(a, seq, h);
-  pack_rows(row_of<T>(a.q, seq.batch, h, seq.q0 + i0), a.q.row, rows, round_up(rows, tile_rows), a.D, w.q);
+  pack_along<W>(row_of<T>(a.q, seq.batch, h, seq.q0 + i0), a.q.row, rows, round_up(rows, tile_rows), a.D, w.q);
   memset(w.out, 0, sizeof(float) * size_t(round_up(rows, tile_rows) * ldo));
   for (int64_t r = 0; r < rows; r++) w.m[r] = -__builtin_inff(), w.l[r] = 0.0f;
   const int64_t padded = round_up(a.Dv, VL);
 
   const Range keys = seq.seen_by(i0, i0 + rows);
   for (int64_t block = keys.begin / block_keys; block * block_keys < keys.end && !keys.empty(); block++) {
-    const View view(seq, block, i0, rows);
+    const BlockView<tile, W> view(seq, block, i0, rows);
     if (!rule.any(i0, i0 + rows, {view.first, view.first + view.keys})) continue;
-    w.head.ensure<T>(a, seq, u.kv_head, block);
-    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * a.D, a.D, w.weights);
+    w.head.template ensure<T>(a, seq, u.kv_head, block);
+    view.scores(rule, i0, rows, w.q, ldq, w.head.keys_across + view.first * D, D, w.weights);
     for (int64_t r = 0; r < rows; r++) {
       const Range columns = view.panels[r / tile_rows];
       if (columns.empty()) continue;
@@ -63,8 +65,10 @@ void forward_tile(const AttentionForward& a, const Dropout& dropout, const Seque
         for (int64_t c = columns.begin; c < columns.end; c += VL)
           store(s + c, load(s + c) * load(w.kept + c - columns.begin));
       }
+      narrow_row<W>(s, columns);
     }
-    view.combine(w.weights, w.head.values + view.first * ldo, ldo, a.Dv, w.out);
+    const auto* values = w.head.rows_from(w.head.values, view.first, a.Dv);
+    view.combine(reinterpret_cast<const typename W::Word*>(w.weights), block_keys, values, ldo, a.Dv, w.out);
   }
 
   for (int64_t r = 0; r < rows; r++) {
@@ -81,7 +85,7 @@ void forward(const AttentionForward& a, const Parallel& parallel) {
   const Dropout dropout(a.seed, a.dropout_p);
   auto job = [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    ForwardScratch w(a, plan.most_keys());
+    ForwardScratch<WordsOf<T>> w(a, plan.most_keys());
     w.take(scratch), scratch.allocate(), w.take(scratch);
     for (int64_t worker = begin; worker < end; worker++)
       plan.each(worker, [&](const Unit& u, const Sequence& seq) { forward_tile<T>(a, dropout, seq, u, w); });
@@ -98,7 +102,8 @@ void forward(const AttentionForward& a, const Parallel& parallel) {
 }  // namespace
 
 void attention_forward(const AttentionForward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
+  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
 }
 
 }  // namespace SEQFUSE_ISA

@@ -72,20 +72,28 @@ class Plan {
 };
 
 // The keys and values of one head as the products want them, block by block, each packed when it is first needed.
+template <class W>
 struct PackedHead {
+  typedef typename W::Word Word;
   bool backward;
   int64_t D, Dv, blocks;
-  float *keys_across, *values_across;  // transposed: for scores, and for the gradients of weights
-  float *keys, *values;                // row by row: for dq, and for out
+  Word *keys_across, *values_across;  // transposed: for scores, and for the gradients of weights
+  Word *keys, *values;                // row by row: for dq, and for out
 
   PackedHead(const AttentionProblem& a, int64_t most_keys, bool backward)
       : backward(backward), D(a.D), Dv(a.Dv), blocks(ceil_div(most_keys, block_keys)) {}
 
   void take(Scratch& scratch) {
     const int64_t n = blocks * block_keys;
-    scratch.take(keys_across, n * D), scratch.take(keys, backward ? n * leading(D) : 0);
-    scratch.take(values_across, backward ? n * Dv : 0), scratch.take(values, backward ? 0 : n * leading(Dv));
+    scratch.take(keys_across, n * words<W>(D)), scratch.take(keys, backward ? words<W>(n) * leading(D) : 0);
+    scratch.take(values_across, backward ? n * words<W>(Dv) : 0);
+    scratch.take(values, backward ? 0 : words<W>(n) * leading(Dv));
     scratch.take(packed_, blocks);
+  }
+
+  // where the block that begins with key `first` lies in keys or values
+  static Word* rows_from(Word* packed, int64_t first, int64_t width) {
+    return packed + words<W>(first) * leading(width);
   }
 
   template <class T>
@@ -99,12 +107,12 @@ struct PackedHead {
     const int64_t first = block * block_keys, rows = clamp(seq.keys - first, 0, block_keys);
     const T* k = row_of<T>(a.k, seq.batch, kv_head, seq.k0 + first);
     const T* v = row_of<T>(a.v, seq.batch, kv_head, seq.k0 + first);
-    pack_transposed(k, a.k.row, rows, D, keys_across + first * D);
+    pack_transposed<W>(k, a.k.row, rows, D, keys_across + first * words<W>(D));
     if (backward) {
-      pack_rows(k, a.k.row, rows, block_keys, D, keys + first * leading(D));
-      pack_transposed(v, a.v.row, rows, Dv, values_across + first * Dv);
+      pack_rows<W>(k, a.k.row, rows, block_keys, D, rows_from(keys, first, D));
+      pack_transposed<W>(v, a.v.row, rows, Dv, values_across + first * words<W>(Dv));
     } else {
-      pack_rows(v, a.v.row, rows, block_keys, Dv, values + first * leading(Dv));
+      pack_rows<W>(v, a.v.row, rows, block_keys, Dv, rows_from(values, first, Dv));
     }
   }
 
@@ -114,8 +122,9 @@ struct PackedHead {
 };
 
 // What the strips (tile_rows queries) of a tile see of one block of keys.
-template <int64_t Rows>
+template <int64_t Rows, class W>
 struct BlockView {
+  typedef typename W::Word Word;
   static constexpr int64_t strips = Rows / tile_rows;
   int64_t first, keys;   // the block's first key, and how many of its keys exist
   Range seen[strips];    // columns of the block
@@ -133,41 +142,44 @@ struct BlockView {
     }
   }
 
-  // out[r][c] = x_r . w_c over n, for what is seen; w is transposed (pack_transposed)
-  void products(const float* x, int64_t ldx, const float* w, int64_t n, float* out) const {
+  // out[r][c] = x_r . w_c over n words, for what is seen; x lies along them (pack_along), w is transposed
+  // (pack_transposed)
+  void products(const Word* x, int64_t ldx, const Word* w, int64_t n, float* out) const {
     each_panel([=, this](int64_t s, int64_t c) {
       float* to = out + s * tile_rows * block_keys + c;
-      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
-                              [=](int r, int v, vf sum)
-                                  __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
+      multiply_tile<W, false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                                 [=](int r, int v, vf sum)
+                                     __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
     });
   }
 
   // The same for scores of the queries i0 .. i0 + rows, with the bias where the rule leaves it to the products.
-  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w, int64_t n,
+  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, const Word* x, int64_t ldx, const Word* w, int64_t n,
               float* out) const {
     if (!rule.bias_in_product) return products(x, ldx, w, n, out);
     rule.bias_wide ? biased_scores<float>(rule, i0, rows, x, ldx, w, n, out)
                    : biased_scores<bf16>(rule, i0, rows, x, ldx, w, n, out);
   }
 
-  // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n)
-  void combine(const float* weights, const float* w, int64_t ld, int64_t n, float* out) const {
+  // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n). Rows of weights have words
+  // along them and lie ldx apart; w is as pack_rows makes it. Weights of what a query doesn't see are zero.
+  void combine(const Word* weights, int64_t ldx, const Word* w, int64_t ld, int64_t n, float* out) const {
     for (int64_t c = 0; c < n; c += tile_columns)
       for (int64_t s = 0; s < strips; s++) {
         if (seen[s].empty()) continue;
-        const float* x = weights + s * tile_rows * block_keys + seen[s].begin;
-        const float* from = w + seen[s].begin * ld + c;
+        const int64_t begin = seen[s].begin / W::per_word, K = words<W>(seen[s].end) - begin;
+        const Word* x = weights + s * tile_rows * ldx + begin;
+        const Word* from = w + begin * ld + c;
         float* to = out + s * tile_rows * ld + c;
-        const int64_t K = seen[s].end - seen[s].begin;
-        n - c > VL ? add_tile<false, 2>(x, block_keys, from, ld, K, to, ld)
-                   : add_tile<false, 1>(x, block_keys, from, ld, K, to, ld);
+        n - c > VL ? add_tile<W, false, 2>(x, ldx, from, ld, K, to, ld)
+                   : add_tile<W, false, 1>(x, ldx, from, ld, K, to, ld);
       }
   }
 
-  // out[c][0..n) += sum over the queries r < rows whose strip sees c of weights[r][c] * x[r][0..n). Weights of what a
-  // query doesn't see are zero.
-  void spread(const float* weights, int64_t rows, const float* x, int64_t ld, int64_t n, float* out) const {
+  // out[c][0..n) += sum over the queries r < rows whose strip sees c of weights[r][c] * x[r][0..n). Weights have words
+  // across the rows: of pairs, those of rows r and r + 1 lie where the floats of row r would. x is as pack_rows makes
+  // it.
+  void spread(const Word* weights, int64_t rows, const Word* x, int64_t ld, int64_t n, float* out) const {
     Range by[block_keys / tile_rows];  // queries that see a strip of keys
     for (int64_t t = 0; t * tile_rows < keys; t++) {
       by[t] = {rows, 0};
@@ -180,12 +192,12 @@ struct BlockView {
     for (int64_t c = 0; c < n; c += tile_columns)
       for (int64_t t = 0; t * tile_rows < keys; t++) {
         if (by[t].empty()) continue;
-        const float* w = weights + by[t].begin * block_keys + t * tile_rows;
-        const float* from = x + by[t].begin * ld + c;
+        const Word* w = weights + by[t].begin * block_keys + t * tile_rows;
+        const Word* from = x + words<W>(by[t].begin) * ld + c;
         float* to = out + t * tile_rows * ld + c;
-        const int64_t K = by[t].end - by[t].begin;
-        n - c > VL ? add_tile<true, 2>(w, block_keys, from, ld, K, to, ld)
-                   : add_tile<true, 1>(w, block_keys, from, ld, K, to, ld);
+        const int64_t K = words<W>(by[t].end - by[t].begin), ldw = W::per_word * block_keys;
+        n - c > VL ? add_tile<W, true, 2>(w, ldw, from, ld, K, to, ld)
+                   : add_tile<W, true, 1>(w, ldw, from, ld, K, to, ld);
       }
   }
 
@@ -202,7 +214,7 @@ struct BlockView {
   // more away from the next, where no hardware prefetcher follows: each tile fetches the lines of the same tile in the
   // next block, a block's time ahead.
   template <class B>
-  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, const float* x, int64_t ldx, const float* w,
+  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, const Word* x, int64_t ldx, const Word* w,
                      int64_t n, float* out) const {
     const int64_t row = rule.bias_row / int64_t(sizeof(B));
     const B* bias = reinterpret_cast<const B*>(rule.bias) + i0 * row + first;
@@ -219,10 +231,10 @@ struct BlockView {
         from = edge, ld = tile_columns;
       }
       float* to = out + s * tile_rows * block_keys + c;
-      multiply_tile<false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
-                              [=](int r, int v, vf sum) __attribute__((always_inline)) {
-                                store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
-                              });
+      multiply_tile<W, false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                                 [=](int r, int v, vf sum) __attribute__((always_inline)) {
+                                   store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
+                                 });
     });
   }
 };

@@ -254,36 +254,106 @@ SEQFUSE_INLINE void transpose(vf (&x)[VL]) {
   }
 }
 
-// A block of up to block_keys rows of D elements, transposed to panels [D][tile_columns]; missing rows become zero.
-template <class T>
-void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, float* out) {
-  for (int64_t r = 0; r < block_keys; r += VL) {
-    float* panel = out + r / tile_columns * D * tile_columns + r % tile_columns;
-    const int n = int(clamp(rows - r, 0, VL));
-    int64_t d = 0;
-    if (n == VL)
-      for (; d + VL <= D; d += VL) {
-        vf x[VL];
-#pragma GCC unroll 16
-        for (int l = 0; l < VL; l++) x[l] = load(p + (r + l) * row + d);
-        transpose(x);
-#pragma GCC unroll 16
-        for (int l = 0; l < VL; l++) store(panel + (d + l) * tile_columns, x[l]);
-      }
-    for (; d < D; d++)
-      for (int l = 0; l < VL; l++) panel[d * tile_columns + l] = l < n ? widen(p[(r + l) * row + d]) : 0.0f;
+// VL words along a row of T, as their bits, and one of them; what lies beyond the row's n elements is zero.
+template <class W, class T>
+SEQFUSE_INLINE vf words_along(const T* p) {
+  if constexpr (W::per_word == 1)
+    return load(p);
+  else
+    return (vf) * (const vu_any*)p;
+}
+template <class W, class T>
+SEQFUSE_INLINE typename W::Word word_along(const T* row, int64_t word, int64_t n) {
+  if constexpr (W::per_word == 1) {
+    return widen(row[word]);
+  } else {
+    const uint32_t high = 2 * word + 1 < n ? row[2 * word + 1].bits : 0;
+    return row[2 * word].bits | high << 16;
   }
 }
 
-// The same block, row by row as it lies; missing rows become zero.
-template <class T>
-void pack_rows(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t D, float* out) {
-  const int64_t ld = leading(D), padded = round_up(D, tile_columns);
+// Words of two bf16, rounded: `low` of their lower halves, `high` of the others.
+SEQFUSE_INLINE vu rounded_pairs(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  return as_bits(rounded<bf16>(low)) >> 16 | as_bits(rounded<bf16>(high));
+#endif
+}
+// Two vectors of a row as words along it.
+SEQFUSE_INLINE void store_along(Pairs::Word* out, vf a, vf b) {
+  bf16* to = reinterpret_cast<bf16*>(out);
+#if defined(__AVX512BF16__)
+  *(vu_any*)to = (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+  store(to, a), store(to + VL, b);
+#endif
+}
+
+// A row of weights of whole tiles of columns becomes words along it, in place: word n lies where float n lay.
+template <class W>
+SEQFUSE_INLINE void narrow_row(float* row, Range c) {
+  if constexpr (W::per_word == 2)
+    for (int64_t j = c.begin; j < c.end; j += 2 * VL)
+      store_along(reinterpret_cast<Pairs::Word*>(row) + j / 2, load(row + j), load(row + j + VL));
+}
+
+// A block of up to block_keys rows of D elements, transposed to panels of words [D][tile_columns]; missing rows become
+// zero.
+template <class W, class T>
+void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, typename W::Word* out) {
+  const int64_t all = words<W>(D), whole = D / W::per_word;
+  for (int64_t r = 0; r < block_keys; r += VL) {
+    auto* panel = out + r / tile_columns * all * tile_columns + r % tile_columns;
+    const int n = int(clamp(rows - r, 0, VL));
+    int64_t d = 0;
+    if (n == VL)
+      for (; d + VL <= whole; d += VL) {
+        vf x[VL];
+#pragma GCC unroll 16
+        for (int l = 0; l < VL; l++) x[l] = words_along<W>(p + (r + l) * row + d * W::per_word);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int l = 0; l < VL; l++) store(reinterpret_cast<float*>(panel + (d + l) * tile_columns), x[l]);
+      }
+    for (; d < all; d++)
+      for (int l = 0; l < VL; l++) panel[d * tile_columns + l] = l < n ? word_along<W>(p + (r + l) * row, d, D) : 0;
+  }
+}
+
+// The same block with words along its rows, `leading(words)` apart, for products that read it along them.
+template <class W, class T>
+void pack_along(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t D, typename W::Word* out) {
+  const int64_t ld = leading(words<W>(D)), padded = round_up(words<W>(D), tile_columns);
   for (int64_t r = 0; r < capacity; r++) {
-    if (r < rows)
-      copy_row(p + r * row, D, padded, out + r * ld);
-    else
-      memset(out + r * ld, 0, sizeof(float) * size_t(padded));
+    auto* to = out + r * ld;
+    if constexpr (W::per_word == 1) {
+      if (r < rows) {
+        copy_row(p + r * row, D, padded, to);
+        continue;
+      }
+    }
+    memset(to, 0, sizeof(*to) * size_t(padded));
+    if (W::per_word == 2 && r < rows) memcpy(to, p + r * row, sizeof(T) * size_t(D));
+  }
+}
+
+// The same block, row by row as it lies, but with words across the rows: of pairs, row n holds rows 2n and 2n + 1.
+template <class W, class T>
+void pack_rows(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t D, typename W::Word* out) {
+  if constexpr (W::per_word == 1) return pack_along<W>(p, row, rows, capacity, D, out);
+  const int64_t ld = leading(D), padded = round_up(D, tile_columns);
+  for (int64_t r = 0; r < capacity; r += 2) {
+    auto* to = reinterpret_cast<float*>(out + r / 2 * ld);
+    const T *low = p + r * row, *high = r + 1 < rows ? low + row : nullptr;
+    memset(to, 0, sizeof(float) * size_t(padded));
+    if (r >= rows) continue;
+    for_vectors(0, D, [=](int64_t i, int n) {
+      const vf x = take(low + i, n), y = high ? take(high + i, n) : vf{};
+      store(to + i, as_float(as_bits(x) >> 16 | as_bits(y)));
+    });
   }
 }
 

@@ -5,8 +5,13 @@
 // with x broadcast element by element and w read as vectors. x is a block of rows (queries, weights) read along them
 // or, for the gradients of keys and values, across them. Scores need the keys transposed, [D][tile_columns] a panel;
 // everything else is read row by row as it lies.
+//
+// An element is a word: a float or, where the processor multiplies them (has_dot), two bf16 that are neighbours along
+// k; k counts words then. Sums are fp32 either way.
 #pragma once
-#include "cpu/vec.h"
+#include <type_traits>
+
+#include "cpu/vec_pair.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
@@ -23,36 +28,64 @@ SEQFUSE_INLINE int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
 
-// Floats from one row to the next of a block that holds n columns: whole vectors, and an odd number of cache lines, so
+// Words from one row to the next of a block that holds n columns: whole vectors, and an odd number of cache lines, so
 // that a column of the block spreads over all sets of the first-level cache.
 SEQFUSE_INLINE int64_t leading(int64_t n) {
   const int64_t lines = (round_up(n, tile_columns) + 15) / 16;
   return (lines | 1) * 16;
 }
 
+struct Floats {
+  typedef float Word;
+  typedef vf Vector;
+  static constexpr int per_word = 1;
+  static SEQFUSE_INLINE vf take(const float* p) { return load(p); }
+  static SEQFUSE_INLINE vf broadcast(float x) { return splat(x); }
+  static SEQFUSE_INLINE vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
+};
+
+struct Pairs {
+  typedef uint32_t Word __attribute__((may_alias));
+  typedef vu Vector;
+  static constexpr int per_word = 2;
+  static SEQFUSE_INLINE vu take(const Word* p) { return (vu) * (const vu_any*)p; }
+  static SEQFUSE_INLINE vu broadcast(Word x) { return x - vu{}; }
+  static SEQFUSE_INLINE vf multiply_add(vf sum, vu a, vu b) { return add_dots(sum, a, b); }
+};
+
+// The words of tensors of T.
+template <class T>
+using WordsOf = std::conditional_t<has_dot && sizeof(T) == 2, Pairs, Floats>;
+
+// words that hold n elements
+template <class W>
+SEQFUSE_INLINE int64_t words(int64_t n) {
+  return (n + W::per_word - 1) / W::per_word;
+}
+
 // finish(r, v, sum) for each vector v of each row r of the sums. Across: x(r, k) is x[k * ldx + r], else x[r * ldx +
 // k]. V: vectors of columns.
-template <bool Across, int V, class Finish>
-SEQFUSE_INLINE void multiply_tile(const float* __restrict x, int64_t ldx, const float* __restrict w, int64_t ldw,
-                                  int64_t K, Finish finish) {
+template <class W, bool Across, int V, class Finish>
+SEQFUSE_INLINE void multiply_tile(const typename W::Word* __restrict x, int64_t ldx,
+                                  const typename W::Word* __restrict w, int64_t ldw, int64_t K, Finish finish) {
   vf acc[tile_rows][V];
 #pragma GCC unroll 12
   for (int r = 0; r < tile_rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) acc[r][v] = vf{};
-  const float* rows[tile_rows];
+  const typename W::Word* rows[tile_rows];
 #pragma GCC unroll 12
   for (int r = 0; r < tile_rows; r++) rows[r] = x + r * ldx;
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++) {
-    vf b[V];
+    typename W::Vector b[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) b[v] = load(w + k * ldw + v * VL);
+    for (int v = 0; v < V; v++) b[v] = W::take(w + k * ldw + v * VL);
 #pragma GCC unroll 12
     for (int r = 0; r < tile_rows; r++) {
-      const vf a = splat(Across ? x[k * ldx + r] : rows[r][k]);
+      const typename W::Vector a = W::broadcast(Across ? x[k * ldx + r] : rows[r][k]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[r][v] += a * b[v];
+      for (int v = 0; v < V; v++) acc[r][v] = W::multiply_add(acc[r][v], a, b[v]);
     }
   }
 #pragma GCC unroll 12
@@ -62,10 +95,10 @@ SEQFUSE_INLINE void multiply_tile(const float* __restrict x, int64_t ldx, const 
 }
 
 // The sums are added to what stands in out.
-template <bool Across, int V>
-SEQFUSE_INLINE void add_tile(const float* __restrict x, int64_t ldx, const float* __restrict w, int64_t ldw, int64_t K,
-                             float* __restrict out, int64_t ldo) {
-  multiply_tile<Across, V>(x, ldx, w, ldw, K, [=](int r, int v, vf sum) __attribute__((always_inline)) {
+template <class W, bool Across, int V>
+SEQFUSE_INLINE void add_tile(const typename W::Word* __restrict x, int64_t ldx, const typename W::Word* __restrict w,
+                             int64_t ldw, int64_t K, float* __restrict out, int64_t ldo) {
+  multiply_tile<W, Across, V>(x, ldx, w, ldw, K, [=](int r, int v, vf sum) __attribute__((always_inline)) {
     float* o = out + r * ldo + v * VL;
     store(o, sum + load(o));
   });

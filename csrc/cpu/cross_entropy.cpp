@@ -126,8 +126,8 @@ struct Row {
 
   void operator()(int64_t r) const {
     const int64_t V = a.cols, t = a.target[r];
-    const T* x = static_cast<const T*>(a.logits) + r * V;
-    T* dx = a.scale ? static_cast<T*>(a.dlogits) + r * V : nullptr;
+    const T* x = static_cast<const T*>(a.logits) + r * a.stride;
+    T* dx = a.scale ? static_cast<T*>(a.dlogits) + r * a.stride : nullptr;
     if (t == a.ignore_index) {
       if (a.loss) a.loss[r] = 0.0f, a.lse[r] = 0.0f;
       if (dx) memset(dx, 0, sizeof(T) * size_t(V));

@@ -1,11 +1,12 @@
-// One step of an LSTM or GRU cell in float32, products included. Contract: seqfuse/rnn_cell.h
+// One step of an LSTM or GRU cell, products included. Contract: seqfuse/rnn_cell.h
 //
 // A cell is called once a step, so weights packed for all of the product would be packed for nothing: it takes them as
 // the module has them, [G*H, K] with k together in memory, and so are x and h. A tile is the dot products of the gates
-// of one unit with a few rows of the batch, vectors along k, both products one after the other in the same sums; a sum
-// over the lanes ends it. Where several tiles share a unit its weights are copied into one stream first. Memory
-// traffic: the weights once (the floor of a small batch: 4 G H (I + H) bytes), and x and h once for each unit, from L1
-// or L2. The gates of VL units never leave L1.
+// of one or two units with a few rows of the batch, vectors along k, both products one after the other in the same
+// sums; a sum over the lanes ends it. bf16 is multiplied in pairs where the processor does, else widened; all sums are
+// fp32. Where several tiles share a unit its weights are copied into one stream first. Memory traffic: the weights once
+// (the floor of a small batch: G H (I + H) elements), and x and h once for each tile's units, from L1 or L2. The gates
+// of VL units never leave L1.
 #include "common/gates.h"
 #include "cpu/rnn_scan.h"
 #include "seqfuse/rnn_cell.h"
@@ -14,142 +15,193 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-// Rows of a tile: their sums, the smaller side's operands and one of the other side fill the registers.
-template <Cell C>
+// A tile is the products of the gates of `units` units with `batch` rows. Its sums, the smaller side's operands and one
+// of the other side fill the registers. x and h of a large batch lie in L2, and a GRU's three gates alone use too
+// little of what they read there: on Zen 4, 32 rows, one unit in a tile ran at 0.117 TFLOP/s (two threads, fp32), two
+// at 0.174. The weights of two units of an LSTM would fill L1: 0.139 instead of 0.160.
 #if defined(__AVX512F__)
-constexpr int tile_batch = C == Cell::lstm ? 6 : 8;
+template <Cell C>
+constexpr int tile_units = C == Cell::lstm ? 1 : 2;
+template <Cell C>
+constexpr int tile_batch = C == Cell::lstm ? 6 : 4;
 #else
+template <Cell C>
+constexpr int tile_units = 1;
+template <Cell C>
 constexpr int tile_batch = C == Cell::lstm ? 3 : 4;
 #endif
 
-// What a tile multiplies: rows of weights, `gate` floats apart, with rows of the batch, `ld` apart, over K terms. From
-// one vector of a row of weights to the next it is `next` floats.
+template <class T>
+constexpr int terms = VL * 4 / int(sizeof(T));  // in one vector: floats, or pairs of bf16
+
+typedef float vf_anywhere __attribute__((vector_size(SEQFUSE_VBYTES), aligned(2), may_alias));
+
+template <class T>
+SEQFUSE_INLINE vf load_terms(const T* p) {
+  return *(const vf_anywhere*)p;
+}
+SEQFUSE_INLINE vf load_terms_n(const float* p, int n) {
+  return load_n(p, n);
+}
+SEQFUSE_INLINE vf load_terms_n(const bf16* p, int n) {
+  alignas(SEQFUSE_VBYTES) bf16 t[terms<bf16>] = {};
+  memcpy(t, p, size_t(n) * sizeof(bf16));
+  return load_terms(t);
+}
+
+template <class T>
+SEQFUSE_INLINE void add_products(vf& sum, vf w, vf x) {
+  if constexpr (sizeof(T) == 4)
+    sum += w * x;
+  else
+    sum = add_dots(sum, as_bits(w), as_bits(x));
+}
+
+// What a tile multiplies: rows of weights with rows of the batch, `ld` elements apart, over K terms. Weights of unit i
+// and gate g begin at w + i * unit + g * gate, and from one vector of such a row to the next it is `next` elements.
+template <class T>
 struct Operands {
-  const float* w;
-  int64_t gate, next;
-  const float* x;
+  const T* w;
+  int64_t unit, gate, next;
+  const T* x;
   int64_t ld, K;
 };
 
-// sums[g][r] += w[g] . x[r], for NW rows of weights and NR rows of the batch.
-template <int NW, int NR>
-SEQFUSE_INLINE void dot_products(vf (&sums)[NW][NR], const Operands& o) {
-  auto terms = [&](const float* w, const float* x, auto read) __attribute__((always_inline)) {
+// sums[i * G + g][r] += w[i][g] . x[r], for G gates of so many units and NR rows of the batch.
+template <int G, class T, int NW, int NR>
+SEQFUSE_INLINE void dot_products(vf (&sums)[NW][NR], const Operands<T>& o) {
+  auto step = [&](const T* w, const T* x, auto read) __attribute__((always_inline)) {
     constexpr int kept = NW < NR ? NW : NR, other = NW < NR ? NR : NW;
+    auto row = [&](int i) __attribute__((always_inline)) { return w + i / G * o.unit + i % G * o.gate; };
     vf in[kept];
 #pragma GCC unroll 8
-    for (int i = 0; i < kept; i++) in[i] = NW < NR ? read(w + i * o.gate) : read(x + i * o.ld);
+    for (int i = 0; i < kept; i++) in[i] = NW < NR ? read(row(i)) : read(x + i * o.ld);
 #pragma GCC unroll 8
     for (int j = 0; j < other; j++) {
-      const vf one = NW < NR ? read(x + j * o.ld) : read(w + j * o.gate);
+      const vf one = NW < NR ? read(x + j * o.ld) : read(row(j));
 #pragma GCC unroll 8
-      for (int i = 0; i < kept; i++) (NW < NR ? sums[i][j] : sums[j][i]) += one * in[i];
+      for (int i = 0; i < kept; i++)
+        NW < NR ? add_products<T>(sums[i][j], in[i], one) : add_products<T>(sums[j][i], one, in[i]);
     }
   };
-  const float* w = o.w;
+  const T* w = o.w;
   int64_t k = 0;
-  for (; k + VL <= o.K; k += VL, w += o.next) terms(w, o.x + k, [](const float* p) { return load(p); });
-  if (const int n = int(o.K - k)) terms(w, o.x + k, [n](const float* p) { return load_n(p, n); });
+  for (; k + terms<T> <= o.K; k += terms<T>, w += o.next) step(w, o.x + k, [](const T* p) { return load_terms(p); });
+  if (const int n = int(o.K - k)) step(w, o.x + k, [n](const T* p) { return load_terms_n(p, n); });
 }
 
-constexpr int64_t kLine = 16;  // floats
-
-SEQFUSE_INLINE void fetch_row(const float* p, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLine) __builtin_prefetch(p + k, 0, 2);
+template <class T>
+SEQFUSE_INLINE void fetch_row(const T* p, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t k = 0; k < n; k += line) __builtin_prefetch(p + k, 0, 2);
 }
 
+template <class T>
 SEQFUSE_INLINE int64_t whole_vectors(int64_t n) {
-  return ceil_div(n, VL) * VL;
+  return ceil_div(n, terms<T>) * terms<T>;
 }
 
-template <Cell C>
+template <Cell C, class T>
 struct Step {
-  static constexpr int G = C == Cell::lstm ? 4 : 3;
+  static constexpr int G = C == Cell::lstm ? 4 : 3, PV = terms<T>, units = tile_units<C>;
   const RnnCellStep& a;
+  const T *w_ih = (const T*)a.w_ih, *w_hh = (const T*)a.w_hh, *x = (const T*)a.x, *h = (const T*)a.h;
 
-  // Copies that several tiles use: x and h side by side, and the weights of one unit [vectors][G][VL], both filled up
-  // with zeros to whole vectors. Rows of the batch are an odd number of vectors apart: rows and gates a power of two
-  // apart would fall on the same banks of L1.
+  // Copies that several tiles use: x and h side by side, and the weights of a tile's units [vectors][units][G][PV],
+  // both filled up with zeros to whole vectors. Rows of the batch are an odd number of vectors apart: rows and gates a
+  // power of two apart would fall on the same banks of L1.
   struct Copies {
-    float* in = nullptr;
-    float* weights = nullptr;
+    T* in = nullptr;
+    T* weights = nullptr;
     int64_t I, H, ld;  // of whole vectors
-    explicit Copies(const RnnCellStep& a) : I(whole_vectors(a.I)), H(whole_vectors(a.H)), ld((I + H) | VL) {}
+    explicit Copies(const RnnCellStep& a)
+        : I(whole_vectors<T>(a.I)), H(whole_vectors<T>(a.H)), ld(((I + H) / PV | 1) * PV) {}
   };
 
-  static void put_row(const float* from, int64_t n, float* to, int64_t next) {
+  static void put_row(const T* from, int64_t n, T* to, int64_t next) {
+    auto put = [](T* to, vf x) { *(vf_anywhere*)to = x; };
     int64_t k = 0;
-    for (; k + VL <= n; k += VL, to += next) store(to, load(from + k));
-    if (k < n) store(to, load_n(from + k, int(n - k)));
+    for (; k + PV <= n; k += PV, to += next) put(to, load_terms(from + k));
+    if (k < n) put(to, load_terms_n(from + k, int(n - k)));
   }
 
   void copy_inputs(const Copies& c) const {
     for (int64_t b = 0; b < a.B; b++) {
-      put_row(a.x + b * a.I, a.I, c.in + b * c.ld, VL);
-      put_row(a.h + b * a.H, a.H, c.in + b * c.ld + c.I, VL);
+      put_row(x + b * a.I, a.I, c.in + b * c.ld, PV);
+      put_row(h + b * a.H, a.H, c.in + b * c.ld + c.I, PV);
     }
   }
 
-  // The next unit's weights lie behind this one's; they come into L2 while this one's are multiplied.
-  void copy_weights(int64_t u, const Copies& c) const {
-    for (int g = 0; g < G; g++) {
-      const float* w_ih = a.w_ih + (g * a.H + u) * a.I;
-      const float* w_hh = a.w_hh + (g * a.H + u) * a.H;
-      fetch_row(w_ih + a.I, a.I), put_row(w_ih, a.I, c.weights + g * VL, G * VL);
-      fetch_row(w_hh + a.H, a.H), put_row(w_hh, a.H, c.weights + c.I * G + g * VL, G * VL);
-    }
+  // The next units' weights lie behind these; they come into L2 while these are multiplied.
+  void copy_weights(int64_t u, int64_t other, const Copies& c) const {
+    constexpr int64_t next = units * G * PV;
+    for (int i = 0; i < units; i++)
+      for (int g = 0; g < G; g++) {
+        const int64_t row = g * a.H + u + i * other, ahead = units;
+        T* to = c.weights + (i * G + g) * PV;
+        fetch_row(w_ih + (row + ahead) * a.I, a.I), put_row(w_ih + row * a.I, a.I, to, next);
+        fetch_row(w_hh + (row + ahead) * a.H, a.H), put_row(w_hh + row * a.H, a.H, to + c.I * units * G, next);
+      }
   }
 
-  // The four sums of unit u for rows b .. b + NR - 1, to out[r][4][VL] at this unit's lane. GRU: r, z, n of x, n of h.
+  // The four sums of units u and u + other for rows b .. b + NR - 1, to out[r][4][VL] at these units' lanes. GRU: r, z,
+  // n of x, n of h.
   template <int NR>
-  void products(int64_t u, int64_t b, float* out, const Copies& c) const {
-    Operands x{a.w_ih + u * a.I, a.H * a.I, VL, a.x + b * a.I, a.I, a.I};
-    Operands h{a.w_hh + u * a.H, a.H * a.H, VL, a.h + b * a.H, a.H, a.H};
+  void products(int64_t u, int64_t other, int64_t b, float* out, const Copies& c) const {
+    Operands<T> of_x{w_ih + u * a.I, other * a.I, a.H * a.I, PV, x + b * a.I, a.I, a.I};
+    Operands<T> of_h{w_hh + u * a.H, other * a.H, a.H * a.H, PV, h + b * a.H, a.H, a.H};
     if (c.in) {
-      x = {c.weights, VL, G * VL, c.in + b * c.ld, c.ld, c.I};
-      h = {c.weights + c.I * G, VL, G * VL, x.x + c.I, c.ld, c.H};
+      constexpr int64_t unit = G * PV, next = units * unit;
+      of_x = {c.weights, unit, PV, next, c.in + b * c.ld, c.ld, c.I};
+      of_h = {c.weights + c.I * units * G, unit, PV, next, of_x.x + c.I, c.ld, c.H};
     }
-    vf sums[G][NR] = {};
-    dot_products<G, NR>(sums, x);
-    if constexpr (C == Cell::gru) give_sum<NR>(sums[2], out + 2 * VL);
-    dot_products<G, NR>(sums, h);
-    for (int g = 0; g < (C == Cell::lstm ? 4 : 2); g++) give_sum<NR>(sums[g], out + g * VL);
-    if constexpr (C == Cell::gru) give_sum<NR>(sums[2], out + 3 * VL);
+    vf sums[units * G][NR] = {};
+    auto give_gate = [&](int gate, float* to) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int i = 0; i < units; i++) give_sums<NR>(sums[i * G + gate], to + i * other);
+    };
+    dot_products<G>(sums, of_x);
+    if constexpr (C == Cell::gru) give_gate(2, out + 2 * VL);
+    dot_products<G>(sums, of_h);
+#pragma GCC unroll 4
+    for (int g = 0; g < (C == Cell::lstm ? 4 : 2); g++) give_gate(g, out + g * VL);
+    if constexpr (C == Cell::gru) give_gate(2, out + 3 * VL);
   }
 
   // The sums of one gate, which begin anew.
   template <int NR>
-  static SEQFUSE_INLINE void give_sum(vf (&sums)[NR], float* out) {
+  static SEQFUSE_INLINE void give_sums(vf (&sums)[NR], float* out) {
 #pragma GCC unroll 8
     for (int r = 0; r < NR; r++) out[r * 4 * VL] = sum(sums[r]), sums[r] = vf{};
   }
 
   template <int NR>
-  void rows(int count, int64_t u, int64_t b, float* out, const Copies& c) const {
+  void rows(int count, int64_t u, int64_t other, int64_t b, float* out, const Copies& c) const {
     if constexpr (NR > 1)
-      if (count < NR) return rows<NR - 1>(count, u, b, out, c);
-    products<NR>(u, b, out, c);
+      if (count < NR) return rows<NR - 1>(count, u, other, b, out, c);
+    products<NR>(u, other, b, out, c);
   }
 
-  SEQFUSE_INLINE vf bias(const float* p, int64_t gate, int64_t u, int n) const {
-    return p ? take(p + gate * a.H + u, n) : vf{};
+  SEQFUSE_INLINE vf bias(const void* p, int64_t gate, int64_t u, int n) const {
+    return p ? take((const T*)p + gate * a.H + u, n) : vf{};
   }
 
   // The step of n units of row b from their products p [4][VL].
   SEQFUSE_INLINE void unit(int64_t u, int n, int64_t b, const float* p) const {
     using M = VecMath;
     const int64_t at = b * a.H + u, H = a.H;
-    float* saved = a.gates ? a.gates + b * 4 * H + u : nullptr;
+    T* saved = a.gates ? (T*)a.gates + b * 4 * H + u : nullptr;
+    T *h_out = (T*)a.h_out + at, *c_out = (T*)a.c_out + at;
     auto both = [&](int g) { return bias(a.b_ih, g, u, n) + bias(a.b_hh, g, u, n) + load(p + g * VL); };
     if constexpr (C == Cell::lstm) {
-      const auto s = lstm_forward<M>(both(0), both(1), both(2), both(3), take(a.c + at, n));
-      give(a.h_out + at, s.h, n), give(a.c_out + at, s.c, n);
+      const auto s = lstm_forward<M>(both(0), both(1), both(2), both(3), take((const T*)a.c + at, n));
+      give(h_out, s.h, n), give(c_out, s.c, n);
       if (!saved) return;
       give(saved, s.i, n), give(saved + H, s.f, n), give(saved + 2 * H, s.g, n), give(saved + 3 * H, s.o, n);
     } else {
       const vf xn = load(p + 2 * VL) + bias(a.b_ih, 2, u, n), an = load(p + 3 * VL) + bias(a.b_hh, 2, u, n);
-      const auto s = gru_forward<M>(both(0), both(1), xn, an, take(a.h + at, n));
-      give(a.h_out + at, s.h, n);
+      const auto s = gru_forward<M>(both(0), both(1), xn, an, take(h + at, n));
+      give(h_out, s.h, n);
       if (!saved) return;
       give(saved, s.r, n), give(saved + H, s.z, n), give(saved + 2 * H, s.n, n), give(saved + 3 * H, an, n);
     }
@@ -162,7 +214,7 @@ struct Step {
     Copies c(a);
     Scratch scratch;
     if (a.B > tile_batch<C>) {
-      auto take = [&] { scratch.take(c.in, a.B * c.ld), scratch.take(c.weights, G * (c.I + c.H)); };
+      auto take = [&] { scratch.take(c.in, a.B * c.ld), scratch.take(c.weights, units * G * (c.I + c.H)); };
       take(), scratch.allocate(), take();
       copy_inputs(c);
     }
@@ -171,11 +223,13 @@ struct Step {
         const Range batch{first, first + kBatch < a.B ? first + kBatch : a.B};
         const int64_t u = block * VL, tiles = ceil_div(batch.size(), tile_batch<C>);
         const int n = lanes(block, a.H);
-        for (int lane = 0; lane < n; lane++) {
-          if (c.in) copy_weights(u + lane, c);
+        for (int lane = 0; lane < n; lane += units) {
+          const int64_t other = lane + 1 < n ? 1 : 0;  // the last of an odd number is computed twice
+          if (c.in) copy_weights(u + lane, other, c);
           for (int64_t i = 0; i < tiles; i++) {
             const Range r = part(batch.size(), i, tiles);
-            rows<tile_batch<C>>(int(r.size()), u + lane, first + r.begin, product + r.begin * 4 * VL + lane, c);
+            float* out = product + r.begin * 4 * VL + lane;
+            rows<tile_batch<C>>(int(r.size()), u + lane, other, first + r.begin, out, c);
           }
         }
         for (int64_t b = batch.begin; b < batch.end; b++) unit(u, n, b, product + (b - first) * 4 * VL);
@@ -183,11 +237,15 @@ struct Step {
   }
 };
 
-template <Cell C>
+constexpr double terms_a_ns(int64_t size) {
+  return size == 2 ? 100 : 50;
+}
+
+template <Cell C, class T>
 void run(const RnnCellStep& a, const Parallel& parallel) {
-  const Step<C> step{a};
+  const Step<C, T> step{a};
   const int64_t all = ceil_div(a.H, VL);
-  const double work_ns = double(a.B < 3 ? 3 : a.B) * double(a.H) * 4 * double(a.I + a.H) / 50;
+  const double work_ns = double(a.B < 3 ? 3 : a.B) * double(a.H) * 4 * double(a.I + a.H) / terms_a_ns(sizeof(T));
   const int64_t workers = work_ns < 10e3 ? 1 : parallel.threads < all ? parallel.threads : all;
   auto job = [&](int64_t begin, int64_t end) { step.blocks({all * begin / workers, all * end / workers}); };
   if (workers <= 1) return step.blocks({0, all});
@@ -195,21 +253,35 @@ void run(const RnnCellStep& a, const Parallel& parallel) {
 }
 
 // out [B, N] (+)= d [B, K] @ w [K, N]
+template <class T>
 struct DenseProduct {
-  const float* d;
+  const T* d;
   int64_t ld, K;
-  const float* w;
+  const T* w;
   int64_t N;
-  float* out;
+  T* out;
   bool add;
 };
 
 // Columns [tile * most, + most) of it. A block of w is packed into L1, where the tiles of all rows use it: left where
 // it is, columns of a width that is a power of two share a few cache sets.
-void column_tile(const DenseProduct& p, int64_t B, int64_t tile) {
-  constexpr int64_t kTerms = 1024 / VL, kBatch = 32;
-  alignas(64) word packed[kTerms * max_vectors * VL];
+// K elements of a row of d as operands of the product (rnn_gemm.h): pairs, the last filled up with zero, or floats.
+SEQFUSE_INLINE void put_operand(const bf16* d, int64_t K, word* out) {
+  if constexpr (has_dot) {
+    if (K & 1) out[K / 2] = 0;
+    memcpy(out, d, size_t(K) * sizeof(bf16));
+  } else {
+    for_vectors(0, K, [=](int64_t i, int n) { give((float*)out + i, take(d + i, n), n); });
+  }
+}
+
+template <class T>
+void column_tile(const DenseProduct<T>& p, int64_t B, int64_t tile) {
+  constexpr int64_t kTerms = (uses_dot<T> ? 2048 : 1024) / VL, kBatch = 32;
+  constexpr Product product = uses_dot<T> ? Product::dot : Product::floats;
+  alignas(64) word packed[1024 / VL * max_vectors * VL];
   alignas(64) float sums[kBatch * max_vectors * VL];
+  alignas(64) word operand[sizeof(T) == 4 ? 1 : kBatch * 1024 / VL];  // rows of d as the product takes them
   const int64_t begin = tile * max_vectors * VL;
   PackColumns columns{nullptr, p.N, 0, 0};
   for (int64_t u = begin; u < p.N && columns.vectors < max_vectors; u += VL) {
@@ -223,32 +295,39 @@ void column_tile(const DenseProduct& p, int64_t B, int64_t tile) {
     for (int64_t k = 0; k < p.K; k += kTerms) {
       columns.w = p.w + k * p.N;
       columns.K = columns.part = columns.part_ld = p.K - k < kTerms ? p.K - k : kTerms;
-      pack_columns<float>(columns, Product::floats, packed);
+      pack_columns<T>(columns, product, packed);
       const bool last = k + kTerms >= p.K;  // what is packed next: the rows below, or the columns beside
-      const float* next = p.w + begin + (last ? width : (k + kTerms) * p.N);
+      const T* next = p.w + begin + (last ? width : (k + kTerms) * p.N);
       for (int64_t i = 0, n = last ? kTerms : p.K - k - kTerms; i < n && i < kTerms; i++)
         fetch_row(next + i * p.N, width);
+      const word* in = (const word*)(p.d + first * p.ld + k);
+      int64_t ld = p.ld;
+      if constexpr (sizeof(T) == 2) {
+        in = operand, ld = 1024 / VL;
+        for (int64_t row = 0; row < rows.end; row++)
+          put_operand(p.d + (first + row) * p.ld + k, columns.K, operand + row * ld);
+      }
       for_row_tiles(rows, vectors, [&](int64_t row, int count) {
-        tile_function(Product::floats, vectors, count)(packed, (const word*)(p.d + (first + row) * p.ld + k), p.ld,
-                                                       columns.K, sums + row * width, width, VL, k > 0);
+        tile_function(product, vectors, count)(packed, in + row * ld, ld, weight_words(product, columns.K),
+                                               sums + row * width, width, VL, k > 0);
       });
     }
     for (int64_t row = 0; row < rows.end; row++)
       for (int v = 0; v < vectors; v++) {
-        float* out = p.out + (first + row) * p.N + columns.first[v];
+        T* out = p.out + (first + row) * p.N + columns.first[v];
         const vf x = load(sums + row * width + v * VL);
         give(out, p.add ? x + take(out, columns.count[v]) : x, columns.count[v]);
       }
   }
 }
 
-}  // namespace
-
-void rnn_cell_products(const RnnCellProducts& a, const Parallel& parallel) {
-  const DenseProduct dx{a.dxg, a.ld, a.GH, a.w_ih, a.I, a.dx, false}, dh{a.da, a.ld, a.GH, a.w_hh, a.H, a.dh, a.add};
+template <class T>
+void run(const RnnCellProducts& a, const Parallel& parallel) {
+  const DenseProduct<T> dx{(const T*)a.dxg, a.ld, a.GH, (const T*)a.w_ih, a.I, (T*)a.dx, false};
+  const DenseProduct<T> dh{(const T*)a.da, a.ld, a.GH, (const T*)a.w_hh, a.H, (T*)a.dh, a.add};
   const int64_t of_dx = a.dx ? ceil_div(a.I, max_vectors * VL) : 0, of_dh = a.dh ? ceil_div(a.H, max_vectors * VL) : 0;
   const int64_t all = of_dx + of_dh, width = (a.dx ? a.I : 0) + (a.dh ? a.H : 0);
-  const double work_ns = double(a.B < 3 ? 3 : a.B) * double(a.GH) * double(width) / 50;
+  const double work_ns = double(a.B < 3 ? 3 : a.B) * double(a.GH) * double(width) / terms_a_ns(sizeof(T));
   const int64_t workers = work_ns < 10e3 ? 1 : parallel.threads < all ? parallel.threads : all;
   auto job = [&](int64_t begin, int64_t end) {
     for (int64_t i = all * begin / workers; i < all * end / workers; i++)
@@ -258,8 +337,17 @@ void rnn_cell_products(const RnnCellProducts& a, const Parallel& parallel) {
   parallel(workers, job);
 }
 
+}  // namespace
+
+void rnn_cell_products(const RnnCellProducts& a, const Parallel& parallel) {
+  if (a.dtype == DType::bf16) return run<bf16>(a, parallel);
+  if constexpr (!has_dot) run<float>(a, parallel);  // with dots: only bf16 comes here (dispatch.cpp)
+}
+
 void rnn_cell_step(const RnnCellStep& a, const Parallel& parallel) {
-  a.cell == Cell::lstm ? run<Cell::lstm>(a, parallel) : run<Cell::gru>(a, parallel);
+  const bool lstm = a.cell == Cell::lstm;
+  if (a.dtype == DType::bf16) return lstm ? run<Cell::lstm, bf16>(a, parallel) : run<Cell::gru, bf16>(a, parallel);
+  if constexpr (!has_dot) lstm ? run<Cell::lstm, float>(a, parallel) : run<Cell::gru, float>(a, parallel);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -16,13 +16,11 @@ SEQFUSE_INLINE vf broadcast(word x) {
 // acc += the product of one word of weights with the state at x: one term, or two.
 template <Product P>
 SEQFUSE_INLINE void multiply_add(vf& even, vf& odd, const word* w, const word* x) {
-#if defined(__AVX512BF16__)
+  const vf pair = load((const float*)w);
   if constexpr (P == Product::dot) {
-    even = (vf)_mm512_dpbf16_ps((__m512)even, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(*x)));
+    even = add_dots(even, as_bits(pair), vu{} + *x);
     return;
   }
-#endif
-  const vf pair = load((const float*)w);
   if constexpr (P == Product::widened_pairs) {
     even += broadcast(x[0]) * as_float(as_bits(pair) << 16);
     odd += broadcast(x[1]) * as_float(as_bits(pair) & 0xffff0000u);

@@ -13,12 +13,6 @@ namespace SEQFUSE_ISA {
 
 constexpr int most_pair_rows = 2;
 
-#if defined(__AVX512BF16__)
-constexpr bool has_dot = true;
-#else
-constexpr bool has_dot = false;
-#endif
-
 enum class Product { floats, widened_pairs, dot };
 
 template <class T>

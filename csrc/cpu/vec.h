@@ -182,6 +182,23 @@ SEQFUSE_INLINE vf rounded(vf x) {
   return load(t);
 }
 
+// Whether this level multiplies pairs of neighbouring bf16 (AVX512-BF16; where it is emulated, tests run its code
+// paths)
+#if defined(__AVX512BF16__) || defined(SEQFUSE_EMULATE_DOTS)
+constexpr bool has_dot = true;
+#else
+constexpr bool has_dot = false;
+#endif
+// sum + the products of two pairs in each lane; only where has_dot
+SEQFUSE_INLINE vf add_dots(vf sum, vu a, vu b) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+  return sum + as_float(a << 16) * as_float(b << 16);
+#endif
+}
+
 SEQFUSE_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
 }

@@ -11,8 +11,11 @@ struct Scale {
   int64_t step;
 };
 
+// Rows of contiguous elements; between rows there may be a gap, the same in `like`.
 void check_rows(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous [rows, vocabulary]");
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1) &&
+                      (t.size(0) <= 1 || (t.stride(0) >= t.size(1) && t.stride(0) == like.stride(0))),
+                  name, " must be [rows, vocabulary] with contiguous rows");
   STD_TORCH_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1), name, " must have the shape of the logits");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the logits");
   check_same_device(t, like, name);
@@ -47,7 +50,7 @@ std::tuple<Tensor, Tensor> cross_entropy_rows_on_cpu(Tensor logits, Tensor targe
   check_same_device(target, logits, "target");
   CrossEntropyRows a{};
   a.dtype = dtype_of(logits, "logits");
-  a.rows = rows, a.cols = cols;
+  a.rows = rows, a.cols = cols, a.stride = logits.stride(0);
   a.logits = logits.const_data_ptr();
   a.target = static_cast<const int64_t*>(target.const_data_ptr());
   for (int64_t r = 0; r < rows; r++)
@@ -87,6 +90,7 @@ Tensor kl_rows_on_cpu(Tensor student, Tensor teacher, std::optional<Tensor> keep
                       std::optional<Tensor> dstudent, double temperature) {
   check_rows(student, student, "student");
   check_rows(teacher, student, "teacher");
+  STD_TORCH_CHECK(student.is_contiguous(), "student and teacher must be contiguous");
   check_cpu_dtype(student);
   const int64_t rows = student.size(0);
   KlRows a{};

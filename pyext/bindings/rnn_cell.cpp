@@ -72,33 +72,34 @@ std::tuple<Tensor, Tensor, Tensor> step_cpu(int64_t number, Tensor x_in, Tensor 
   const bool lstm = cell == Cell::lstm;
   STD_TORCH_CHECK(lstm || cell == Cell::gru, "a step with its products is an LSTM's or a GRU's");
   STD_TORCH_CHECK(x_in.dim() == 2 && h_in.dim() == 2, "x must be [B, I] and h [B, H]");
-  STD_TORCH_CHECK(x_in.scalar_type() == ScalarType::Float, "a step with its products takes float32");
+  STD_TORCH_CHECK(x_in.scalar_type() == ScalarType::Float || x_in.scalar_type() == ScalarType::BFloat16,
+                  "a step with its products takes float32 and bfloat16");
   const int64_t G = gates_of(cell), B = x_in.size(0), I = x_in.size(1), H = h_in.size(1);
   check(h_in, B, H, x_in, "h"), check(c_in, B, H, x_in, "c");
   check(w_ih_in, G * H, I, x_in, "w_ih"), check(w_hh_in, G * H, H, x_in, "w_hh");
   for (const Maybe& b : {b_ih_in, b_hh_in})
-    STD_TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == G * H && b->scalar_type() == ScalarType::Float),
-                    "a bias must be [G*H] of float32");
+    STD_TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == G * H && b->scalar_type() == x_in.scalar_type()),
+                    "a bias must be [G*H], of the dtype of x");
   STD_TORCH_CHECK(c_in.has_value() == lstm, "c belongs to an LSTM");
   const Tensor x = dense(x_in), h = dense(h_in), w_ih = dense(w_ih_in), w_hh = dense(w_hh_in);
   const Maybe c = dense_or_none(c_in), b_ih = dense_or_none(b_ih_in), b_hh = dense_or_none(b_hh_in);
   Tensor h_out = empty(x, {B, H}), c_out = lstm ? empty(x, {B, H}) : empty(x, {0});
   Tensor gates = save ? empty(x, {B, 4 * H}) : empty(x, {0});
-  auto floats = [](const auto* p) { return static_cast<const float*>(p); };
   RnnCellStep args{cell,
+                   dtype_of(x, "x"),
                    B,
                    I,
                    H,
-                   floats(x.const_data_ptr()),
-                   floats(h.const_data_ptr()),
-                   floats(pointer_or_null(c)),
-                   floats(w_ih.const_data_ptr()),
-                   floats(w_hh.const_data_ptr()),
-                   floats(pointer_or_null(b_ih)),
-                   floats(pointer_or_null(b_hh)),
-                   pointer<float>(h_out),
-                   lstm ? pointer<float>(c_out) : nullptr,
-                   save ? pointer<float>(gates) : nullptr};
+                   x.const_data_ptr(),
+                   h.const_data_ptr(),
+                   pointer_or_null(c),
+                   w_ih.const_data_ptr(),
+                   w_hh.const_data_ptr(),
+                   pointer_or_null(b_ih),
+                   pointer_or_null(b_hh),
+                   pointer(h_out),
+                   lstm ? pointer(c_out) : nullptr,
+                   save ? pointer(gates) : nullptr};
   if (B && H) rnn_cell_step_cpu(args, torch_threads());
   return {h_out, c_out, gates};
 }
@@ -157,23 +158,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_backward_cpu(int64_t number, May
   const Cell cell = check_cell(number);
   const bool gru = cell == Cell::gru;
   STD_TORCH_CHECK(gru || cell == Cell::lstm, "a step with its products is an LSTM's or a GRU's");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "a step with its products takes float32");
   const int64_t B = rows.size(0), I = x.size(1), H = h.size(1), GH = gates_of(cell) * H;
   check(w_ih_in, GH, I, x, "w_ih"), check(w_hh_in, GH, H, x, "w_hh");
   const Tensor w_ih = dense(w_ih_in), w_hh = dense(w_hh_in);
   Tensor dx = want_dx ? empty(rows, {B, I}) : empty(rows, {0}), dh = gru ? bypass : empty(rows, {B, H});
-  const float* gradients = static_cast<const float*>(rows.const_data_ptr());
-  const RnnCellProducts args{B,
+  const DType dtype = dtype_of(rows, "rows");
+  const char* gradients = static_cast<const char*>(rows.const_data_ptr());
+  const RnnCellProducts args{dtype,
+                             B,
                              I,
                              H,
                              GH,
                              gradients,
-                             gru ? gradients + GH : gradients,
+                             gru ? gradients + GH * size_of(dtype) : gradients,
                              rows.size(1),
-                             static_cast<const float*>(w_ih.const_data_ptr()),
-                             static_cast<const float*>(w_hh.const_data_ptr()),
-                             want_dx ? pointer<float>(dx) : nullptr,
-                             want_dh ? pointer<float>(dh) : nullptr,
+                             w_ih.const_data_ptr(),
+                             w_hh.const_data_ptr(),
+                             want_dx ? pointer(dx) : nullptr,
+                             want_dh ? pointer(dh) : nullptr,
                              gru};
   if (B && H) rnn_cell_products_cpu(args, torch_threads());
   return {rows, dx, dh, dc};

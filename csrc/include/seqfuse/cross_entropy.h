@@ -7,9 +7,9 @@
 //   dlogits_j = scale (A p_j - eps / V class_weight_j - (1 - eps) w [j = target]) (1 - (u_j / softcap)^2)
 //   A = (1 - eps) w + eps / V sum_j class_weight_j + 2 z_loss w lse
 //
-// logits and dlogits are [rows, cols] of `dtype`, row-major; dlogits may be logits itself (in place), and nothing else
-// may alias. A row whose target is ignore_index gives loss 0, lse 0 and a gradient of zeros. Any other target must lie
-// in [0, cols): the caller checks. Nothing is kept after the call returns.
+// logits and dlogits are [rows, cols] of `dtype`, row-major, both with `stride` elements from row to row; dlogits may
+// be logits itself (in place), and nothing else may alias. A row whose target is ignore_index gives loss 0, lse 0 and a
+// gradient of zeros. Any other target must lie in [0, cols): the caller checks. Nothing is kept after the call returns.
 #pragma once
 #include "seqfuse/types.h"
 
@@ -18,6 +18,7 @@ namespace seqfuse {
 struct CrossEntropyRows {
   DType dtype;
   int64_t rows, cols;
+  int64_t stride;  // at least cols
   const void* logits;
   const int64_t* target;      // [rows]
   const float* class_weight;  // [cols]; null: ones

@@ -41,33 +41,35 @@ struct RnnCellBackward {
   void* dc;            // [B, H], LSTM only
 };
 
-// The whole forward step of an LSTM or a GRU in float32, products included, from weights as they lie in the module.
+// The whole forward step of an LSTM or a GRU in one type, products included, from weights as they lie in the module.
 struct RnnCellStep {
   Cell cell;
+  DType dtype;  // of everything
   int64_t B, I, H;
-  const float* x;     // [B, I]
-  const float* h;     // [B, H]
-  const float* c;     // [B, H], LSTM only
-  const float* w_ih;  // [G*H, I]
-  const float* w_hh;  // [G*H, H]
-  const float* b_ih;  // [G*H] or null, as b_hh
-  const float* b_hh;  // [G*H] or null
-  float* h_out;       // [B, H]
-  float* c_out;       // [B, H], LSTM only
-  float* gates;       // [B, 4*H] for the backward pass; null: inference
+  const void* x;     // [B, I]
+  const void* h;     // [B, H]
+  const void* c;     // [B, H], LSTM only
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, H]
+  const void* b_ih;  // [G*H] or null, as b_hh
+  const void* b_hh;  // [G*H] or null
+  void* h_out;       // [B, H]
+  void* c_out;       // [B, H], LSTM only
+  void* gates;       // [B, 4*H] for the backward pass; null: inference
 };
 
 // The two products of its backward pass: dx = dxg @ w_ih, dh (+)= da @ w_hh.
 struct RnnCellProducts {
+  DType dtype;  // of everything
   int64_t B, I, H, GH;
-  const float* dxg;  // [B, GH], rows `ld` elements apart, as da
-  const float* da;
+  const void* dxg;  // [B, GH], rows `ld` elements apart, as da
+  const void* da;
   int64_t ld;
-  const float* w_ih;  // [GH, I]
-  const float* w_hh;  // [GH, H]
-  float* dx;          // [B, I]; null: not wanted
-  float* dh;          // [B, H]; null: not wanted
-  bool add;           // dh holds a part already
+  const void* w_ih;  // [GH, I]
+  const void* w_hh;  // [GH, H]
+  void* dx;          // [B, I]; null: not wanted
+  void* dh;          // [B, H]; null: not wanted
+  bool add;          // dh holds a part already
 };
 
 void rnn_cell_products_cpu(const RnnCellProducts&, const Parallel&);

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: RMSNorm, gated MLPs and the loss of causal language models, for fuse().
+"""Hugging Face transformers: RMSNorm, gated MLPs, GELU and the loss of causal language models, for fuse().
 
 As with torch.nn's modules a module changes its class, here to one made of the original and of a class below; so it
 keeps its name, its Parameters and its projections (plain nn.Linear, which PEFT may wrap). Classes are known by name,
@@ -17,6 +17,7 @@ from seqfuse import explanation, ops
 RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm"}
 ZERO_CENTERED_RMS_NORMS = {"GemmaRMSNorm", "Gemma2RMSNorm"}
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
+TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}  # written out there, each step a pass over the memory
 CAUSAL_LMS = {"GPT2LMHeadModel", "LlamaForCausalLM"}
 _ACTIVATIONS = {
     "SiLU": ops.swiglu,
@@ -53,6 +54,11 @@ class _GatedMLP(_Fused):
     def forward(self, x):
         explanation.entering(self)
         return self.down_proj(_ACTIVATIONS[type(self.act_fn).__name__](self.gate_proj(x), self.up_proj(x)))
+
+
+class _TanhGELU(_Fused):
+    def forward(self, input):
+        return F.gelu(input, approximate="tanh")
 
 
 class _CausalLM(_Fused):
@@ -113,6 +119,8 @@ def fused_class(module: nn.Module, fuse_loss: bool) -> type | None:
         return _fused_class(cls, _ZeroCenteredRMSNorm)
     if cls.__name__ in MLPS and type(module.act_fn).__name__ in _ACTIVATIONS:
         return _fused_class(cls, _GatedMLP)
+    if cls.__name__ in TANH_GELUS:
+        return _fused_class(cls, _TanhGELU)
     if fuse_loss and cls.__name__ in CAUSAL_LMS:
         return _fused_class(cls, _CausalLM)
     return None

@@ -6,6 +6,7 @@ from seqfuse.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from seqfuse.ops.distillation import kl_loss
 from seqfuse.ops.gated import geglu, swiglu
 from seqfuse.ops.layer_norm import layer_norm, rms_norm
+from seqfuse.ops.linear import linear
 from seqfuse.ops.preference import dpo_loss, linear_log_probs, orpo_loss
 from seqfuse.ops.recurrent import gru, lstm, rnn
 from seqfuse.ops.rnn_cell import gru_cell, lstm_cell, rnn_cell
@@ -23,6 +24,7 @@ __all__ = [
     "gru_cell",
     "kl_loss",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_log_probs",
     "lstm",

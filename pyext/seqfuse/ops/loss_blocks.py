@@ -12,12 +12,20 @@ from seqfuse.ops import library, products
 # reads and writes the vocabulary matrix's gradient once a block.
 _BLOCK = 1 << 24
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+_IN_CACHE = 1 << 22  # elements of a block of columns, which the kernel finds where the GEMM left it
+_LINE = 64  # bytes: the rows of a block begin at cache lines, without which GEMMs are slow (50257 is an odd number)
 
 
 def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
     most = max(_BLOCK // max(vocabulary, 1), _LEAST_TOKENS.get(device, 256))
     blocks = max(-(-tokens // most), 1)
     return max(-(-tokens // blocks), 1)
+
+
+def _block(x, tokens, vocabulary):
+    """[tokens, vocabulary], uninitialised, its rows apart by whole cache lines."""
+    line = _LINE // x.element_size()
+    return x.new_empty(tokens, -(-vocabulary // line) * line)[:, :vocabulary]
 
 
 def rows_kernel(backend):
@@ -43,7 +51,10 @@ def cross_entropy(
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, vocabulary, x.device.type)
-    block = x.new_empty(min(size, tokens), vocabulary)
+    if scale is None and lse is None and size < tokens and backend == "cpu" and not label_smoothing:
+        found = _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, softcap, z_loss)
+        return *found, *(x.new_empty(0, dtype=dtype) for _ in range(3))
+    block = _block(x, min(size, tokens), vocabulary)
     dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = None if scale is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = None if scale is None or bias is None else torch.zeros(vocabulary, dtype=torch.float32, device=x.device)
@@ -75,6 +86,41 @@ def cross_entropy(
     losses, log_sums = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
     grads = (x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight, dbias))
     return losses, log_sums, *grads
+
+
+def _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, softcap, z_loss):
+    """(losses [N], lse [N]) where no gradient is wanted.
+
+    A block has all tokens and a part of the vocabulary, so that its GEMM is as fast as the whole one, and the sum of
+    exponentials goes on from block to block. Each target's logit is one dot product of its own.
+    """
+    tokens, vocabulary = x.shape[0], weight.shape[0]
+    columns = max(_IN_CACHE // tokens // 64 * 64, 256)
+    block, first = _block(x, tokens, min(columns, vocabulary)), torch.zeros_like(target)
+    lse = None
+    for start in range(0, vocabulary, columns):
+        part = slice(start, min(start + columns, vocabulary))
+        logits = block[:, : part.stop - start]
+        if bias is None:
+            torch.mm(x, weight[part].t(), out=logits)
+        else:
+            torch.addmm(bias[part], x, weight[part].t(), out=logits)
+        kernel = torch.ops.seqfuse.cross_entropy_rows
+        own = kernel(logits, first, None, None, None, None, -1, 0.0, softcap, 0.0)[1]
+        lse = own if lse is None else torch.logaddexp(lse, own)
+    keep = target != ignore_index
+    target = target.where(keep, 0)
+    logit = (x.float() * weight[target].float()).sum(1)
+    if bias is not None:
+        logit += bias[target]
+    if softcap:
+        logit = softcap * torch.tanh(logit / softcap)
+    loss = lse - logit
+    if z_loss:
+        loss += z_loss * lse.square()
+    if class_weight is not None:
+        loss *= class_weight.float()[target]
+    return loss.where(keep, 0.0), lse.where(keep, 0.0)
 
 
 def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):

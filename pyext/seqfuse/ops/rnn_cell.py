@@ -130,7 +130,7 @@ def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
 
 def _small_step(cell, x, h):
     """Whether the products of a step are taken in its kernel."""
-    return (cell == "lstm" or cell == "gru") and x.dtype is torch.float32 and x.shape[0] <= MOST_ROWS and not traced()
+    return (cell == "lstm" or cell == "gru") and x.shape[0] <= MOST_ROWS and not traced()
 
 
 class RnnCellFunction(torch.autograd.Function):

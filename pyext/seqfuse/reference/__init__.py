@@ -5,6 +5,7 @@ from seqfuse.reference.cross_entropy import LossOptions, cross_entropy, linear_c
 from seqfuse.reference.distillation import kl
 from seqfuse.reference.gated import gated
 from seqfuse.reference.layer_norm import layer_norm, norm_dropout
+from seqfuse.reference.linear import linear
 from seqfuse.reference.rnn import GATES, PLAIN, ScanOptions, recurrent_product, rnn_cell, rnn_scan
 from seqfuse.reference.rope import rope
 
@@ -22,6 +23,7 @@ __all__ = [
     "kl",
     "kv_cache_append",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "loss_scale",
     "norm_dropout",

@@ -1,0 +1,24 @@
+// Contract of y = x weight^T + bias for few rows of x: one step of decoding.
+//
+// x [rows, cols], weight [outputs, cols] and bias [outputs] (null: none) of `dtype`, f32 or bf16, 1 <= rows <=
+// linear_most_rows; rows of weight lie weight_step elements apart, everything else is dense. y [rows, outputs] of the
+// same dtype must not overlap anything else. Sums are fp32. Nothing is kept after a call returns.
+#pragma once
+#include "seqfuse/types.h"
+
+namespace seqfuse {
+
+constexpr int64_t linear_most_rows = 8;
+
+struct LinearForward {
+  DType dtype;
+  int64_t rows, cols, outputs, weight_step;
+  const void* x;
+  const void* weight;
+  const void* bias;
+  void* y;
+};
+
+void linear_forward_cpu(const LinearForward&, const Parallel&);
+
+}  // namespace seqfuse

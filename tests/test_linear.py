@@ -1,0 +1,228 @@
+"""linear against the float64 reference: the CPU kernel at every instruction set, and the op as F.linear."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import seqfuse
+from seqfuse import native, reference
+from seqfuse.testing import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def sample(rows, inputs, outputs, dtype):
+    return [torch.randn(s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (outputs,))]
+
+
+def check(x, weight, bias, call=seqfuse.ops.linear):
+    with torch.no_grad(), seqfuse.backend("cpu"):
+        y = call(x, weight, bias)
+    theirs = F.linear(x, weight, bias)
+    assert y.dtype == theirs.dtype and y.is_contiguous()
+    truth = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_accurate(y, truth, theirs, dims=(0, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("inputs,outputs", [(1, 1), (3, 7), (33, 5), (64, 48), (257, 131)], ids=str)
+def test_kernel(isa, rows, inputs, outputs, dtype):
+    x, weight, bias = sample(rows, inputs, outputs, dtype)
+    check(x, weight, bias)
+    check(x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_kernel_of_several_threads(isa, dtype):
+    """Enough work for each thread to get portions, and outputs that no tile divides."""
+    x, weight, bias = sample(3, 130, 1003, dtype)
+    check(x, weight, bias)
+    with seqfuse.backend("cpu"):
+        many = seqfuse.ops.linear(x, weight, bias)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        one = seqfuse.ops.linear(x, weight, bias)
+        torch.set_num_threads(threads)
+    assert torch.equal(many, one)
+
+
+@given(
+    rows=st.integers(1, 8),
+    inputs=st.integers(1, 150),
+    outputs=st.integers(1, 90),
+    dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_sizes(rows, inputs, outputs, dtype, biased, seed):
+    torch.manual_seed(seed)
+    x, weight, bias = sample(rows, inputs, outputs, dtype)
+    check(x, weight, bias if biased else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_strides_and_shapes(dtype):
+    x, weight, bias = sample(6, 40, 30, dtype)
+    check(x.t().contiguous().t(), weight, bias)  # x across
+    check(x.view(2, 1, 3, 40).transpose(0, 2), weight, bias)
+    check(x[0], weight, bias)
+    check(x, torch.cat([weight, weight], 1)[:, 3:43], bias)  # rows of the weight lie apart
+    check(x, weight, torch.stack([bias, bias], 1)[:, 1])
+    check(x, weight, bias, torch.ops.seqfuse.linear_fwd.default)
+    check(x, weight.t().contiguous().t(), bias, torch.ops.seqfuse.linear_fwd.default)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0)], ids=str)
+def test_size_0(isa, shape, dtype):
+    rows, inputs, outputs = shape
+    x, weight, bias = sample(rows, inputs, outputs, dtype)
+    with torch.no_grad(), seqfuse.backend("cpu"):
+        y = seqfuse.ops.linear(x, weight, bias)
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_nan_and_inf_reach_their_rows_only(isa, dtype):
+    x, weight, bias = sample(4, 37, 21, dtype)
+    x[1, 36], x[2, 0], weight[20, 5] = torch.nan, torch.inf, torch.nan
+    with torch.no_grad(), seqfuse.backend("cpu"):
+        y = seqfuse.ops.linear(x, weight, bias)
+    theirs = F.linear(x, weight, bias)
+    assert torch.equal(y.isnan(), theirs.isnan()) and torch.equal(y.isinf(), theirs.isinf())
+    assert y[1].isnan().all() and y[:, 20].isnan().all() and y[0, :20].isfinite().all()
+
+
+def chosen(*args, call=seqfuse.ops.linear):
+    decisions = []
+    with seqfuse.dispatch.listening(lambda choice, case: decisions.append(choice)):
+        call(*args)
+    return decisions[-1]
+
+
+def why_not_cpu(choice):
+    return dict(choice.refused)["cpu"]
+
+
+def test_auto(monkeypatch):
+    """The kernel where it was measured faster; PyTorch's op wherever it can do more, or is faster; twice the same."""
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    large, small = sample(2, 512, 512, torch.float32), sample(2, 64, 64, torch.float32)
+    module = torch.nn.Linear(512, 512)
+    for _ in range(2):
+        with torch.no_grad():
+            assert chosen(*large).backend == "cpu"
+            assert chosen(large[0], module.weight, module.bias).backend == "cpu"
+            assert "measured faster" in why_not_cpu(chosen(*small))
+            assert "up to 8 rows, this is 9" in why_not_cpu(chosen(torch.randn(3, 3, 512), *large[1:]))
+            assert "not dense" in why_not_cpu(chosen(large[0], large[1].t(), large[2]))
+            assert "one dimension" in why_not_cpu(chosen(large[0], large[1][0]))
+            with torch.autocast("cpu", torch.bfloat16):
+                choice = chosen(*large)
+                assert choice.backend == "torch" and "autocast" in why_not_cpu(choice)
+        assert "no gradient" in why_not_cpu(chosen(large[0], module.weight, module.bias))
+        assert chosen(*large).backend == "cpu"  # nobody wants one
+    assert chosen(*(t.double() for t in large)).backend == "torch"
+    monkeypatch.setitem(vars(sys.modules["seqfuse.ops.linear"]), "SLOW_BF16", False)  # ops.linear is the function
+    many = sample(5, 512, 512, torch.bfloat16)
+    assert "widened" in why_not_cpu(chosen(*many))
+    monkeypatch.setattr(native, "isa", lambda: "avx512_bf16")
+    seqfuse.dispatch.forget()
+    assert chosen(*many).backend == "cpu"
+    monkeypatch.setattr(native, "isa", lambda: "baseline")
+    seqfuse.dispatch.forget()
+    assert "without AVX2" in why_not_cpu(chosen(*large))
+    seqfuse.dispatch.forget()
+
+
+def test_a_known_call_follows_what_changes_between_calls():
+    x, weight, bias = sample(2, 512, 512, torch.float32)
+    first = seqfuse.ops.linear(x, weight, bias)
+    with seqfuse.backend("torch"):
+        assert chosen(x, weight, bias).backend == "torch"
+    with seqfuse.backend("cpu"):
+        assert chosen(x, weight, bias).backend == "cpu"
+        with pytest.raises(RuntimeError, match="makes no gradient"):
+            seqfuse.ops.linear(x, weight.clone().requires_grad_(), bias)
+        assert not torch.equal(seqfuse.ops.linear(x, weight + 1, bias), first)
+        with pytest.raises(ValueError, match="bias is float64"):
+            seqfuse.ops.linear(x, weight, bias.double())
+
+
+def test_gradients_autocast_subclasses_and_transforms_are_pytorchs():
+    x, weight, bias = (t.requires_grad_() for t in sample(3, 20, 10, torch.float32))
+    dy = torch.randn(3, 10)
+    ours = torch.autograd.grad(seqfuse.ops.linear(x, weight, bias), (x, weight, bias), dy)
+    theirs = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), dy)
+    assert all(map(torch.equal, ours, theirs))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(seqfuse.ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    with torch.no_grad():
+        several = torch.randn(4, 3, 20)
+        got = torch.vmap(lambda x: seqfuse.ops.linear(x, weight, bias))(several)
+        assert_accurate(
+            got, F.linear(several.double(), weight.double(), bias.double()), F.linear(several, weight, bias)
+        )
+
+    class Special(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, fn, types, args=(), kwargs=None):
+            return "special" if fn is F.linear else super().__torch_function__(fn, types, args, kwargs or {})
+
+    assert seqfuse.ops.linear(x, weight.detach().as_subclass(Special)) == "special"
+
+
+def test_compiled_and_registered():
+    module = torch.nn.Linear(48, 40)
+
+    def call(x):
+        return seqfuse.ops.linear(x, module.weight, module.bias)
+
+    compiled = torch.compile(call, fullgraph=True)
+    for rows in (1, 3, 8, 20):  # the last one is no case for the kernel
+        x = torch.randn(rows, 48)
+        truth = F.linear(x.double(), module.weight.double(), module.bias.double())
+        with torch.no_grad():
+            assert_accurate(compiled(x), truth, module(x))
+        assert_accurate(compiled(x), truth, module(x))
+    torch.library.opcheck(
+        torch.ops.seqfuse.linear_fwd.default, (torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5))
+    )
+    torch.library.opcheck(torch.ops.seqfuse.linear_fwd.default, (torch.randn(8), torch.randn(5, 8), None))
+
+
+@pytest.mark.parametrize(
+    "args,error,text",
+    [
+        (([1.0], torch.ones(2, 1)), TypeError, "x must be a tensor"),
+        ((torch.ones(2, 3), torch.ones(4, 3, dtype=torch.int64)), TypeError, "weight must be a floating-point tensor"),
+        ((torch.ones(2, 3), torch.ones(1, 4, 3)), ValueError, "weight must be 1-D or 2-D"),
+        ((torch.tensor(1.0), torch.ones(4, 3)), ValueError, "x must have at least one dimension"),
+        ((torch.ones(2, 3), torch.ones(4, 5)), ValueError, "x must end in weight's 5 inputs"),
+        ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)), ValueError, "bias must have shape [4]"),
+        ((torch.ones(2, 3), torch.ones(4, 3).bfloat16()), ValueError, "weight is bfloat16, but x is float32"),
+        ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).double()), ValueError, "bias is float64, but x is float32"),
+        ((torch.ones(2, 3), torch.ones(4, 3, device="meta")), ValueError, "weight is on meta, but x is on cpu"),
+    ],
+)
+def test_bad_input_gets_one_sentence(args, error, text):
+    with pytest.raises(error) as caught:
+        seqfuse.ops.linear(*args)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_op_itself_refuses_what_it_cannot_do():
+    op = torch.ops.seqfuse.linear_fwd.default
+    for args, text in (
+        ((torch.ones(9, 3), torch.ones(4, 3), None), "up to 8 rows, not 9"),
+        ((torch.ones(2, 3), torch.ones(4, 5), None), "x must be"),
+        ((torch.ones(2, 3).half(), torch.ones(4, 3).half(), None), "float32 and bfloat16"),
+        ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(1)), "bias must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            op(*args)
