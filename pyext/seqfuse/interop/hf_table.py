@@ -106,7 +106,7 @@ def to_theirs(family: Family, config: Config, ours: dict) -> dict[str, torch.Ten
 
 def first(token) -> int | None:
     """Of several end tokens the first: generate takes the others as `stop`."""
-    return token[0] if isinstance(token, (list, tuple)) else token
+    return next(iter(token), None) if isinstance(token, list) else token
 
 
 def activation(name: str) -> str:

@@ -114,7 +114,7 @@ class Model(nn.Module):
 def empty_model(config: Config, path: Path) -> Model:
     """The model of `config` with memory for its weights and nothing in it; path: the file that asked for it."""
     try:
-        with torch.device("meta"):  # buffers, which are computed, name their device
+        with torch.device("meta"):  # a module's make_tables() is called again by files.fill()
             return MODELS[config.model](config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise CheckpointError(f"{path}: no model can be made of it: {error}") from error

@@ -29,6 +29,7 @@ GATED = {
     "geglu_tanh": partial(ops.geglu, approximate="tanh"),
 }
 PLAIN = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+MOST_LAYERS, MOST_POSITIONS = 10_000, 1 << 21  # a damaged config.json is not to take an hour, or all memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class BlockConfig(Config):
         self.positive(
             "vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "max_positions", "eps"
         )
+        for name, most in (("layers", MOST_LAYERS), ("max_positions", MOST_POSITIONS)):
+            self.require(getattr(self, name) <= most, f"{name} must be at most {most}, got {getattr(self, name)}")
         divides = self.head_width or self.width % self.heads == 0
         self.require(divides, f"width must be a multiple of heads, got {self.width} and {self.heads}")
         grouped = self.heads % self.Hkv == 0
@@ -275,7 +278,7 @@ class Stack(nn.Module):
             x = x * math.sqrt(self.config.width)
         if self.position is not None:
             where = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-            x = x + self.position(where)  # (T, d) or (B, T, d)
+            x = x + self.position(where).to(x.dtype)  # (T, d) or (B, T, d)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(ids) if types is None else types)  # (B, T, d)
         if self.embedding_norm is not None:

@@ -146,6 +146,9 @@ def fill(
     dtype = dtype or (floating[0].dtype if floating else None)
     filled = {n: t.to(dtype).contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
     _assign(model, filled)
+    for module in model.modules():
+        if hasattr(module, "make_tables"):  # what is computed, now that sizes are known to be those of the file
+            module.make_tables()
 
 
 def _assign(model, tensors):

@@ -39,7 +39,7 @@ class RopeSettings(Settings):
 
     def frequencies(self, width: int) -> torch.Tensor:
         """Radians per position of each pair of a head: float32 [width / 2]."""
-        exponent = torch.arange(0, width, 2, device="cpu").float() / width
+        exponent = torch.arange(0, width, 2).float() / width
         plain = 1.0 / self.theta**exponent
         if self.scaling is None:
             return plain
@@ -51,7 +51,7 @@ class RopeSettings(Settings):
         else:
             first, last = (self._pair_of(turns, width) for turns in (self.high, self.low))
             first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
-            ramp = (torch.arange(width // 2, device="cpu") - first) / max(last - first, 0.001)
+            ramp = (torch.arange(width // 2) - first) / max(last - first, 0.001)
             keep = 1 - ramp.clamp(0, 1)
         return keep * plain + (1 - keep) * plain / self.factor
 
@@ -72,9 +72,14 @@ class Rotary(nn.Module):
 
     def __init__(self, settings: RopeSettings, width: int, positions: int):
         super().__init__()
-        angles = torch.arange(positions, device="cpu").float()[:, None] * settings.frequencies(width)  # (S, D / 2)
-        self.register_buffer("cos", angles.cos() * settings.amplitude, persistent=False)
-        self.register_buffer("sin", angles.sin() * settings.amplitude, persistent=False)
+        self.settings, self.sizes = settings, (width, positions)
+        self.make_tables()
+
+    def make_tables(self):
+        width, positions = self.sizes
+        angles = torch.arange(positions).float()[:, None] * self.settings.frequencies(width)  # (S, D / 2)
+        self.register_buffer("cos", angles.cos() * self.settings.amplitude, persistent=False)
+        self.register_buffer("sin", angles.sin() * self.settings.amplitude, persistent=False)
 
     def forward(self, q, k, positions=None):
         """q (B, Hq, T, D), k (B, Hkv, T, D); positions int64 (B, T), or None: from 0 on."""
@@ -93,8 +98,13 @@ class Sinusoidal(nn.Module):
 
     def __init__(self, positions: int, width: int):
         super().__init__()
-        pairs = torch.arange(0, width, 2, device="cpu").double()  # (d / 2)
-        angles = torch.arange(positions, device="cpu").double()[:, None] / 10000 ** (pairs / width)  # (S, d / 2)
+        self.sizes = width, positions
+        self.make_tables()
+
+    def make_tables(self):
+        width, positions = self.sizes
+        pairs = torch.arange(0, width, 2).double()  # (d / 2)
+        angles = torch.arange(positions).double()[:, None] / 10000 ** (pairs / width)  # (S, d / 2)
         table = torch.cat([angles.sin(), angles.cos()[:, : width // 2]], dim=1).float()  # (S, d)
         self.register_buffer("weight", table, persistent=False)
 

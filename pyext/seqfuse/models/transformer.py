@@ -15,7 +15,7 @@ from torch import nn
 
 from seqfuse import ops
 from seqfuse.models.base import Model, check_capacity, check_ids
-from seqfuse.models.blocks import BlockConfig, Context, Stack, multiply
+from seqfuse.models.blocks import MOST_LAYERS, BlockConfig, Context, Stack, multiply
 from seqfuse.models.cache import CrossCache
 
 
@@ -44,6 +44,8 @@ class TransformerConfig(BlockConfig):
     def __post_init__(self):
         super().__post_init__()
         self.positive("decoder_layers", "source_vocab")
+        few = (self.decoder_layers or 1) <= MOST_LAYERS
+        self.require(few, f"decoder_layers must be at most {MOST_LAYERS}, got {self.decoder_layers}")
         self.require(self.start is not None, "start_id or bos_id must be given: every target starts with it")
 
     @property
