@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from seqfuse import reference
+from seqfuse.ops.layer_norm import NormOptions
 from seqfuse.testing import assert_accurate
 
 GATES = reference.GATES
@@ -99,62 +100,96 @@ def test_mistakes_are_caught(host, mistake, words):
     assert words in str(caught.value)
 
 
-# layer_norm
+# layer_norm and rms_norm
+
+PLAIN = NormOptions()
+SEED = torch.tensor([2**40 + 7])
+EVERYTHING = NormOptions(SEED, 0.25, True, True)
+NORMS = [
+    NormOptions(rms=True),
+    NormOptions(zero_centered=True),
+    NormOptions(SEED, 0.25),
+    NormOptions(SEED, 0.25, zero_centered=True),
+    EVERYTHING,
+]
 
 
-def layer_norm_on_host(host, tensors, grads, eps=1e-5, offset=0, **numbers):
-    """y, s, dx, dweight, dbias (absent ones left out) of the CUDA kernels."""
+def layer_norm_on_host(host, tensors, grads, eps=1e-5, offset=0, options=PLAIN, **numbers):
+    """y, s, dx, dresidual, dweight, dbias (absent ones left out) of the CUDA kernels."""
     x, residual, weight, bias = tensors
     rows, cols = x.shape
     parameter = weight if weight is not None else bias
     numbers |= {"rows": rows, "cols": cols, "dtype": DTYPES[x.dtype]}
     numbers["param_dtype"] = DTYPES[x.dtype if parameter is None else parameter.dtype]
     inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-    outputs = {"y": (rows * cols, x.dtype), "mean": (rows, torch.float32), "rstd": (rows, torch.float32)}
-    if residual is not None:
+    numbers |= {"rms": options.rms, "zero_centered": options.zero_centered, "dropout_p": float(options.dropout_p)}
+    inputs["seed_of_dropout"] = options.seed
+    outputs = {"y": (rows * cols, x.dtype), "rstd": (rows, torch.float32)}
+    outputs |= {} if options.rms else {"mean": (rows, torch.float32)}
+    stored = residual is not None or options.dropout_p > 0.0
+    if stored:
         outputs["sum"] = (rows * cols, x.dtype)
     found = host("layer_norm_forward", numbers | {"eps": eps}, inputs, outputs, offset)
-    s = x if residual is None else found["sum"].view(rows, cols)
+    s = found["sum"].view(rows, cols) if stored else x
     inputs = {"dy": grads[0], "dsum": None if residual is None else grads[1], "s": s, "weight": weight}
-    inputs |= {"mean": found["mean"], "rstd": found["rstd"]}
+    inputs |= {"mean": found.get("mean"), "rstd": found["rstd"], "seed_of_dropout": options.seed}
     outputs = {"dx": (rows * cols, x.dtype)}
+    outputs |= {"dresidual": (rows * cols, x.dtype)} if residual is not None and options.dropout_p else {}
     outputs |= {f"d{n}": (cols, t.dtype) for n, t in (("weight", weight), ("bias", bias)) if t is not None}
     found |= host("layer_norm_backward", numbers, inputs, outputs, offset)
-    return {n: t.view(rows, cols) if len(t) == rows * cols and n in ("y", "sum", "dx") else t for n, t in found.items()}
+    whole = "y", "sum", "dx", "dresidual"
+    return {n: t.view(rows, cols) if n in whole else t for n, t in found.items()}
 
 
 def layer_norm_by_torch(call, tensors, grads, dtype=None):
     leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     y, s = call(*leaves)
+    x, residual, weight, bias = leaves
+    if residual is None:  # s is no result then, though dropout has it made
+        s = None
     torch.autograd.backward([y] if s is None else [y, s], [g.to(y.dtype) for g in grads[: 1 if s is None else 2]])
-    x, _, weight, bias = leaves
     found = {"y": y.detach(), "dx": x.grad}
-    found |= {} if s is None else {"sum": s.detach()}
+    found |= {} if s is None else {"sum": s.detach(), "dresidual": residual.grad}
     return found | {f"d{n}": t.grad for n, t in (("weight", weight), ("bias", bias)) if t is not None}
 
 
-def plain_layer_norm(x, residual, weight, bias):
+def plain_layer_norm(x, residual, weight, bias, norm=PLAIN):
+    if norm.dropout_p:
+        x = x * reference.norm_dropout(x, norm.seed, norm.dropout_p).to(x.dtype)
     s = x if residual is None else x + residual
     if weight is not None or bias is not None:
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    return F.layer_norm(s, s.shape[-1:], weight, bias), None if residual is None else s
+    if norm.zero_centered and weight is not None:
+        weight = 1.0 + weight
+    if norm.rms:
+        return F.rms_norm(s, s.shape[-1:], weight, 1e-5), s
+    return F.layer_norm(s, s.shape[-1:], weight, bias), s
 
 
-def check_layer_norm(host, rows, cols, dtype, *, residual=False, parameters="wb", param_dtype=None, **options):
+def check_layer_norm(
+    host, rows, cols, dtype, *, residual=False, parameters="wb", param_dtype=None, norm=PLAIN, **options
+):
     def make(*shape, dtype=dtype):
         return torch.randn(shape, dtype=torch.float64).to(dtype)
 
     tensors = [make(rows, cols) * 2 + 0.5, make(rows, cols) if residual else None]
+    parameters = parameters.replace("b", "") if norm.rms else parameters
     tensors += [make(cols, dtype=param_dtype or dtype) if n in parameters else None for n in "wb"]
     grads = [make(rows, cols), make(rows, cols)]
-    got = layer_norm_on_host(host, tensors, grads, **options)
-    exact = layer_norm_by_torch(lambda *t: reference.layer_norm(*t, 1e-5), tensors, grads, torch.float64)
-    theirs = layer_norm_by_torch(plain_layer_norm, tensors, grads)
+    got = layer_norm_on_host(host, tensors, grads, options=norm, **options)
+    exact = layer_norm_by_torch(lambda *t: reference.layer_norm(*t, 1e-5, *norm), tensors, grads, torch.float64)
+    theirs = layer_norm_by_torch(lambda *t: plain_layer_norm(*t, norm), tensors, grads)
+    assert ("dresidual" in got) == (residual and norm.dropout_p > 0.0)  # else it is dx
     for name, truth in exact.items():
+        got.setdefault("dresidual", got["dx"])
         assert_accurate(got[name], truth, theirs[name], dims=(0,) if truth.dim() == 2 else (), what=name)
-    s = tensors[0] if tensors[1] is None else got["sum"]
-    assert_accurate(got["mean"], s.double().mean(1), what="mean")
-    assert_accurate(got["rstd"], (s.double().var(1, correction=0) + 1e-5).rsqrt(), what="rstd")
+    s = got.get("sum", tensors[0]).double()
+    if norm.rms:
+        assert "mean" not in got
+        assert_accurate(got["rstd"], (s.square().mean(1) + 1e-5).rsqrt(), what="rstd")
+    else:
+        assert_accurate(got["mean"], s.mean(1), what="mean")
+        assert_accurate(got["rstd"], (s.var(1, correction=0) + 1e-5).rsqrt(), what="rstd")
     return got
 
 
@@ -168,6 +203,29 @@ def test_layer_norm(host, shape, residual, dtype):
 @pytest.mark.parametrize("cols,dtype", [(8200, "fp32"), (16500, "fp32"), (16648, "bf16"), (16387, "fp16")])
 def test_layer_norm_of_rows_longer_than_the_registers(host, cols, dtype):
     check_layer_norm(host, 4, cols, FLOATS[dtype], residual=True, multiprocessors=1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("norm", NORMS, ids=lambda n: ",".join(k for k, v in n._asdict().items() if k != "seed" and v))
+@pytest.mark.parametrize("shape", [(3, 7), (13, 100), (3, 2048)], ids=str)
+def test_norms_with_options(host, shape, norm, dtype):
+    check_layer_norm(host, *shape, FLOATS[dtype], residual=shape[0] == 3, norm=norm)
+
+
+@pytest.mark.parametrize("cols,dtype", [(16500, "fp32"), (16648, "bf16"), (16387, "fp16")])
+def test_norms_with_options_of_rows_longer_than_the_registers(host, cols, dtype):
+    check_layer_norm(host, 3, cols, FLOATS[dtype], residual=dtype != "bf16", norm=EVERYTHING, multiprocessors=1)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.999, 1e-3])
+def test_dropout_before_a_norm_is_the_references(host, p):
+    """Exactly the same elements, whatever shares a block or a vector; a seed with both halves set."""
+    x = torch.ones(70, 52)
+    norm = NormOptions(torch.tensor([-(2**62) - 12345]), p)
+    got = layer_norm_on_host(host, [x, None, None, None], [torch.randn(70, 52)], options=norm, multiprocessors=1)
+    expected = reference.norm_dropout(x.double(), norm.seed, p)
+    assert torch.equal(got["sum"] == 0, expected == 0)
+    assert_accurate(got["sum"], expected)
 
 
 def test_layer_norm_walks_over_many_rows_with_few_blocks(host):
@@ -193,9 +251,10 @@ def test_layer_norm_float32_parameters(host, dtype):
     residual=st.booleans(),
     parameters=st.sampled_from(["wb", "w", "b", ""]),
     multiprocessors=st.integers(1, 4),
+    norm=st.sampled_from([PLAIN, *NORMS]),
 )
-def test_random_layer_norms(host, rows, cols, dtype, residual, parameters, multiprocessors):
-    options = {"residual": residual, "parameters": parameters, "multiprocessors": multiprocessors}
+def test_random_layer_norms(host, rows, cols, dtype, residual, parameters, multiprocessors, norm):
+    options = {"residual": residual, "parameters": parameters, "multiprocessors": multiprocessors, "norm": norm}
     check_layer_norm(host, rows, cols, FLOATS[dtype], **options)
 
 

@@ -1,9 +1,12 @@
-// Kernels of layer_norm. Contract and maths: seqfuse/layer_norm.h
+// Kernels of layer_norm and rms_norm. Contract and maths: seqfuse/layer_norm.h
 //
-//   forward    mean, rstd of s = x (+ residual);   y = (s - mean) * rstd * weight + bias
+//   forward    mean, rstd of s = dropout(x) (+ residual);   y = (s - mean) * rstd * weight + bias
 //   backward   g = dy * weight, xhat = (s - mean) * rstd
-//              dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsum)
+//              ds = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsum), which is the residual's gradient
+//              dx = dropout(ds)
 //              dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
+// rms_norm is the same with mean and mean(g) zero. It, dropout and a zero-centred weight are chosen at run time: what
+// that adds to the arithmetic of a kernel that waits for memory is less than twice the kernels would cost to compile.
 //
 // Memory traffic allowed: forward reads x (and the residual) once, writes y (and the sum) once; backward reads dy and s
 // (and dsum) once, writes dx once. A group of threads (a power of two from 32 up) holds a row in registers, 16 bytes a
@@ -13,6 +16,7 @@
 #pragma once
 #include "common/welford.h"
 #include "cuda/device.cuh"
+#include "cuda/dropout.cuh"
 
 namespace seqfuse::cuda {
 
@@ -38,9 +42,11 @@ SEQFUSE_DEVICE Pair add(Pair x, Pair y) {
 struct ForwardArgs {
   int64_t rows, cols;
   const void *x, *residual, *weight, *bias;
-  void *y, *sum;
-  float *mean, *rstd;
+  void *y, *sum;       // sum: null where s is x
+  float *mean, *rstd;  // mean: null in rms_norm, where it counts as zero
   float eps;
+  float weight_offset;  // 1 if the weight is stored around zero, else 0
+  NormDropout dropout;
   int group;     // threads a row
   bool vectors;  // every row and parameter is 16-byte aligned and cols is a multiple of the vector
 };
@@ -48,9 +54,11 @@ struct ForwardArgs {
 struct BackwardArgs {
   int64_t rows, cols;
   const void *dy, *dsum, *s, *weight;
-  const float *mean, *rstd;
-  void* dx;
-  float *dweight, *dbias;  // partial rows [blocks, cols], or null
+  const float *mean, *rstd;  // mean: null in rms_norm
+  void *dx, *dresidual;      // dresidual: with dropout only, or null
+  float *dweight, *dbias;    // partial rows [blocks, cols], or null
+  float weight_offset;
+  NormDropout dropout;
   int group;
   bool vectors;
 };
@@ -67,9 +75,9 @@ SEQFUSE_DEVICE Span span(int64_t cols, int group, int in_group, int i) {
 }
 
 // A thread's vectors as moments. Deviations are taken from the first value and then from the mean, so that nothing
-// cancels, and a row of equal values has exactly that value as its mean.
+// cancels, and a row of equal values has exactly that value as its mean. rms: the mean counts as zero.
 template <class T, int N>
-SEQFUSE_DEVICE Moments moments_of(const Bits16 (&v)[N], int64_t cols, int group, int in_group) {
+SEQFUSE_DEVICE Moments moments_of(const Bits16 (&v)[N], int64_t cols, int group, int in_group, bool rms) {
   float x[kVector<T>];
   dev::unpack<T>(v[0], x);
   const float origin = x[0];
@@ -84,7 +92,7 @@ SEQFUSE_DEVICE Moments moments_of(const Bits16 (&v)[N], int64_t cols, int group,
     count += float(at.n);
   }
   if (count == 0.0f) return {0.0f, 0.0f, 0.0f};
-  const float mean = origin + sum / count;
+  const float mean = rms ? 0.0f : origin + sum / count;
 #pragma unroll
   for (int i = 0; i < N; i++) {
     const Span at = span<T>(cols, group, in_group, i);
@@ -96,17 +104,23 @@ SEQFUSE_DEVICE Moments moments_of(const Bits16 (&v)[N], int64_t cols, int group,
   return {count, mean, m2};
 }
 
-// s of one vector: x, or x + residual rounded to T, which is stored
 template <class T>
-SEQFUSE_DEVICE Bits16 load_sum(const ForwardArgs& p, int64_t row, Span at) {
+SEQFUSE_DEVICE Bits16 load_x(const ForwardArgs& p, int64_t row, Span at) {
+  return dev::load_some(static_cast<const T*>(p.x) + row * p.cols + at.first, at.n, p.vectors);
+}
+
+// s of one vector of x where it is something else: rounded to T and stored
+template <class T>
+SEQFUSE_DEVICE Bits16 store_sum(const ForwardArgs& p, int64_t row, Span at, const Bits16& x) {
   const int64_t offset = row * p.cols + at.first;
-  const Bits16 x = dev::load_some(static_cast<const T*>(p.x) + offset, at.n, p.vectors);
-  if (!p.residual) return x;
   float a[kVector<T>], b[kVector<T>];
   dev::unpack<T>(x, a);
-  dev::unpack<T>(dev::load_some(static_cast<const T*>(p.residual) + offset, at.n, p.vectors), b);
+  if (p.dropout.seed) drop(p.dropout, row, at.first, a);
+  if (p.residual) {
+    dev::unpack<T>(dev::load_some(static_cast<const T*>(p.residual) + offset, at.n, p.vectors), b);
 #pragma unroll
-  for (int j = 0; j < kVector<T>; j++) a[j] += b[j];
+    for (int j = 0; j < kVector<T>; j++) a[j] += b[j];
+  }
   const Bits16 sum = dev::pack<T>(a);
   dev::store_some(static_cast<T*>(p.sum) + offset, sum, at.n, p.vectors);
   return sum;
@@ -122,7 +136,7 @@ SEQFUSE_DEVICE void write_normalised(const ForwardArgs& p, int64_t row, Span at,
   if (p.weight) {
     dev::load_floats(static_cast<const P*>(p.weight) + at.first, at.n, p.vectors, parameter);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j++) x[j] *= parameter[j];
+    for (int j = 0; j < kVector<T>; j++) x[j] *= p.weight_offset + parameter[j];
   }
   if (p.bias) {
     dev::load_floats(static_cast<const P*>(p.bias) + at.first, at.n, p.vectors, parameter);
@@ -138,7 +152,8 @@ struct ForwardShared {
 
 SEQFUSE_DEVICE float write_statistics(const ForwardArgs& p, int64_t row, bool writes, const Moments& m) {
   const float rstd = dev::rsqrt(m.m2 / float(p.cols) + p.eps);
-  if (writes) p.mean[row] = m.mean, p.rstd[row] = rstd;
+  if (writes && p.mean) p.mean[row] = m.mean;
+  if (writes) p.rstd[row] = rstd;
   return rstd;
 }
 
@@ -161,10 +176,16 @@ layer_norm_forward(ForwardArgs p) {
 #pragma unroll
     for (int i = 0; i < kForwardVectors<T>; i++) {
       const Span at = span<T>(cols, p.group, in_group, i);
-      s[i] = at.n ? load_sum<T>(p, row, at) : Bits16{};
+      s[i] = load_x<T>(p, row, at);
     }
-    const Moments m =
-        dev::group_reduce(moments_of<T>(s, cols, p.group, in_group), p.group, shared.moments, parity, MergeMoments{});
+    if (p.sum)
+#pragma unroll
+      for (int i = 0; i < kForwardVectors<T>; i++) {
+        const Span at = span<T>(cols, p.group, in_group, i);
+        if (at.n) s[i] = store_sum<T>(p, row, at, s[i]);
+      }
+    const Moments m = dev::group_reduce(moments_of<T>(s, cols, p.group, in_group, !p.mean), p.group, shared.moments,
+                                        parity, MergeMoments{});
     parity ^= 1;
     const float rstd = write_statistics(p, row, cols && in_group == 0, m);
 #pragma unroll
@@ -175,7 +196,7 @@ layer_norm_forward(ForwardArgs p) {
   }
 }
 
-// One block a row, which is read twice (from the stored sum the second time, if there is a residual).
+// One block a row, which is read twice (from the stored sum the second time, if there is one).
 template <class T, class P>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_forward_long(ForwardArgs p) {
@@ -188,17 +209,18 @@ layer_norm_forward_long(ForwardArgs p) {
     for (int i = 0; i < vectors; i++) {
       const Span at = span<T>(p.cols, dev::threads(), dev::thread(), i);
       if (!at.n) continue;
-      const Bits16 s[1] = {load_sum<T>(p, row, at)};
-      m = merge(m, moments_of<T>(s, at.n, 1, 0));
+      Bits16 s[1] = {load_x<T>(p, row, at)};
+      if (p.sum) s[0] = store_sum<T>(p, row, at, s[0]);
+      m = merge(m, moments_of<T>(s, at.n, 1, 0, !p.mean));
     }
     m = dev::group_reduce(m, dev::threads(), shared.moments, parity, MergeMoments{});
     parity ^= 1;
     const float rstd = write_statistics(p, row, dev::thread() == 0, m);
-    const T* s = static_cast<const T*>(p.residual ? p.sum : p.x);
+    const T* s = static_cast<const T*>(p.sum ? p.sum : p.x);
     for (int i = 0; i < vectors; i++) {
       const Span at = span<T>(p.cols, dev::threads(), dev::thread(), i);
       if (!at.n) continue;
-      // not load_16: with a residual, this thread has just written what it reads
+      // not load_16: this thread may have just written what it reads
       Bits16 bits;
       if (p.vectors)
         bits = *reinterpret_cast<const Bits16*>(s + row * p.cols + at.first);
@@ -222,7 +244,7 @@ SEQFUSE_DEVICE void gradient_terms(const BackwardArgs& p, Span at, const Bits16&
   dev::load_floats(static_cast<const P*>(p.weight) + at.first, at.n, p.vectors, w);
   // multiply: were it fused into the subtraction of its own mean, the gradient of a constant row would not be zero
 #pragma unroll
-  for (int j = 0; j < kVector<T>; j++) g[j] = dev::multiply(g[j], w[j]);
+  for (int j = 0; j < kVector<T>; j++) g[j] = dev::multiply(g[j], p.weight_offset + w[j]);
 }
 
 template <class T>
@@ -244,6 +266,10 @@ SEQFUSE_DEVICE void write_dx(const BackwardArgs& p, int64_t row, Span at, float 
 #pragma unroll
     for (int j = 0; j < kVector<T>; j++) g[j] += other[j];
   }
+  if (p.dropout.seed) {
+    if (p.dresidual) dev::store_some(static_cast<T*>(p.dresidual) + offset, dev::pack<T>(g), at.n, p.vectors);
+    drop(p.dropout, row, at.first, g);
+  }
   dev::store_some(static_cast<T*>(p.dx) + offset, dev::pack<T>(g), at.n, p.vectors);
 }
 
@@ -262,7 +288,7 @@ layer_norm_backward(BackwardArgs p) {
   int parity = 0;
   for (int64_t base = int64_t(dev::block_x()) * groups; base < p.rows; base += int64_t(dev::blocks_x()) * groups) {
     const int64_t row = base + mine, cols = row < p.rows ? p.cols : 0;
-    const float mean = cols ? p.mean[row] : 0.0f, rstd = cols ? p.rstd[row] : 0.0f;
+    const float mean = cols && p.mean ? p.mean[row] : 0.0f, rstd = cols ? p.rstd[row] : 0.0f;
     Bits16 dy[N], s[N];
     Pair sums{0.0f, 0.0f};
 #pragma unroll
@@ -280,7 +306,7 @@ layer_norm_backward(BackwardArgs p) {
     }
     sums = dev::group_reduce(sums, p.group, shared.pairs, parity, AddPairs{});
     parity ^= 1;
-    const Pair means{sums.a / float(p.cols), sums.b / float(p.cols)};
+    const Pair means{p.mean ? sums.a / float(p.cols) : 0.0f, sums.b / float(p.cols)};
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const Span at = span<T>(cols, p.group, in_group, i);
@@ -326,7 +352,7 @@ layer_norm_backward_long(BackwardArgs p) {
   const int vectors = int((p.cols + step - 1) / step);
   int parity = 0;
   for (int64_t row = dev::block_x(); row < p.rows; row += dev::blocks_x()) {
-    const float mean = p.mean[row], rstd = p.rstd[row];
+    const float mean = p.mean ? p.mean[row] : 0.0f, rstd = p.rstd[row];
     const bool first = row == dev::block_x();
     Pair sums{0.0f, 0.0f};
     for (int pass = 0; pass < 2; pass++) {
@@ -355,7 +381,7 @@ layer_norm_backward_long(BackwardArgs p) {
       if (pass == 1) continue;
       sums = dev::group_reduce(sums, dev::threads(), shared.pairs, parity, AddPairs{});
       parity ^= 1;
-      sums = {sums.a / float(p.cols), sums.b / float(p.cols)};
+      sums = {p.mean ? sums.a / float(p.cols) : 0.0f, sums.b / float(p.cols)};
     }
   }
 }

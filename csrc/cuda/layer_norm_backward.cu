@@ -17,11 +17,25 @@ int layer_norm_backward_cuda(const LayerNormBackward& a, void* stream) {
     using T = decltype(t);
     using P = decltype(p);
     const Shape s = shape_for(a.cols, kBackwardColumns);
-    const bool vectors = vectors_fit(a.cols, sizeof(T), a.dy, a.dsum, a.s, a.weight, a.dx);
+    const bool vectors = vectors_fit(a.cols, sizeof(T), a.dy, a.dsum, a.s, a.weight, a.dx, a.dresidual);
     float* const dweight = a.dweight ? a.partial : nullptr;
     float* const dbias = a.dbias ? a.partial + a.partial_rows * a.cols : nullptr;
-    const BackwardArgs args{a.rows, a.cols, a.dy,    a.dsum, a.s,     a.weight, a.mean,
-                            a.rstd, a.dx,   dweight, dbias,  s.group, vectors};
+    const BackwardArgs args{a.rows,
+                            a.cols,
+                            a.dy,
+                            a.dsum,
+                            a.s,
+                            a.weight,
+                            mean_of(a),
+                            a.rstd,
+                            a.dx,
+                            a.dresidual,
+                            dweight,
+                            dbias,
+                            offset_of(a.options),
+                            dropout_of(a.options),
+                            s.group,
+                            vectors};
     const auto kernel = s.in_registers ? &layer_norm_backward<T, P> : &layer_norm_backward_long<T, P>;
     const int error = dev::launch(kernel, {a.partial_rows}, s.threads, stream, args);
     if (error || (!dweight && !dbias)) return error;

@@ -13,8 +13,21 @@ int layer_norm_forward_cuda(const LayerNormForward& a, void* stream) {
     using P = decltype(p);
     const Shape s = shape_for(a.cols, kForwardColumns);
     const bool vectors = vectors_fit(a.cols, sizeof(T), a.x, a.residual, a.weight, a.bias, a.y, a.sum);
-    const ForwardArgs args{a.rows, a.cols, a.x,    a.residual, a.weight, a.bias, a.y,
-                           a.sum,  a.mean, a.rstd, a.eps,      s.group,  vectors};
+    const ForwardArgs args{a.rows,
+                           a.cols,
+                           a.x,
+                           a.residual,
+                           a.weight,
+                           a.bias,
+                           a.y,
+                           a.sum,
+                           mean_of(a),
+                           a.rstd,
+                           a.eps,
+                           offset_of(a.options),
+                           dropout_of(a.options),
+                           s.group,
+                           vectors};
     const dev::Grid grid{blocks_for(a.rows, s, kMostBlocks)};
     const auto kernel = s.in_registers ? &layer_norm_forward<T, P> : &layer_norm_forward_long<T, P>;
     return dev::launch(kernel, grid, s.threads, stream, args);

@@ -28,6 +28,20 @@ bool vectors_fit(int64_t cols, int64_t size, Pointers... p) {
   return cols * size % 16 == 0 && (dev::aligned_16(p) && ...);
 }
 
+// null in rms_norm: the kernels' sign for it
+template <class Call>
+auto mean_of(const Call& a) {
+  return a.options.rms ? nullptr : a.mean;
+}
+
+inline float offset_of(const NormOptions& o) {
+  return o.zero_centered ? 1.0f : 0.0f;
+}
+
+inline NormDropout dropout_of(const NormOptions& o) {
+  return norm_dropout(o.seed, o.dropout_p);
+}
+
 // f(T{}, P{}) for the element and parameter types
 template <class F>
 int with_types(DType dtype, DType param_dtype, F f) {

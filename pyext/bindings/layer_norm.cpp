@@ -131,14 +131,8 @@ Backward backward_cpu(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::opti
 }
 
 #ifdef SEQFUSE_CUDA
-void check_plain(double dropout_p, bool rms, bool zero_centered) {
-  STD_TORCH_CHECK(dropout_p == 0.0 && !rms && !zero_centered,
-                  "the CUDA kernels have no rms, dropout or zero-centred weight");
-}
-
 Forward forward_cuda(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
                      double eps, std::optional<Tensor> seed, double dropout_p, bool rms, bool zero_centered) {
-  check_plain(dropout_p, rms, zero_centered);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return forward(
       x, residual, weight, bias, eps, options(seed, dropout_p, rms, zero_centered, x),
@@ -148,7 +142,6 @@ Forward forward_cuda(Tensor x, std::optional<Tensor> residual, std::optional<Ten
 Backward backward_cuda(Tensor dy, std::optional<Tensor> dsum, Tensor s, std::optional<Tensor> weight, Tensor mean,
                        Tensor rstd, bool want_dweight, bool want_dbias, bool want_dresidual, std::optional<Tensor> seed,
                        double dropout_p, bool rms, bool zero_centered) {
-  check_plain(dropout_p, rms, zero_centered);
   torch::stable::accelerator::DeviceGuard guard(s.get_device_index());
   return backward(dy, dsum, s, weight, mean, rstd, want_dweight, want_dbias, want_dresidual,
                   options(seed, dropout_p, rms, zero_centered, s), layer_norm_partial_rows_cuda,

@@ -91,12 +91,19 @@ Job read(const char* path) {
   return job;
 }
 
+NormOptions norm_options(const Job& j) {
+  const bool drops = j.floats.count("dropout_p");
+  return {j.integer("rms") != 0, j.integer("zero_centered") != 0, drops ? j.floats.at("dropout_p") : 0.0,
+          j.pointer<const int64_t>("seed_of_dropout")};
+}
+
 int layer_norm_forward(const Job& j) {
   LayerNormForward a{};
   a.dtype = DType(j.integer("dtype")), a.param_dtype = DType(j.integer("param_dtype"));
   a.rows = j.integer("rows"), a.cols = j.integer("cols"), a.eps = float(j.floats.at("eps"));
   a.x = j.pointer("x"), a.residual = j.pointer("residual"), a.weight = j.pointer("weight"), a.bias = j.pointer("bias");
   a.y = j.pointer("y"), a.sum = j.pointer("sum"), a.mean = j.pointer<float>("mean"), a.rstd = j.pointer<float>("rstd");
+  a.options = norm_options(j);
   return layer_norm_forward_cuda(a, nullptr);
 }
 
@@ -106,7 +113,9 @@ int layer_norm_backward(const Job& j) {
   a.rows = j.integer("rows"), a.cols = j.integer("cols");
   a.dy = j.pointer("dy"), a.dsum = j.pointer("dsum"), a.s = j.pointer("s"), a.weight = j.pointer("weight");
   a.mean = j.pointer<float>("mean"), a.rstd = j.pointer<float>("rstd");
-  a.dx = j.pointer("dx"), a.dweight = j.pointer("dweight"), a.dbias = j.pointer("dbias");
+  a.options = norm_options(j);
+  a.dx = j.pointer("dx"), a.dresidual = j.pointer("dresidual"), a.dweight = j.pointer("dweight"),
+  a.dbias = j.pointer("dbias");
   a.partial_rows = layer_norm_partial_rows_cuda(a.rows, a.cols);
   const size_t bytes = size_t(2 * a.partial_rows * a.cols) * sizeof(float);
   const Buffer partial = allocate(bytes, 0);

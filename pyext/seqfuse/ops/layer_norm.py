@@ -278,12 +278,6 @@ library.register_op(
 )
 
 
-def _only_plain(case: LayerNormCase) -> str | None:
-    if case.rms or case.dropout or case.zero_centered:
-        return "the CUDA C++ kernels have no rms_norm, dropout or zero-centred weight yet"
-    return None
-
-
 # Elements from which our kernel was measured faster on a CPU than PyTorch's op, by (float32?, residual?, how autograd
 # is entered). Below, reaching it costs more than it saves (two threads, AVX2: docs/layer_norm.md).
 _WORTH_IT = {
@@ -325,7 +319,7 @@ BACKENDS = (
     dispatch.Backend(
         "cuda",
         *library.pair("layer_norm"),
-        lambda c: library.cuda_refusal(c.device, c.dtype) or _only_plain(c),
+        lambda c: library.cuda_refusal(c.device, c.dtype),
         lambda c: library.NOT_RUN_ON_GPU,
         note=library.NOT_RUN_ON_GPU,
     ),
