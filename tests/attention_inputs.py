@@ -108,5 +108,6 @@ def check(q, k, v, keywords, fields, backend, lse=True):
     seen = Positions(q, k, AttentionOptions(**fields)).visible().expand(*q.shape[:3], k.shape[2]).sum(-1)
     rows = {"dq", "dk", "dbias"} if (seen == 1).any() else set()
     for name, a, b, c in zip(names, got, exact, theirs, strict=False):
-        dims = (0, 1) if name in rows else (0, 1, 2)
+        # the error of a slice of a few numbers is luck: PyTorch's may be none
+        dims = [d for d in ((0, 1) if name in rows else (0, 1, 2)) if a.numel() // a.shape[d] >= 8]
         assert_accurate(a, b, c, dims=dims, what=name, dtype=None if name == "lse" else q.dtype)

@@ -5,8 +5,7 @@
 //
 //   m' = max(m, max_j s_j),  w_j = 2^(s_j - m'),  l' = l 2^(m - m') + sum_j w_j,  out' = out 2^(m - m') + w v
 //
-// Floor: 2 (D + Dv) operations a score seen, 16 a cycle and core with AVX2 (Zen 4 has 64 in dot products of bf16 pairs),
-// and about one cycle for its exponential.
+// Floor: 2 (D + Dv) operations a score seen, 16 a cycle and core with AVX2, and about one cycle for its exponential.
 // Memory: q and out once; keys and values are packed once for each head and worker and then read once for each tile.
 #include "cpu/attention_plan.h"
 
