@@ -15,6 +15,7 @@ from seqfuse import ops
 from seqfuse.models import files
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.projections import multiply
 from seqfuse.ops.autograd import traced
 from seqfuse.ops.checks import describe
 
@@ -61,7 +62,7 @@ class Model(nn.Module):
     def forward(self, ids, lengths=None):
         """ids: int64 [B, T] -> logits [B, T, V]."""
         weight, bias = self.output_weights()
-        return nn.functional.linear(self.hidden(ids, lengths), weight, bias)
+        return multiply(self.hidden(ids, lengths), weight, bias)
 
     def loss(self, ids, targets, lengths=None, **options):
         """Mean cross entropy of targets, int64 [B, T] (-100: ignored), in nats; logits are never in memory as a whole.

@@ -22,6 +22,7 @@ from seqfuse import explanation, ops
 from seqfuse.models.cache import KVCache
 from seqfuse.models.config import Config
 from seqfuse.models.positions import RopeSettings, Rotary, Sinusoidal
+from seqfuse.models.projections import project
 
 GATED = {
     "swiglu": ops.swiglu,
@@ -88,16 +89,6 @@ class BlockConfig(Config):
     @property
     def F(self) -> int:
         return self.mlp_width or 4 * self.width
-
-
-def multiply(x, weight, bias=None):
-    """x @ weight^T + bias; without a gradient by the op that has a kernel for the few rows of a step of decoding."""
-    return F.linear(x, weight, bias) if torch.is_grad_enabled() else ops.linear(x, weight, bias)
-
-
-def project(linear: nn.Module, x):
-    """A linear layer, or what has taken its place (LoRA)."""
-    return multiply(x, linear.weight, linear.bias) if type(linear) is nn.Linear else linear(x)
 
 
 class Norm(nn.Module):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from seqfuse.models.base import Model, check_capacity, check_ids
-from seqfuse.models.blocks import BlockConfig, Context, Stack, multiply
+from seqfuse.models.blocks import BlockConfig, Context, Stack
 from seqfuse.models.cache import KVCache
+from seqfuse.models.projections import multiply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

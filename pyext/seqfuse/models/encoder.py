@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from seqfuse.models.base import Model, check_ids
-from seqfuse.models.blocks import BlockConfig, Context, Stack, project
+from seqfuse.models.blocks import BlockConfig, Context, Stack
+from seqfuse.models.projections import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

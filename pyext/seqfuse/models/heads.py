@@ -15,9 +15,10 @@ from torch import nn
 
 from seqfuse import ops
 from seqfuse.models.base import Model
-from seqfuse.models.blocks import PLAIN, Norm, multiply, project
+from seqfuse.models.blocks import PLAIN, Norm
 from seqfuse.models.config import MODELS, Config
 from seqfuse.models.encoder import EncoderConfig
+from seqfuse.models.projections import multiply, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

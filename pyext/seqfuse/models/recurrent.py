@@ -19,11 +19,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Embedding, Linear, ModuleList, functional, init
+from torch.nn import Dropout, Embedding, Linear, ModuleList, init
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
 from seqfuse.models.config import Config
+from seqfuse.models.projections import multiply
 from seqfuse.ops.rnn_extras import keep_mask
 
 LAYERS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
@@ -164,7 +165,7 @@ class Generating:
 
     def _logits(self, x: Tensor) -> Tensor:
         weight, bias = self.output_weights()
-        return functional.linear(x, weight, bias).float()
+        return multiply(x, weight, bias).float()
 
 
 # ------------------------------------------------------------------------------------------------------ language model
@@ -325,7 +326,7 @@ class ClassToText(Generating, Model):
 
     def forward(self, attributes, tgt, src_lengths=None, tgt_lengths=None):
         weight, bias = self.output_weights()
-        return functional.linear(self.hidden(attributes, tgt, src_lengths), weight, bias)
+        return multiply(self.hidden(attributes, tgt, src_lengths), weight, bias)
 
     def hidden(self, attributes, tgt, src_lengths=None, tgt_lengths=None):
         check_ids(self, tgt, tgt_lengths, "tgt")

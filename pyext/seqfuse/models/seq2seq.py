@@ -23,10 +23,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, functional
+from torch.nn import Linear
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
+from seqfuse.models.projections import multiply, project
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
 
 
@@ -149,7 +150,7 @@ class RNNSeq2Seq(Model):
 
     def forward(self, src, tgt, src_lengths=None, tgt_lengths=None):
         weight, bias = self.output_weights()
-        return functional.linear(self.hidden(src, tgt, src_lengths), weight, bias)
+        return multiply(self.hidden(src, tgt, src_lengths), weight, bias)
 
     def hidden(self, src, tgt, src_lengths=None, tgt_lengths=None):
         """Teacher forcing: [B, T], [B, U] int64 -> [B, U, H], what the output projection reads."""
@@ -217,7 +218,7 @@ class RNNSeq2Seq(Model):
             weights = None if memory is None else self.weights(hidden, memory)
         cache.lengths = cache.lengths + 1
         hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
-        return self.output(hidden).float()
+        return project(self.output, hidden).float()
 
     def output_weights(self):
         return self.output.weight, self.output.bias

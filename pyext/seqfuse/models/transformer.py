@@ -15,8 +15,9 @@ from torch import nn
 
 from seqfuse import ops
 from seqfuse.models.base import Model, check_capacity, check_ids
-from seqfuse.models.blocks import MOST_LAYERS, BlockConfig, Context, Stack, multiply
+from seqfuse.models.blocks import MOST_LAYERS, BlockConfig, Context, Stack
 from seqfuse.models.cache import CrossCache
+from seqfuse.models.projections import multiply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
