@@ -22,6 +22,7 @@ from seqfuse import explanation, ops
 from seqfuse.models.cache import KVCache
 from seqfuse.models.config import Config
 from seqfuse.models.positions import RopeSettings, Rotary, Sinusoidal
+from seqfuse.ops.linear import MOST_ROWS
 
 GATED = {
     "swiglu": ops.swiglu,
@@ -91,8 +92,9 @@ class BlockConfig(Config):
 
 
 def multiply(x, weight, bias=None):
-    """x @ weight^T + bias; without a gradient by the op that has a kernel for the few rows of a step of decoding."""
-    return F.linear(x, weight, bias) if torch.is_grad_enabled() else ops.linear(x, weight, bias)
+    """x @ weight^T + bias; the few rows of a step of decoding by the op that has a kernel for them."""
+    few = not torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]
+    return ops.linear(x, weight, bias) if few else F.linear(x, weight, bias)
 
 
 def project(linear: nn.Module, x):
