@@ -139,7 +139,10 @@ def test_backends_agree(name):
             model.zero_grad()
             loss = model.loss(IDS[:, :-1], IDS[:, 1:])
             loss.backward()
-            results[backend] = model(IDS).detach(), loss.detach(), model.stack.embedding.weight.grad.clone()
+            with torch.no_grad():
+                logits, cache = model.begin(IDS, LENGTHS, 16)
+                step = model.step(IDS[:, 0], cache)
+                results[backend] = model(IDS), logits, step, loss, model.stack.embedding.weight.grad.clone()
     for result in results.values():
         for got, wanted in zip(result, results["reference"], strict=True):
             close(got, wanted)

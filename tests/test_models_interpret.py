@@ -27,6 +27,9 @@ MODELS = {
 }
 
 
+LENGTHS = torch.tensor([3, 7])
+
+
 def outcome(model, inputs, backend, dtype):
     """Logits, loss and gradients."""
     model = model.to(dtype)
@@ -62,3 +65,13 @@ def test_generation_on_triton_is_the_reference(name):
         with seqfuse.backend(backend):
             found.append(seqfuse.generate(model, inputs[0], max_new_tokens=4, stop=()))
     assert torch.equal(*found)
+
+
+def test_an_encoder_of_padded_rows():
+    model = models.Encoder.from_config(SIZES).eval()
+    found = []
+    for backend in ("triton", "reference"):
+        with torch.no_grad(), seqfuse.backend(backend):
+            y = model(IDS, LENGTHS)
+            found.append(torch.cat([y[0, :3], y[1]]))
+    assert_accurate(found[0], found[1].double())

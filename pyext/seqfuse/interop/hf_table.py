@@ -71,8 +71,8 @@ def joined(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...], bias: boo
 
 def to_ours(family: Family, config: Config, theirs: dict, wanted: dict, path) -> dict[str, torch.Tensor]:
     """wanted: our empty tensors by name, which say the shapes. Raises CheckpointError where anything does not fit."""
-    theirs = {name.removeprefix(family.prefix): t for name, t in theirs.items()}
-    theirs = {name: t for name, t in theirs.items() if not re.fullmatch(family.ignored, name)}
+    full = {name.removeprefix(family.prefix): name for name in theirs}  # as the file has it
+    theirs = {short: theirs[name] for short, name in full.items() if not re.fullmatch(family.ignored, short)}
     theirs = family.adapt(theirs, config)
     ours = {}
     for row in family.rows(config):
@@ -83,14 +83,13 @@ def to_ours(family: Family, config: Config, theirs: dict, wanted: dict, path) ->
             part, expected = theirs.pop(name), [rows, *shape[1:]]
             expected = expected[::-1] if row.transposed and len(expected) == 2 else expected
             if list(part.shape) != expected:
-                raise CheckpointError(
-                    f"{path}: the tensor {name!r} has shape {list(part.shape)}, the config asks for {expected}"
-                )
+                shape_says = f"has shape {list(part.shape)}, the config asks for {expected}"
+                raise CheckpointError(f"{path}: the tensor {full.get(name, name)!r} {shape_says}")
             parts.append(part.t() if row.transposed else part)
         ours[row.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if theirs:
+    for name in theirs:
         raise CheckpointError(
-            f"{path}: the tensor {next(iter(theirs))!r} is no part of a {config.model} like its config's"
+            f"{path}: the tensor {full.get(name, name)!r} is no part of a {config.model} like its config's"
         )
     return ours
 

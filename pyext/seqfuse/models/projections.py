@@ -4,17 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqfuse import dispatch, ops
+from seqfuse import ops
+from seqfuse.ops.linear import MOST_ROWS
 
 
 def multiply(x, weight, bias=None):
-    """x @ weight^T + bias; without a gradient by the op that has a kernel for the few rows of a step of decoding.
-
-    A product runs everywhere: a backend that was asked for by name means the ops that are its own.
-    """
-    if torch.is_grad_enabled() or dispatch.forced_backend() != "auto":
-        return F.linear(x, weight, bias)
-    return ops.linear(x, weight, bias)
+    """x @ weight^T + bias; the few rows of a step of decoding by the op that has a kernel for them."""
+    few = not torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]
+    return ops.linear(x, weight, bias) if few else F.linear(x, weight, bias)
 
 
 def project(linear: nn.Module, x):

@@ -155,4 +155,6 @@ dispatch.register(
     dispatch.Backend("cpu", library.kernel("linear_fwd"), None, _cpu_refusal, _cpu_prefers),
     dispatch.Backend("torch", F.linear, None, note="PyTorch's own op"),
     dispatch.Backend("reference", reference.linear, None),
+    # so that a model whose other ops run on them by name runs as a whole
+    *(dispatch.Backend(name, F.linear, None, by_name_only="products are PyTorch's own") for name in ("triton", "cuda")),
 )
