@@ -23,6 +23,7 @@ from torch.nn import Dropout, Embedding, Linear, ModuleList, functional, init
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
+from seqfuse.models.blocks import multiply
 from seqfuse.models.config import Config
 from seqfuse.ops.rnn_extras import keep_mask
 
@@ -163,8 +164,7 @@ class Generating:
         return self._logits(self.body.step(ids, cache.layers))
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight, bias = self.output_weights()
-        return functional.linear(x, weight, bias).float()
+        return multiply(x, *self.output_weights()).float()
 
 
 # ------------------------------------------------------------------------------------------------------ language model
