@@ -9,6 +9,7 @@ find, which a test does.
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -34,84 +35,92 @@ def beam_search(
         clock = time.perf_counter()
         report.prompt_seconds = clock - start
         rules = Rules(options, None if model.config.encoder_decoder else ids, lengths, len(ids), ids.device)
-        beams = Beams(logits, options, stops, padding(model))
+        beams = Beams(len(ids), options, stops, padding(model))
         scores = rules.apply(logits.log_softmax(-1))  # (B, V)
         while True:
-            parents = beams.advance(scores)
+            parents, tokens = beams.advance(scores)
             if beams.over():
                 break
-            if rules.active:
-                rules.reorder(parents)
+            rules.reorder(parents)
             cache.reorder(parents)
-            tokens = beams.newest()
             rules.push(tokens)
             scores = rules.apply(model.step(tokens, cache).log_softmax(-1))  # (B * K, V)
             report.steps += 1
         report.step_seconds = time.perf_counter() - clock
-        report.tokens = int(beams.lengths().sum())
-        return beams.best()
+    rows, best_scores = beams.best()
+    report.tokens = sum(map(len, rows))
+    rows = [torch.tensor(row, dtype=torch.int64, device=ids.device) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding(model)), best_scores
 
 
 class Beams:
-    """K beginnings of each of B rows, and the best sequence of each row that has ended. No state of a model in here."""
+    """K beginnings of each of B rows, and the best sequence of each row that has ended. No state of a model in here.
 
-    def __init__(self, logits: Tensor, options: Options, stops: Tensor, pad: int):
-        B, V = logits.shape
+    The choice among the candidates is a matter of a few numbers a row: plain Python makes it sooner than twenty calls
+    of torch. Beginnings are kept as links to what they continue, and spelled out only for what has ended.
+    """
+
+    def __init__(self, batch: int, options: Options, stops: Tensor, pad: int):
         self.K, self.most, self.power = options.num_beams, options.max_new_tokens, options.length_penalty
-        self.stops, self.pad, device = stops, pad, logits.device
-        self.candidates = self.K * (1 + len(stops))  # of these at least K go on
-        self.scores = torch.zeros(B, 1, device=device)  # (B, K): at first there is one empty beginning a row
-        self.tokens = torch.empty(B, 1, 0, dtype=torch.int64, device=device)  # (B, K, n)
-        self.first_row = torch.arange(B, device=device)[:, None]
-        self.ended = torch.full((B, self.most), pad, device=device)  # the best sequence that has ended
-        self.ended_score = torch.full((B,), -torch.inf, device=device)
+        self.stops, self.pad, self.device = set(stops.tolist()), pad, stops.device
+        self.candidates = self.K * (1 + len(self.stops))  # of these at least K go on
+        self.scores = torch.zeros(batch, 1, device=self.device)  # (B, K): at first there is one empty beginning a row
+        self.links: list[list[tuple | None]] = [[None] for _ in range(batch)]  # of each: (what it continues, its token)
+        self.best_scores = [-math.inf] * batch  # of the sequences that have ended
+        self.best_links: list[tuple | None] = [None] * batch
+        self.steps = 0
 
-    def advance(self, log_probs: Tensor) -> Tensor:
-        """log_probs: [B * K, V] float32, of each beginning's next token. Returns the rows [B * K] that go on: which
-        beginning each new one continues, as rows of log_probs."""
-        B, kept, n = self.tokens.shape
-        V = log_probs.shape[-1]
+    def advance(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs: [B * K, V] float32, of each beginning's next token.
+
+        Returns (which row of log_probs each new beginning continues, [B * K'] int64; its last token, [B * K'] int64).
+        """
+        B, kept, V = len(self.links), self.scores.shape[1], log_probs.shape[-1]
         total = (self.scores[:, :, None] + log_probs.view(B, kept, V)).flatten(1)  # (B, kept * V)
         scores, choice = total.topk(min(self.candidates, kept * V), dim=1)  # best first
-        parent, token = choice // V, choice % V
-        sequences = torch.cat([self.tokens.gather(1, parent[:, :, None].expand(-1, -1, n)), token[:, :, None]], dim=2)
-        ends = torch.isin(token, self.stops)
-        # only what is among the K best may end: a beam of one is greedy search
-        self._end(sequences, scores, ends | (n + 1 == self.most))
-        scores, order = scores.masked_fill(ends, -torch.inf).topk(min(self.K, scores.shape[1]), dim=1)
-        self.scores = scores
-        self.tokens = sequences.gather(1, order[:, :, None].expand(-1, -1, n + 1))
-        return (self.first_row * kept + parent.gather(1, order)).flatten()
+        self.steps += 1
+        going = [
+            self._sort(b, kept, V, found) for b, found in enumerate(zip(scores.tolist(), choice.tolist(), strict=True))
+        ]
+        width = max(map(len, going))
+        for row in going:  # where stops left fewer, beginnings that never win keep the shape
+            row += [(-math.inf, *row[0][1:]) if row else (-math.inf, 0, self.pad, None)] * (width - len(row))
+        self.links = [[link for *_, link in row] for row in going]
+        self.scores = torch.tensor([[row[0] for row in rows] for rows in going], device=self.device)
+        moves = [(b * kept + parent, token) for b, row in enumerate(going) for _, parent, token, _ in row]
+        parents, tokens = torch.tensor(moves, device=self.device).t().contiguous()
+        return parents, tokens
 
-    def _end(self, sequences: Tensor, scores: Tensor, ends: Tensor) -> None:
-        """Keep the best of `sequences` [B, C, n] that end, where it beats the one that is kept."""
-        ends[:, self.K :] = False
-        score, which = scores.masked_fill(~ends, -torch.inf).max(dim=1)
-        n = sequences.shape[2]
-        score = score / n**self.power
-        better = score > self.ended_score
-        found = sequences[self.first_row[:, 0], which]  # (B, n)
-        self.ended[:, :n] = torch.where(better[:, None], found, self.ended[:, :n])
-        self.ended_score = torch.where(better, score, self.ended_score)
-
-    def newest(self) -> Tensor:
-        return self.tokens[:, :, -1].flatten()
+    def _sort(self, b: int, kept: int, V: int, found: tuple[list[float], list[int]]) -> list[tuple]:
+        """The candidates of row b that go on, as (score, parent, token, link), best first; notes what ends."""
+        going, last = [], self.steps == self.most
+        for rank, (score, choice) in enumerate(zip(*found, strict=True)):
+            parent, token = divmod(choice, V)
+            stops = token in self.stops
+            if (stops or last) and rank < self.K:  # not the worse ones: a beam of one is greedy search
+                final = score / self.steps**self.power
+                if final > self.best_scores[b]:
+                    self.best_scores[b], self.best_links[b] = final, (self.links[b][parent], token)
+            if not stops and len(going) < self.K:
+                going.append((score, parent, token, (self.links[b][parent], token)))
+        return going
 
     def over(self) -> bool:
         """Whether no beginning can still win: log-probabilities only fall, so the best that it can come to is its own,
         at the length that flatters it most."""
-        n = self.tokens.shape[2]
-        if n == self.most:
+        if self.steps == self.most:
             return True
-        flattering = self.most if self.power > 0 else n + 1
-        return bool((self.scores[:, 0] / flattering**self.power <= self.ended_score).all())
+        flattering = (self.most if self.power > 0 else self.steps + 1) ** self.power
+        best = self.scores[:, 0].tolist()
+        return all(s / flattering <= ended for s, ended in zip(best, self.best_scores, strict=True))
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(tokens [B, N] int64, scores [B])."""
-        return self.ended[:, : int(self.lengths().max())], self.ended_score
-
-    def lengths(self) -> Tensor:
-        """[B]: up to and with the first token that stops, or all of max_new_tokens."""
-        stops = torch.isin(self.ended, self.stops)
-        first = stops.int().argmax(1)
-        return torch.where(stops.any(1), first + 1, self.most)
+    def best(self) -> tuple[list[list[int]], Tensor]:
+        """(tokens of each row, scores [B])."""
+        rows = []
+        for link in self.best_links:
+            tokens = []
+            while link is not None:
+                link, token = link
+                tokens.append(token)
+            rows.append(tokens[::-1])
+        return rows, torch.tensor(self.best_scores, device=self.device)

@@ -164,8 +164,7 @@ class Generating:
         return self._logits(self.body.step(ids, cache.layers))
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight, bias = self.output_weights()
-        return multiply(x, weight, bias).float()
+        return multiply(x, *self.output_weights()).float()
 
 
 # ------------------------------------------------------------------------------------------------------ language model

@@ -27,7 +27,7 @@ from torch.nn import Linear
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
-from seqfuse.models.projections import multiply, project
+from seqfuse.models.projections import multiply
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
 
 
@@ -78,6 +78,7 @@ class Seq2SeqState(RecurrentState):
     def __init__(self, layers: list[State], lengths: Tensor, memory: Memory | None):
         super().__init__(layers, lengths)
         self.memory, self.beams = memory, 1
+        self._in_order = None  # the source of each row while beams stay with theirs
 
     def reorder(self, index: Tensor) -> None:
         super().reorder(index)
@@ -86,10 +87,13 @@ class Seq2SeqState(RecurrentState):
         sources, source = len(self.memory.keys), index // self.beams  # of which source each row is now
         if len(index) % sources == 0:
             beams = len(index) // sources
-            if torch.equal(source, torch.arange(sources, device=index.device).repeat_interleave(beams)):
+            if self._in_order is None or len(self._in_order) != len(index):
+                self._in_order = torch.arange(sources, device=index.device).repeat_interleave(beams)
+            if torch.equal(source, self._in_order):
                 self.beams = beams  # still one group of rows for each source, in order: nothing has to move
                 return
         self.memory, self.beams = Memory(*(None if t is None else t[source] for t in self.memory)), 1
+        self._in_order = None
 
 
 class RNNSeq2Seq(Model):
@@ -218,7 +222,7 @@ class RNNSeq2Seq(Model):
             weights = None if memory is None else self.weights(hidden, memory)
         cache.lengths = cache.lengths + 1
         hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
-        return project(self.output, hidden).float()
+        return multiply(hidden, *self.output_weights()).float()
 
     def output_weights(self):
         return self.output.weight, self.output.bias
