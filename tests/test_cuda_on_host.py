@@ -200,9 +200,19 @@ def test_layer_norm(host, shape, residual, dtype):
     check_layer_norm(host, *shape, FLOATS[dtype], residual=residual)
 
 
-@pytest.mark.parametrize("cols,dtype", [(8200, "fp32"), (16500, "fp32"), (16648, "bf16"), (16387, "fp16")])
-def test_layer_norm_of_rows_longer_than_the_registers(host, cols, dtype):
-    check_layer_norm(host, 4, cols, FLOATS[dtype], residual=True, multiprocessors=1)
+@pytest.mark.parametrize("capability", [80, 90], ids=["twice", "cluster"])
+@pytest.mark.parametrize("cols,dtype", [(8200, "fp32"), (16648, "bf16"), (16387, "fp16")])
+def test_layer_norm_of_rows_longer_than_the_registers(host, cols, dtype, capability):
+    """They are read twice, or shared out to clusters of two and (backward, beyond 16384 columns) four blocks."""
+    check_layer_norm(host, 3, cols, FLOATS[dtype], residual=True, multiprocessors=1, capability=capability)
+
+
+def test_layer_norm_in_a_cluster_is_the_same_for_every_schedule(host):
+    """A cluster that walks over many rows, with its blocks in any order: nobody reads what is not there yet."""
+    tensors = [torch.randn(5, 8200), None, torch.randn(8200), torch.randn(8200)]
+    numbers = {"multiprocessors": 1, "capability": 90}
+    runs = [layer_norm_on_host(host, tensors, [torch.ones(5, 8200)], seed=seed, **numbers) for seed in (1, 2)]
+    assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -212,9 +222,10 @@ def test_norms_with_options(host, shape, norm, dtype):
     check_layer_norm(host, *shape, FLOATS[dtype], residual=shape[0] == 3, norm=norm)
 
 
-@pytest.mark.parametrize("cols,dtype", [(16500, "fp32"), (16648, "bf16"), (16387, "fp16")])
-def test_norms_with_options_of_rows_longer_than_the_registers(host, cols, dtype):
-    check_layer_norm(host, 3, cols, FLOATS[dtype], residual=dtype != "bf16", norm=EVERYTHING, multiprocessors=1)
+@pytest.mark.parametrize("cols,dtype,capability", [(16500, "fp32", 90), (16648, "bf16", 80), (16387, "fp16", 90)])
+def test_norms_with_options_of_rows_longer_than_the_registers(host, cols, dtype, capability):
+    options = {"residual": dtype != "bf16", "norm": EVERYTHING, "multiprocessors": 1, "capability": capability}
+    check_layer_norm(host, 2, cols, FLOATS[dtype], **options)
 
 
 @pytest.mark.parametrize("p", [1.0, 0.999, 1e-3])

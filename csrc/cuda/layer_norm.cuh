@@ -10,7 +10,9 @@
 //
 // Memory traffic allowed: forward reads x (and the residual) once, writes y (and the sum) once; backward reads dy and s
 // (and dsum) once, writes dx once. A group of threads (a power of two from 32 up) holds a row in registers, 16 bytes a
-// load; small rows share a block. Rows too long for a block's registers are read twice (the *_long kernels).
+// load; small rows share a block. A row too long for a block's registers is shared out to a cluster of blocks, which
+// exchange their statistics through shared memory (sm_90); one that is too long for that too, or where there are no
+// clusters, is read twice (the *_long kernels).
 // dweight and dbias are summed in registers over the rows of a block, which walks the matrix with a fixed stride, and
 // leave it as one fp32 partial row a block: no atomics, so the result depends on the shape and the device only.
 #pragma once
@@ -29,7 +31,8 @@ template <class T>
 inline constexpr int kForwardVectors = kForwardColumns / kVector<T>;
 template <class T>
 inline constexpr int kBackwardVectors = kBackwardColumns / kVector<T>;
-constexpr int kMostThreads = 512;    // rows of up to 16384 columns forward and 8192 backward stay in registers
+constexpr int kMostThreads = 512;    // rows of up to 16384 columns forward and 8192 backward stay in registers,
+constexpr int kMostBlocksARow = 8;   // 8 times as many in those of a cluster
 constexpr int kSharedThreads = 256;  // of a block whose rows take fewer
 
 struct Pair {
@@ -47,7 +50,8 @@ struct ForwardArgs {
   float eps;
   float weight_offset;  // 1 if the weight is stored around zero, else 0
   NormDropout dropout;
-  int group;     // threads a row
+  int group;     // threads a row in each block
+  int cluster;   // blocks a row; several only with one row a block
   bool vectors;  // every row and parameter is 16-byte aligned and cols is a multiple of the vector
 };
 
@@ -59,7 +63,7 @@ struct BackwardArgs {
   float *dweight, *dbias;    // partial rows [blocks, cols], or null
   float weight_offset;
   NormDropout dropout;
-  int group;
+  int group, cluster;
   bool vectors;
 };
 
@@ -146,8 +150,44 @@ SEQFUSE_DEVICE void write_normalised(const ForwardArgs& p, int64_t row, Span at,
   dev::store_some(static_cast<T*>(p.y) + row * p.cols + at.first, dev::pack<T>(x), at.n, p.vectors);
 }
 
+// combine(lower ranks, higher ranks) over the blocks of a row. Every thread gets the same bits. `scratch` is shared
+// memory; `parity` alternates between calls, so that one barrier a call is enough.
+template <class S, class F>
+SEQFUSE_DEVICE S cluster_reduce(S value, int cluster, S (&scratch)[2], int parity, F combine) {
+  if constexpr (dev::kClusters) {
+    if (cluster > 1) {
+      if (dev::thread() == 0) scratch[parity] = value;
+      dev::cluster_barrier();
+      value = *dev::cluster_peer(&scratch[parity], 0);
+      for (int rank = 1; rank < cluster; rank++) value = combine(value, *dev::cluster_peer(&scratch[parity], rank));
+    }
+  }
+  return value;
+}
+// No block may end while another reads its shared memory.
+SEQFUSE_DEVICE void leave_cluster(int cluster) {
+  if constexpr (dev::kClusters)
+    if (cluster > 1) dev::cluster_barrier();
+}
+
+// Where a block stands: its first row and the distance to the next ones, its thread's place among those of a row.
+struct Place {
+  int groups, mine, in_row, a_row;
+  int64_t first, step;
+};
+SEQFUSE_DEVICE Place place(int group, int cluster) {
+  const int groups = dev::threads() / group, rank = cluster > 1 ? dev::cluster_rank() : 0;
+  return {groups,
+          dev::thread() / group,
+          rank * group + dev::thread() % group,
+          cluster * group,
+          int64_t(dev::block_x()) / cluster * groups,
+          int64_t(dev::blocks_x()) / cluster * groups};
+}
+
 struct ForwardShared {
   Moments moments[2][dev::kWarp];
+  Moments cluster[2];
 };
 
 SEQFUSE_DEVICE float write_statistics(const ForwardArgs& p, int64_t row, bool writes, const Moments& m) {
@@ -168,32 +208,35 @@ template <class T, class P>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_forward(ForwardArgs p) {
   ForwardShared& shared = dev::shared<ForwardShared>();
-  const int groups = dev::threads() / p.group, mine = dev::thread() / p.group, in_group = dev::thread() % p.group;
+  const Place at_work = place(p.group, p.cluster);
   int parity = 0;
-  for (int64_t base = int64_t(dev::block_x()) * groups; base < p.rows; base += int64_t(dev::blocks_x()) * groups) {
-    const int64_t row = base + mine, cols = row < p.rows ? p.cols : 0;  // a group without a row still meets the others
+  for (int64_t base = at_work.first; base < p.rows; base += at_work.step) {
+    const int64_t row = base + at_work.mine,
+                  cols = row < p.rows ? p.cols : 0;  // a group without a row still meets the others
     Bits16 s[kForwardVectors<T>];
 #pragma unroll
     for (int i = 0; i < kForwardVectors<T>; i++) {
-      const Span at = span<T>(cols, p.group, in_group, i);
+      const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       s[i] = load_x<T>(p, row, at);
     }
     if (p.sum)
 #pragma unroll
       for (int i = 0; i < kForwardVectors<T>; i++) {
-        const Span at = span<T>(cols, p.group, in_group, i);
+        const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
         if (at.n) s[i] = store_sum<T>(p, row, at, s[i]);
       }
-    const Moments m = dev::group_reduce(moments_of<T>(s, cols, p.group, in_group, !p.mean), p.group, shared.moments,
-                                        parity, MergeMoments{});
+    Moments m = moments_of<T>(s, cols, at_work.a_row, at_work.in_row, !p.mean);
+    m = dev::group_reduce(m, p.group, shared.moments, parity, MergeMoments{});
+    m = cluster_reduce(m, p.cluster, shared.cluster, parity, MergeMoments{});
     parity ^= 1;
-    const float rstd = write_statistics(p, row, cols && in_group == 0, m);
+    const float rstd = write_statistics(p, row, cols && at_work.in_row == 0, m);
 #pragma unroll
     for (int i = 0; i < kForwardVectors<T>; i++) {
-      const Span at = span<T>(cols, p.group, in_group, i);
+      const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       if (at.n) write_normalised<T, P>(p, row, at, s[i], m.mean, rstd);
     }
   }
+  leave_cluster(p.cluster);
 }
 
 // One block a row, which is read twice (from the stored sum the second time, if there is one).
@@ -275,6 +318,7 @@ SEQFUSE_DEVICE void write_dx(const BackwardArgs& p, int64_t row, Span at, float 
 
 struct BackwardShared {
   Pair pairs[2][dev::kWarp];
+  Pair cluster[2];
   float columns[2][kSharedThreads / 2 * kBackwardColumns];  // where the rows of one block add up
 };
 
@@ -283,33 +327,34 @@ SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_backward(BackwardArgs p) {
   constexpr int V = kVector<T>, N = kBackwardVectors<T>;
   BackwardShared& shared = dev::shared<BackwardShared>();
-  const int groups = dev::threads() / p.group, mine = dev::thread() / p.group, in_group = dev::thread() % p.group;
+  const Place at_work = place(p.group, p.cluster);
   float dweight[N][V] = {}, dbias[N][V] = {};
   int parity = 0;
-  for (int64_t base = int64_t(dev::block_x()) * groups; base < p.rows; base += int64_t(dev::blocks_x()) * groups) {
-    const int64_t row = base + mine, cols = row < p.rows ? p.cols : 0;
+  for (int64_t base = at_work.first; base < p.rows; base += at_work.step) {
+    const int64_t row = base + at_work.mine, cols = row < p.rows ? p.cols : 0;
     const float mean = cols && p.mean ? p.mean[row] : 0.0f, rstd = cols ? p.rstd[row] : 0.0f;
     Bits16 dy[N], s[N];
     Pair sums{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const Span at = span<T>(cols, p.group, in_group, i);
+      const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       dy[i] = dev::load_some(static_cast<const T*>(p.dy) + row * p.cols + at.first, at.n, p.vectors);
       s[i] = dev::load_some(static_cast<const T*>(p.s) + row * p.cols + at.first, at.n, p.vectors);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const Span at = span<T>(cols, p.group, in_group, i);
+      const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       float g[V], xhat[V];
       gradient_terms<T, P>(p, at, dy[i], s[i], mean, rstd, g, xhat);
       sums = sum_terms<T>(g, xhat, sums);
     }
     sums = dev::group_reduce(sums, p.group, shared.pairs, parity, AddPairs{});
+    sums = cluster_reduce(sums, p.cluster, shared.cluster, parity, AddPairs{});
     parity ^= 1;
     const Pair means{p.mean ? sums.a / float(p.cols) : 0.0f, sums.b / float(p.cols)};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const Span at = span<T>(cols, p.group, in_group, i);
+      const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       float g[V], xhat[V], d[V];
       gradient_terms<T, P>(p, at, dy[i], s[i], mean, rstd, g, xhat);
       dev::unpack<T>(dy[i], d);
@@ -318,17 +363,19 @@ layer_norm_backward(BackwardArgs p) {
       if (at.n) write_dx<T>(p, row, at, g, xhat, means, rstd);
     }
   }
+  leave_cluster(p.cluster);
   if (!p.dweight && !p.dbias) return;
+  const int groups = at_work.groups;
   for (int turn = 0; turn < groups; turn++) {  // one group after another, so that the order of additions is fixed
     if (groups > 1) dev::barrier();
-    if (turn != mine) continue;
+    if (turn != at_work.mine) continue;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const Span at = span<T>(p.cols, p.group, in_group, i);
+      const Span at = span<T>(p.cols, at_work.a_row, at_work.in_row, i);
 #pragma unroll
       for (int j = 0; j < V; j++) {
         if (j >= at.n) continue;
-        const int64_t c = at.first + j, out = int64_t(dev::block_x()) * p.cols + c;
+        const int64_t c = at.first + j, out = int64_t(dev::block_x()) / p.cluster * p.cols + c;
         if (turn > 0) dweight[i][j] += shared.columns[0][c], dbias[i][j] += shared.columns[1][c];
         if (turn < groups - 1) {
           shared.columns[0][c] = dweight[i][j], shared.columns[1][c] = dbias[i][j];

@@ -27,8 +27,9 @@ int layer_norm_forward_cuda(const LayerNormForward& a, void* stream) {
                            offset_of(a.options),
                            dropout_of(a.options),
                            s.group,
+                           s.cluster,
                            vectors};
-    const dev::Grid grid{blocks_for(a.rows, s, kMostBlocks)};
+    const dev::Grid grid{clusters_for(a.rows, s, kMostBlocks) * s.cluster, 1, s.cluster};
     const auto kernel = s.in_registers ? &layer_norm_forward<T, P> : &layer_norm_forward_long<T, P>;
     return dev::launch(kernel, grid, s.threads, stream, args);
   });

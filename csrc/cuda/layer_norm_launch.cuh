@@ -7,20 +7,26 @@
 namespace seqfuse::cuda {
 
 struct Shape {
-  int group, threads;  // threads a row, threads a block
-  bool in_registers;   // else the *_long kernel
+  int group, threads, cluster;  // threads a row in a block, threads a block, blocks a row
+  bool in_registers;            // else the *_long kernel
 };
 
-// A row takes the smallest group that holds it, with `a_thread` columns each
+// A row takes the smallest group that holds it, with `a_thread` columns each, or the smallest cluster of blocks
 inline Shape shape_for(int64_t cols, int a_thread) {
   int group = dev::kWarp;
   while (group < kMostThreads && int64_t(group) * a_thread < cols) group *= 2;
-  return {group, group < kSharedThreads ? kSharedThreads : group, int64_t(group) * a_thread >= cols};
+  int cluster = 1;
+  if (dev::capability() == 90)
+    while (cluster < kMostBlocksARow && int64_t(group) * cluster * a_thread < cols) cluster *= 2;
+  const bool fits = int64_t(group) * cluster * a_thread >= cols;
+  return {group, group < kSharedThreads ? kSharedThreads : group, fits ? cluster : 1, fits};
 }
 
-inline int64_t blocks_for(int64_t rows, const Shape& s, int64_t most) {
-  const int64_t groups = s.in_registers ? s.threads / s.group : 1, blocks = (rows + groups - 1) / groups;
-  return blocks < most ? blocks : most;
+// blocks, or clusters of them, of at most `most` blocks
+inline int64_t clusters_for(int64_t rows, const Shape& s, int64_t most) {
+  const int64_t groups = s.in_registers ? s.threads / s.group : 1, wanted = (rows + groups - 1) / groups;
+  const int64_t allowed = most / s.cluster > 0 ? most / s.cluster : 1;
+  return wanted < allowed ? wanted : allowed;
 }
 
 template <class... Pointers>
