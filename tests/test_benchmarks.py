@@ -91,6 +91,9 @@ class TestRegistry:
         assert 0 < case.flops("fwd") < math.inf and 0 < case.bytes("fwd", 2) < case.bytes("fwd", 4)
         if "fwd+bwd" in case.modes:
             assert case.flops("fwd") < case.flops("fwd+bwd") and case.bytes("fwd", 4) < case.bytes("fwd+bwd", 4)
+        if case.op == "decode":  # in 16 bits two roundings soon choose different tokens
+            assert case.dtypes("cpu") == case.dtypes("cuda") == ("fp32",)
+            return
         model = "step" in case.modes
         slow = (case.op == "linear_cross_entropy" or model) and products.SLOW_BF16  # ATen's products would take minutes
         assert set(case.dtypes("cpu")) == ({"fp32"} if slow else {"fp32", "bf16"})

@@ -123,6 +123,7 @@ ITEM = data.WheelFile(
     licence_member="words/LICENSE",
     licence="public domain",
     source="a test",
+    instead=", or give your own with --data FILE",
 )
 
 
