@@ -1,6 +1,17 @@
 """GPT-2 (Radford et al. 2019): Conv1D weights stored (in, out), one matrix for q, k and v, tied output."""
 
-from seqfuse.interop.hf_table import THEIR_ACTIVATIONS, Family, Row, activation, first, layers, pair, refuse, require
+from seqfuse.interop.hf_table import (
+    THEIR_ACTIVATIONS,
+    Family,
+    Row,
+    activation,
+    first,
+    layers,
+    pair,
+    refuse,
+    require,
+    without_tied_head,
+)
 from seqfuse.models.decoder import DecoderConfig
 
 _DEFAULTS = {
@@ -74,15 +85,18 @@ def rows(c):
     ]
 
 
-def adapt(tensors, c):
-    return {name: t for name, t in tensors.items() if not (c.tied and name == "lm_head.weight")}
-
-
 def restore(tensors, c):
     return {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
 
 
 # the causal mask, which early versions of transformers saved
 FAMILY = Family(
-    (DecoderConfig,), read_config, write_config, rows, "transformer.", r"h\.\d+\.attn\.(masked_)?bias", adapt, restore
+    (DecoderConfig,),
+    read_config,
+    write_config,
+    rows,
+    "transformer.",
+    r"h\.\d+\.attn\.(masked_)?bias",
+    without_tied_head,
+    restore,
 )

@@ -69,6 +69,11 @@ def joined(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...], bias: boo
     return [Row(f"{ours}.{kind}", tuple(f"{t}.{kind}" for t in theirs), sizes) for kind in kinds]
 
 
+def without_tied_head(tensors: dict, config: Config) -> dict:
+    """adapt() of language models: some files hold the output projection although it is the embedding."""
+    return {name: t for name, t in tensors.items() if not (config.tied and name == "lm_head.weight")}
+
+
 def to_ours(family: Family, config: Config, theirs: dict, wanted: dict, path) -> dict[str, torch.Tensor]:
     """wanted: our empty tensors by name, which say the shapes. Raises CheckpointError where anything does not fit."""
     full = {name.removeprefix(family.prefix): name for name in theirs}  # as the file has it

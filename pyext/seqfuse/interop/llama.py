@@ -1,6 +1,6 @@
 """Llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, RMSNorm, SwiGLU, grouped keys and values."""
 
-from seqfuse.interop.hf_table import Family, Row, first, joined, layers, refuse, require
+from seqfuse.interop.hf_table import Family, Row, first, joined, layers, refuse, require, without_tied_head
 from seqfuse.models.decoder import DecoderConfig
 from seqfuse.models.positions import RopeSettings
 
@@ -130,11 +130,13 @@ def rows(c):
     ]  # fmt: skip
 
 
-def adapt(tensors, c):
-    return {name: t for name, t in tensors.items() if not (c.tied and name == "lm_head.weight")}
-
-
 # frequencies, which early versions of transformers saved
 FAMILY = Family(
-    (DecoderConfig,), read_config, write_config, rows, "", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", adapt
+    (DecoderConfig,),
+    read_config,
+    write_config,
+    rows,
+    "",
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    without_tied_head,
 )
