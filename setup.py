@@ -5,7 +5,8 @@ build into an isolated environment, gigabytes and the wrong ABI), then `pip inst
 
 The build is one generated ninja file, so an edit recompiles only what it touches:
 
-    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once; avx512_bf16: WITH_DOTS)
+    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once; avx512_bf16: WITH_DOTS;
+                            amx: WITH_TILES)
     csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else (HOPPER_ONLY: sm_90a)
     pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
     pyext/autograd/*.cpp -> seqfuse._autograd, on torch's own ABI: used under the torch it was built with, and no loss
@@ -32,7 +33,9 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
 WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}  # they multiply pairs of bf16
 WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
+WITH_TILES = {"attention_backward.cpp", "attention_forward.cpp"}  # they multiply tiles of bf16
 HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
+SOME_FILES = {"avx512_bf16": WITH_DOTS, "amx": WITH_TILES}  # the others: as one level below
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -42,6 +45,7 @@ CPU_LEVELS = {
     "avx2": [*AVX2, *WARN],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 INCLUDES = ["-Icsrc/include", "-Icsrc"]
 
@@ -163,7 +167,7 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         parsed, use_parsed = parse_once("csrc/cpu/vec.h", flags, level)  # the compiler's intrinsics, 0.7 s a file
         for source in files["cpu"]:
             name = Path(source).name
-            if name not in RUN_ONCE and (level != "avx512_bf16" or name in WITH_DOTS):  # the others: as on avx512
+            if name not in RUN_ONCE and name in SOME_FILES.get(level, {name}):
                 compile_one("cxx", source, [*use_parsed, *flags], level, needs=parsed)
     for source in files["cpu"]:
         if Path(source).name in RUN_ONCE:

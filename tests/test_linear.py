@@ -131,7 +131,7 @@ def test_auto(monkeypatch):
     monkeypatch.setitem(vars(sys.modules["seqfuse.ops.linear"]), "SLOW_BF16", False)  # ops.linear is the function
     many = sample(5, 512, 512, torch.bfloat16)
     assert "widened" in why_not_cpu(chosen(*many))
-    monkeypatch.setattr(native, "isa", lambda: "avx512_bf16")
+    monkeypatch.setattr(native, "isa", lambda: "amx")
     seqfuse.dispatch.forget()
     assert chosen(*many).backend == "cpu"
     monkeypatch.setattr(native, "isa", lambda: "baseline")

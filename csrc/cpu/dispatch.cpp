@@ -33,14 +33,17 @@
   X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
+// those whose bf16 calls multiply tiles where the processor does, and pairs as below
+#define SEQFUSE_CPU_OPS_WITH_TILES(X)                           \
+  X(attention_forward_cpu, attention_forward, AttentionForward) \
+  X(attention_backward_cpu, attention_backward, AttentionBackward)
+
 // those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                               \
-  X(attention_forward_cpu, attention_forward, AttentionForward)    \
-  X(attention_backward_cpu, attention_backward, AttentionBackward) \
-  X(linear_forward_cpu, linear_forward, LinearForward)             \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                 \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)              \
-  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                 \
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                   \
+  X(linear_forward_cpu, linear_forward, LinearForward) \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)     \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)  \
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)     \
   X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
 namespace seqfuse {
@@ -59,23 +62,32 @@ namespace seqfuse {
   SEQFUSE_DECLARE(baseline, fn, Args) \
   SEQFUSE_DECLARE(avx2, fn, Args) SEQFUSE_DECLARE(avx512, fn, Args)
 #define SEQFUSE_CASES(fn) SEQFUSE_CASE(avx2, avx2::fn) SEQFUSE_CASE(avx512, avx512::fn)
+#define SEQFUSE_BF16_CASE(level, fn, ns) SEQFUSE_CASE(level, (args.dtype == DType::bf16 ? ns::fn : avx512::fn))
 #define SEQFUSE_OP(entry, fn, Args) \
   SEQFUSE_LEVELS(fn, Args)          \
-  SEQFUSE_DEFINE(entry, fn, Args, SEQFUSE_CASES(fn) SEQFUSE_CASE(avx512_bf16, avx512::fn))
-#define SEQFUSE_OP_WITH_DOTS(entry, fn, Args) \
-  SEQFUSE_LEVELS(fn, Args)                    \
-  SEQFUSE_DECLARE(avx512_bf16, fn, Args)      \
-  SEQFUSE_DEFINE(entry, fn, Args,             \
-                 SEQFUSE_CASES(fn)            \
-                     SEQFUSE_CASE(avx512_bf16, (args.dtype == DType::bf16 ? avx512_bf16::fn : avx512::fn)))
+  SEQFUSE_DEFINE(entry, fn, Args, SEQFUSE_CASES(fn) SEQFUSE_CASE(avx512_bf16, avx512::fn) SEQFUSE_CASE(amx, avx512::fn))
+#define SEQFUSE_OP_WITH_DOTS(entry, fn, Args)                                      \
+  SEQFUSE_LEVELS(fn, Args)                                                         \
+  SEQFUSE_DECLARE(avx512_bf16, fn, Args)                                           \
+  SEQFUSE_DEFINE(entry, fn, Args,                                                  \
+                 SEQFUSE_CASES(fn) SEQFUSE_BF16_CASE(avx512_bf16, fn, avx512_bf16) \
+                     SEQFUSE_BF16_CASE(amx, fn, avx512_bf16))
+#define SEQFUSE_OP_WITH_TILES(entry, fn, Args)                                                                    \
+  SEQFUSE_LEVELS(fn, Args)                                                                                        \
+  SEQFUSE_DECLARE(avx512_bf16, fn, Args)                                                                          \
+  SEQFUSE_DECLARE(amx, fn, Args) SEQFUSE_DEFINE(entry, fn, Args,                                                  \
+                                                SEQFUSE_CASES(fn) SEQFUSE_BF16_CASE(avx512_bf16, fn, avx512_bf16) \
+                                                    SEQFUSE_BF16_CASE(amx, fn, amx))
 #else
 #define SEQFUSE_OP(entry, fn, Args)   \
   SEQFUSE_DECLARE(baseline, fn, Args) \
   SEQFUSE_DEFINE(entry, fn, Args, )
 #define SEQFUSE_OP_WITH_DOTS SEQFUSE_OP
+#define SEQFUSE_OP_WITH_TILES SEQFUSE_OP
 #endif
 
 SEQFUSE_CPU_OPS(SEQFUSE_OP)
 SEQFUSE_CPU_OPS_WITH_DOTS(SEQFUSE_OP_WITH_DOTS)
+SEQFUSE_CPU_OPS_WITH_TILES(SEQFUSE_OP_WITH_TILES)
 
 }  // namespace seqfuse

@@ -4,7 +4,27 @@
 
 #include "seqfuse/types.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace seqfuse {
+
+// Whether the tile unit multiplies bf16 and this process may use it: Linux lends its 8 KiB of registers on request, to
+// all threads at once.
+static bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & amx_bf16) && (d & amx_tile) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa isa_detected() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -14,7 +34,8 @@ Isa isa_detected() {
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
       return Isa::avx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return tiles_granted() ? Isa::amx : Isa::avx512_bf16;
   }();
   return found;
 #else
@@ -22,7 +43,7 @@ Isa isa_detected() {
 #endif
 }
 
-static std::atomic<int> limit{int(Isa::avx512_bf16)};
+static std::atomic<int> limit{int(Isa::amx)};
 
 Isa isa_active() {
   return Isa(std::min(int(isa_detected()), limit.load(std::memory_order_relaxed)));
@@ -40,6 +61,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx512_bf16:
       return "avx512_bf16";
+    case Isa::amx:
+      return "amx";
     default:
       return "baseline";
   }

@@ -41,10 +41,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_detected", [] { return isa_name(isa_detected()); });
   m.def("isa_active", [] { return isa_name(isa_active()); });
   m.def("isa_limit", [](const std::string& top) {
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
       if (top == isa_name(isa)) return isa_limit(isa);
     }
-    throw py::value_error("unknown instruction set '" + top + "': use baseline, avx2, avx512 or avx512_bf16");
+    throw py::value_error("unknown instruction set '" + top + "': use baseline, avx2, avx512, avx512_bf16 or amx");
   });
   // Launch plans. cell and dtype are the numbers of csrc/include/seqfuse: rnn.h, types.h.
   const auto whose = [](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {

@@ -17,7 +17,7 @@ else:
     _why_not = None
     _C.set_openmp(torch.backends.openmp.is_available())
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def missing() -> str | None:
@@ -32,6 +32,11 @@ def has_cuda() -> bool:
 def isa() -> str:
     """The instruction-set level that the CPU kernels run at: one of LEVELS, or "none" without the extension."""
     return "none" if _C is None else _C.isa_active()
+
+
+def isa_has(level: str) -> bool:
+    """Whether the CPU kernels run at this level or one above it."""
+    return _C is not None and LEVELS.index(isa()) >= LEVELS.index(level)
 
 
 def build_facts() -> dict:

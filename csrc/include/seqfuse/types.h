@@ -27,7 +27,7 @@ struct Parallel {
 };
 
 // Levels of the run-time dispatch on x86; every other architecture has the baseline only.
-enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 Isa isa_detected();       // what this processor can do
 Isa isa_active();         // what kernels use: min(detected, limit)

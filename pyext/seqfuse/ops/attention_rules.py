@@ -177,7 +177,7 @@ def _cpu_prefers(case):
     scores = case.B * case.Hq * case.Tq * case.Tk * (case.D + case.Dv) // 128
     hides = "causal" in case.options or any(o in _MASKED for o in case.options)
     least = CPU_FASTER_FROM.get((case.dtype, case.grad), (0, 0))[hides]
-    if case.dtype == torch.bfloat16 and native.isa() == "avx512_bf16":
+    if case.dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
         least = CPU_FASTER_FROM_WITH_DOTS[case.grad]
     if scores < least:
         return "at this size PyTorch's own scaled_dot_product_attention was measured faster"

@@ -138,7 +138,8 @@ _WIDENED_ROWS = 4
 def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
-    if case.dtype == torch.bfloat16 and case.rows > _WIDENED_ROWS and native.isa() != "avx512_bf16" and not SLOW_BF16:
+    widened = case.dtype == torch.bfloat16 and not native.isa_has("avx512_bf16")
+    if widened and case.rows > _WIDENED_ROWS and not SLOW_BF16:
         return "for so many rows oneDNN was measured faster than bfloat16 that is widened"
     if min(case.inputs, case.outputs) >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None

@@ -143,16 +143,13 @@ def _cpu_prefers(case):
         return "with so narrow a projection PyTorch's own product of every step is smaller than ours, and was faster"
     if case.cell != "lstm" or "proj_size" in case.extras:
         return None
-    wide = native.isa() in (
-        "avx512",
-        "avx512_bf16",
-    )  # oneDNN gains more from it than our scan, whose products are smaller
+    wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
     if case.dtype == torch.float32 and case.B >= 4:
         if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8):
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
     if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512:
         return "packing so large a w_hh takes longer than the scan over so few steps saves against oneDNN"
-    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa() == "avx512_bf16":
+    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa_has("avx512_bf16"):
         return "oneDNN's bfloat16 LSTM was measured 1.1 times as fast in inference at this batch size"
     return None
 
