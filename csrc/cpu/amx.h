@@ -22,10 +22,23 @@ namespace tiles {
 
 constexpr int rows = 16, words = 16;  // of a register; a word is a float or two bf16
 
+// only where has_tiles
+struct InUse;
+template <int N>
+void zero();
+template <int N>
+void load(const void* p, int64_t stride);
+template <int N>
+void store(void* p, int64_t stride);
+template <int C, int A, int B>
+void dot();
+
 #if defined(SEQFUSE_EMULATE_TILES)
 inline thread_local uint32_t registers[8][rows][words];
 
-struct InUse {};
+struct InUse {
+  InUse() {}
+};
 template <int N>
 SEQFUSE_INLINE void zero() {
   memset(registers[N], 0, sizeof(registers[N]));
@@ -86,6 +99,11 @@ template <int C, int A, int B>
 SEQFUSE_INLINE void dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+
+#else
+struct InUse {
+  InUse() {}
+};
 #endif
 
 }  // namespace tiles

@@ -20,8 +20,13 @@ namespace SEQFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 96;
+constexpr int64_t at_once = has_tiles ? tile_rows : tile;  // rows whose scores are held at a time
 
-// dk and dv of one head, in fp32
+// dk and dv of one head, in fp32: rows, `leading` apart, or of the tile unit's sums (View::spread_transposed) a block
+// of keys after another, each transposed.
+SEQFUSE_INLINE int64_t sums_width(int64_t D) {
+  return has_tiles ? round_up(D, tile_columns) : leading(D);
+}
 struct KeySums {
   float *dk, *dv;
   int64_t sequence = -1, kv_head = -1;
@@ -36,6 +41,7 @@ struct BackwardScratch {
   Word *q = nullptr, *dout = nullptr, *q_rows = nullptr,
        *dout_rows = nullptr;   // along the rows, and as spread wants them; of floats the same
   Word* grad_along = nullptr;  // as combine wants it; of floats grad itself
+  Word *weights_across = nullptr, *grad_across = nullptr;  // as spread wants them; without a tile unit weights and grad
   float *dq, *weights, *grad = nullptr, *cap_slope, *kept;
   float delta[tile];
   double lse[tile];  // to base 2
@@ -45,7 +51,7 @@ struct BackwardScratch {
     head.take(scratch);
     scratch.take(q, tile * leading(words<W>(head.D))), scratch.take(dq, tile * leading(head.D));
     scratch.take(dout, tile * leading(words<W>(head.Dv)));
-    scratch.take(weights, tile * block_keys), scratch.take(grad, tile * block_keys);
+    scratch.take(weights, at_once * block_keys), scratch.take(grad, at_once * block_keys);
     if constexpr (W::per_word == 1) {
       q_rows = q, dout_rows = dout, grad_along = grad;
     } else {
@@ -53,7 +59,12 @@ struct BackwardScratch {
           scratch.take(dout_rows, words<W>(tile) * leading(head.Dv));
       scratch.take(grad_along, tile * words<W>(block_keys));
     }
-    scratch.take(cap_slope, tile * block_keys), scratch.take(kept, block_keys + 4 * VL);
+    if constexpr (has_tiles) {
+      scratch.take(weights_across, words<W>(tile) * block_keys), scratch.take(grad_across, words<W>(tile) * block_keys);
+    } else {
+      weights_across = reinterpret_cast<Word*>(weights), grad_across = reinterpret_cast<Word*>(grad);
+    }
+    scratch.take(cap_slope, at_once * block_keys), scratch.take(kept, block_keys + 4 * VL);
   }
 };
 
@@ -109,6 +120,7 @@ struct Backward {
   const Dropout dropout;
   const int64_t group, ldq, ldv;
   const int64_t D, Dv;  // words
+  const int64_t sums_q, sums_v;
 
   explicit Backward(const AttentionBackward& a)
       : a(a),
@@ -116,8 +128,10 @@ struct Backward {
         group(a.Hq / a.Hkv),
         ldq(leading(a.D)),
         ldv(leading(a.Dv)),
-        D(words<W>(a.D)),
-        Dv(words<W>(a.Dv)) {}
+        D(depth<W>(a.D)),
+        Dv(depth<W>(a.Dv)),
+        sums_q(sums_width(a.D)),
+        sums_v(sums_width(a.Dv)) {}
 
   // q, dout, delta and lse of a tile
   void load_tile(const Sequence& seq, int64_t h, int64_t i0, int64_t rows, BackwardScratch<W>& w) const {
@@ -125,7 +139,10 @@ struct Backward {
     const T *q = row_of<T>(a.q, seq.batch, h, seq.q0 + i0), *douts = row_of<T>(a.dout, seq.batch, h, seq.q0 + i0);
     pack_along<W>(q, a.q.row, rows, capacity, a.D, w.q);
     pack_along<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout);
-    if constexpr (W::per_word == 2) {
+    if constexpr (has_tiles) {
+      pack_across(q, a.q.row, rows, tile, a.D, w.q_rows, words<W>(tile));
+      pack_across(douts, a.dout.row, rows, tile, a.Dv, w.dout_rows, words<W>(tile));
+    } else if constexpr (W::per_word == 2) {
       pack_rows<W>(q, a.q.row, rows, capacity, a.D, w.q_rows);
       pack_rows<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout_rows);
     }
@@ -140,14 +157,15 @@ struct Backward {
     }
   }
 
-  // weights and gradients of scores of one block, zero where a query doesn't see a key
-  void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows,
+  // weights and gradients of scores of a group of rows and one block, zero where a query doesn't see a key
+  void block_gradients(const Sequence& seq, const ScoreRule& rule, int64_t h, int64_t i0, int64_t rows, Range group,
                        const View& view, const BiasRows& bias, BackwardScratch<W>& w) const {
-    view.scores(rule, i0, rows, w.q, leading(D), w.head.keys_across + view.first * D, D, w.weights);
-    view.products(w.dout, leading(Dv), w.head.values_across + view.first * Dv, Dv, w.grad);
-    for (int64_t r = 0; r < rows; r++) {
+    view.scores(rule, i0, rows, group, w.q, leading(D), w.head.keys_across + view.first * D, D, w.weights);
+    view.products(group, w.dout, leading(Dv), w.head.values_across + view.first * Dv, Dv, w.grad);
+    for (int64_t r = group.begin; r < group.end; r++) {
       Range c = view.panels[r / tile_rows];
-      float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys, *slope = w.cap_slope + r * block_keys;
+      const int64_t at = (r - group.begin) * block_keys;
+      float *s = w.weights + at, *g = w.grad + at, *slope = w.cap_slope + at;
       if (w.lse[r] == -__builtin_inff()) c = {0, 0};
       if (!view.whole || c.empty()) {
         memset(s, 0, sizeof(float) * size_t(c.begin)), memset(g, 0, sizeof(float) * size_t(c.begin));
@@ -171,22 +189,31 @@ struct Backward {
     }
   }
 
-  // Pairs: weights and gradients as words, across the rows in place (see View::spread), and gradients along them.
-  void narrow(int64_t rows, const View& view, BackwardScratch<W>& w) const {
-    for (int64_t r = 0; r < rows; r += 2) {
-      if (view.seen[r / tile_rows].empty()) continue;
-      float *s = w.weights + r * block_keys, *g = w.grad + r * block_keys;
-      if (r + 1 == rows)  // the other half of the words
+  // Pairs: weights and gradients as words, across the rows (in place, see View::spread, but for the tile unit), and
+  // gradients along them.
+  void narrow(Range group, const View& view, BackwardScratch<W>& w) const {
+    if (has_tiles) {  // rows beyond the last query
+      const int64_t rows = group.begin < group.end ? group.end - group.begin : 0, rest = at_once - rows;
+      memset(w.weights + rows * block_keys, 0, sizeof(float) * size_t(rest * block_keys));
+      memset(w.grad + rows * block_keys, 0, sizeof(float) * size_t(rest * block_keys));
+    }
+    for (int64_t r = group.begin; r < (has_tiles ? group.begin + at_once : group.end); r += 2) {
+      if (!has_tiles && view.seen[r / tile_rows].empty()) continue;
+      const int64_t at = (r - group.begin) * block_keys, across = has_tiles ? r / 2 * block_keys : at;
+      float *s = w.weights + at, *g = w.grad + at;
+      float *s_across = reinterpret_cast<float*>(w.weights_across + across),
+            *g_across = reinterpret_cast<float*>(w.grad_across + across);
+      if (!has_tiles && r + 1 == group.end)  // the other half of the words
         memset(s + block_keys, 0, sizeof(float) * block_keys), memset(g + block_keys, 0, sizeof(float) * block_keys);
       Pairs::Word* along = w.grad_along + r * words<W>(block_keys);
       for (int64_t c = 0; c < block_keys; c += 2 * VL) {
         const vf a0 = load(g + c), a1 = load(g + c + VL), b0 = load(g + block_keys + c),
                  b1 = load(g + block_keys + c + VL);
         store_along(along + c / 2, a0, a1), store_along(along + words<W>(block_keys) + c / 2, b0, b1);
-        store(g + c, as_float(rounded_pairs(a0, b0))), store(g + c + VL, as_float(rounded_pairs(a1, b1)));
+        store(g_across + c, as_float(rounded_pairs(a0, b0))), store(g_across + c + VL, as_float(rounded_pairs(a1, b1)));
       }
       for (int64_t c = 0; c < block_keys; c += VL)
-        store(s + c, as_float(rounded_pairs(load(s + c), load(s + block_keys + c))));
+        store(s_across + c, as_float(rounded_pairs(load(s + c), load(s + block_keys + c))));
     }
   }
 
@@ -207,13 +234,22 @@ struct Backward {
       }
       const View view(seq, block, i0, rows);
       w.head.template ensure<T>(a, seq, u.kv_head, block);
-      block_gradients(seq, rule, h, i0, rows, view, bias, w);
+      for (int64_t begin = 0; begin < round_up(rows, has_tiles ? 2 * tile_rows : 1); begin += at_once) {
+        const Range group{begin, clamp(begin + at_once, 0, rows)};
+        block_gradients(seq, rule, h, i0, rows, group, view, bias, w);
+        if constexpr (W::per_word == 2)
+          if (sums) narrow(group, view, w);
+      }
       if (!sums) continue;
-      if constexpr (W::per_word == 2) narrow(rows, view, w);
-      const auto *weights = reinterpret_cast<const Word*>(w.weights), *grad = reinterpret_cast<const Word*>(w.grad);
-      view.spread(weights, rows, w.dout_rows, ldv, a.Dv, sums->dv + first * ldv);
-      view.spread(grad, rows, w.q_rows, ldq, a.D, sums->dk + first * ldq);
-      view.combine(w.grad_along, words<W>(block_keys), w.head.rows_from(w.head.keys, first, a.D), ldq, a.D, w.dq);
+      if constexpr (has_tiles) {
+        view.spread_transposed(w.weights_across, w.dout_rows, words<W>(tile), sums_v, sums->dv + first * sums_v);
+        view.spread_transposed(w.grad_across, w.q_rows, words<W>(tile), sums_q, sums->dk + first * sums_q);
+      } else {
+        view.spread(w.weights_across, rows, w.dout_rows, ldv, a.Dv, sums->dv + first * ldv);
+        view.spread(w.grad_across, rows, w.q_rows, ldq, a.D, sums->dk + first * ldq);
+      }
+      view.combine({0, rows}, w.grad_along, words<W>(block_keys), w.head.rows_from(w.head.keys, first, a.D), ldq, a.D,
+                   w.dq);
     }
     if (!sums) return;
     for (int64_t r = 0; r < rows; r++)
@@ -223,10 +259,29 @@ struct Backward {
   void begin_head(KeySums& sums, const Sequence& seq, int64_t kv_head) const {
     sums.sequence = seq.index, sums.kv_head = kv_head;
     const int64_t rows = round_up(seq.keys, block_keys);
-    memset(sums.dk, 0, sizeof(float) * size_t(rows * ldq)), memset(sums.dv, 0, sizeof(float) * size_t(rows * ldv));
+    memset(sums.dk, 0, sizeof(float) * size_t(rows * sums_q)),
+        memset(sums.dv, 0, sizeof(float) * size_t(rows * sums_v));
+  }
+
+  // Rows begin .. end of blocks of transposed sums, times factor; begin is a block's first row.
+  void write_transposed(const float* sums, int64_t width, int64_t n, float factor, const HeadsView& to,
+                        const Sequence& seq, int64_t kv_head, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; j += VL)
+      for (int64_t d = 0; d < n; d += VL) {
+        const float* from = sums + j / block_keys * block_keys * width + j % block_keys + d * block_keys;
+        vf x[VL];
+        for (int l = 0; l < VL; l++) x[l] = load(from + l * block_keys) * factor;
+        transpose(x);
+        for (int l = 0; l < clamp(end - j, 0, VL); l++)
+          give(row_to_write<T>(to, seq.batch, kv_head, seq.k0 + j + l) + d, x[l], int(clamp(n - d, 0, VL)));
+      }
   }
 
   void write_keys(const KeySums& sums, const Sequence& seq, int64_t begin, int64_t end) const {
+    if constexpr (has_tiles) {
+      write_transposed(sums.dk, sums_q, a.D, a.scale, a.dk, seq, sums.kv_head, begin, end);
+      return write_transposed(sums.dv, sums_v, a.Dv, 1.0f, a.dv, seq, sums.kv_head, begin, end);
+    }
     for (int64_t j = begin; j < end; j++) {
       write_row(sums.dk + j * ldq, a.D, a.scale, row_to_write<T>(a.dk, seq.batch, sums.kv_head, seq.k0 + j));
       write_row(sums.dv + j * ldv, a.Dv, 1.0f, row_to_write<T>(a.dv, seq.batch, sums.kv_head, seq.k0 + j));
@@ -296,6 +351,7 @@ class SharedBias {
         take(w, scratch);
         if (pass == 0) scratch.allocate();
       }
+      [[maybe_unused]] const tiles::InUse in_use;
       for (int64_t worker = begin; worker < end; worker++)
         for (int64_t unit = worker; unit < units; unit += workers) {
           if (sharing_.with_keys)
@@ -318,7 +374,7 @@ class SharedBias {
   void take(Worker& w, Scratch& scratch) const {
     const int64_t rows = sharing_.with_keys ? sequences() * kv_heads() * key_rows() : 0;
     w.scratch.take(scratch), scratch.take(w.bias, tile * a_.Tk);
-    scratch.take(w.dk, rows * kernel_.ldq), scratch.take(w.dv, rows * kernel_.ldv);
+    scratch.take(w.dk, rows * kernel_.sums_q), scratch.take(w.dv, rows * kernel_.sums_v);
   }
 
   int64_t key_rows() const { return round_up(most_keys_, block_keys); }
@@ -327,7 +383,7 @@ class SharedBias {
 
   // where a group's n-th head of keys is summed
   KeySums key_sums(const Worker& w, int64_t n) const {
-    return {w.dk + n * key_rows() * kernel_.ldq, w.dv + n * key_rows() * kernel_.ldv};
+    return {w.dk + n * key_rows() * kernel_.sums_q, w.dv + n * key_rows() * kernel_.sums_v};
   }
 
   void group(int64_t g, Worker& w) const {
@@ -377,14 +433,15 @@ void join(const Backward<T>& kernel, KeySums* sums, int64_t count, const Paralle
     const Sequence seq = sequence_at(kernel.a, sums[n].sequence);
     const int64_t workers = clamp(parallel.threads, 1, ceil_div(seq.keys + 1, block_keys));
     auto job = [&](int64_t begin, int64_t end) {
-      const int64_t first = seq.keys * begin / workers, last = seq.keys * end / workers;
+      auto block_at = [&](int64_t n) { return clamp(round_up(seq.keys * n / workers, block_keys), 0, seq.keys); };
+      const int64_t first = block_at(begin), last = block_at(end);
       for (int64_t m = n + 1; m < next; m++) {
         if (sums[m].sequence < 0) continue;
         auto add = [](float* to, const float* from, int64_t i, int64_t end) {
           for (; i < end; i += VL) store(to + i, load(to + i) + load(from + i));
         };
-        add(sums[n].dk, sums[m].dk, first * kernel.ldq, last * kernel.ldq);
-        add(sums[n].dv, sums[m].dv, first * kernel.ldv, last * kernel.ldv);
+        add(sums[n].dk, sums[m].dk, first * kernel.sums_q, round_up(last, block_keys) * kernel.sums_q);
+        add(sums[n].dv, sums[m].dv, first * kernel.sums_v, round_up(last, block_keys) * kernel.sums_v);
       }
       kernel.write_keys(sums[n], seq, first, last);
     };
@@ -408,15 +465,16 @@ void backward(const AttentionBackward& a, const Parallel& parallel) {
   float *dk = nullptr, *dv = nullptr;
   for (int pass = 0; pass < 2; pass++) {
     scratch.take(sums, 2 * workers);
-    scratch.take(dk, 2 * workers * rows * kernel.ldq), scratch.take(dv, 2 * workers * rows * kernel.ldv);
+    scratch.take(dk, 2 * workers * rows * kernel.sums_q), scratch.take(dv, 2 * workers * rows * kernel.sums_v);
     if (pass == 0) scratch.allocate();
   }
-  for (int n = 0; n < 2 * workers; n++) sums[n] = {dk + n * rows * kernel.ldq, dv + n * rows * kernel.ldv};
+  for (int n = 0; n < 2 * workers; n++) sums[n] = {dk + n * rows * kernel.sums_q, dv + n * rows * kernel.sums_v};
 
   auto job = [&](int64_t begin, int64_t end) {
     Scratch local;
     BackwardScratch<WordsOf<T>> w(a, plan.most_keys());
     w.take(local), local.allocate(), w.take(local);
+    [[maybe_unused]] const tiles::InUse in_use;
     for (int64_t worker = begin; worker < end; worker++) {
       KeySums *const continued = sums + 2 * worker, *const own = continued + 1, *now = nullptr;
       plan.each(worker, [&](const Unit& u, const Sequence& seq) {

@@ -85,8 +85,8 @@ struct PackedHead {
 
   void take(Scratch& scratch) {
     const int64_t n = blocks * block_keys;
-    scratch.take(keys_across, n * words<W>(D)), scratch.take(keys, backward ? words<W>(n) * leading(D) : 0);
-    scratch.take(values_across, backward ? n * words<W>(Dv) : 0);
+    scratch.take(keys_across, n * depth<W>(D)), scratch.take(keys, backward ? words<W>(n) * leading(D) : 0);
+    scratch.take(values_across, backward ? n * depth<W>(Dv) : 0);
     scratch.take(values, backward ? 0 : words<W>(n) * leading(Dv));
     scratch.take(packed_, blocks);
   }
@@ -107,10 +107,10 @@ struct PackedHead {
     const int64_t first = block * block_keys, rows = clamp(seq.keys - first, 0, block_keys);
     const T* k = row_of<T>(a.k, seq.batch, kv_head, seq.k0 + first);
     const T* v = row_of<T>(a.v, seq.batch, kv_head, seq.k0 + first);
-    pack_transposed<W>(k, a.k.row, rows, D, keys_across + first * words<W>(D));
+    pack_transposed<W>(k, a.k.row, rows, D, keys_across + first * depth<W>(D));
     if (backward) {
       pack_rows<W>(k, a.k.row, rows, block_keys, D, rows_from(keys, first, D));
-      pack_transposed<W>(v, a.v.row, rows, Dv, values_across + first * words<W>(Dv));
+      pack_transposed<W>(v, a.v.row, rows, Dv, values_across + first * depth<W>(Dv));
     } else {
       pack_rows<W>(v, a.v.row, rows, block_keys, Dv, rows_from(values, first, Dv));
     }
@@ -142,38 +142,66 @@ struct BlockView {
     }
   }
 
-  // out[r][c] = x_r . w_c over n words, for what is seen; x lies along them (pack_along), w is transposed
-  // (pack_transposed)
-  void products(const Word* x, int64_t ldx, const Word* w, int64_t n, float* out) const {
-    each_panel([=, this](int64_t s, int64_t c) {
-      float* to = out + s * tile_rows * block_keys + c;
-      multiply_tile<W, false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
-                                 [=](int r, int v, vf sum)
-                                     __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
+  // out[r][c] = x_r . w_c over n words for the rows of a group, whose first is row 0 of out, and what they see; x lies
+  // along the words (pack_along), w is transposed (pack_transposed)
+  void products(Range group, const Word* x, int64_t ldx, const Word* w, int64_t n, float* out) const {
+    each_panel(group, [=, this](int64_t s, int64_t c) {
+      float* to = out + (s * tile_rows - group.begin) * block_keys + c;
+      if constexpr (has_tiles)
+        panel_by_tiles(x + s * tile_rows * ldx, ldx, w + c * n, n, to, block_keys);
+      else
+        multiply_tile<W, false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
+                                   [=](int r, int v, vf sum)
+                                       __attribute__((always_inline)) { store(to + r * block_keys + v * VL, sum); });
     });
   }
 
   // The same for scores of the queries i0 .. i0 + rows, with the bias where the rule leaves it to the products.
-  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, const Word* x, int64_t ldx, const Word* w, int64_t n,
-              float* out) const {
-    if (!rule.bias_in_product) return products(x, ldx, w, n, out);
-    rule.bias_wide ? biased_scores<float>(rule, i0, rows, x, ldx, w, n, out)
-                   : biased_scores<bf16>(rule, i0, rows, x, ldx, w, n, out);
+  void scores(const ScoreRule& rule, int64_t i0, int64_t rows, Range group, const Word* x, int64_t ldx, const Word* w,
+              int64_t n, float* out) const {
+    if (!rule.bias_in_product) return products(group, x, ldx, w, n, out);
+    rule.bias_wide ? biased_scores<float>(rule, i0, rows, group, x, ldx, w, n, out)
+                   : biased_scores<bf16>(rule, i0, rows, group, x, ldx, w, n, out);
   }
 
   // out[r][0..n) += sum over the keys c that r's strip sees of weights[r][c] * w[c][0..n). Rows of weights have words
-  // along them and lie ldx apart; w is as pack_rows makes it. Weights of what a query doesn't see are zero.
-  void combine(const Word* weights, int64_t ldx, const Word* w, int64_t ld, int64_t n, float* out) const {
+  // along them and lie ldx apart, the first is the group's; w is as pack_rows makes it. Weights of what a query doesn't
+  // see are zero.
+  void combine(Range group, const Word* weights, int64_t ldx, const Word* w, int64_t ld, int64_t n, float* out) const {
+    if constexpr (has_tiles) {
+      for (int64_t s = group.begin / tile_rows; s * tile_rows < group.end; s++) {
+        if (panels[s].empty()) continue;
+        const int64_t begin = panels[s].begin / W::per_word, K = panels[s].end / W::per_word - begin;
+        add_row_by_tiles(weights + (s * tile_rows - group.begin) * ldx + begin, ldx, w + begin * ld, ld, K, n,
+                         out + s * tile_rows * ld, ld);
+      }
+      return;
+    }
     for (int64_t c = 0; c < n; c += tile_columns)
-      for (int64_t s = 0; s < strips; s++) {
+      for (int64_t s = group.begin / tile_rows; s * tile_rows < group.end; s++) {
         if (seen[s].empty()) continue;
         const int64_t begin = seen[s].begin / W::per_word, K = words<W>(seen[s].end) - begin;
-        const Word* x = weights + s * tile_rows * ldx + begin;
+        const Word* x = weights + (s * tile_rows - group.begin) * ldx + begin;
         const Word* from = w + begin * ld + c;
         float* to = out + s * tile_rows * ld + c;
         n - c > VL ? add_tile<W, false, 2>(x, ldx, from, ld, K, to, ld)
                    : add_tile<W, false, 1>(x, ldx, from, ld, K, to, ld);
       }
+  }
+
+  // The products of spread by the tile unit, which wants its left operand along the sum: out, x and the result are
+  // transposed. x holds words of queries along its n rows (pack_across), of which there are whole tile_columns.
+  void spread_transposed(const Word* weights, const Word* x, int64_t ldx, int64_t n, float* out) const {
+    for (int64_t c = 0; c < block_keys; c += tile_columns) {
+      Range by{strips, 0};  // that see any of these keys
+      for (int64_t s = 0; s < strips; s++)
+        if (c >= panels[s].begin && c < panels[s].end) by = {s < by.begin ? s : by.begin, s + 1};
+      if (by.empty()) continue;
+      const int64_t begin = by.begin / 2 * tiles::words, K = round_up(by.end, 2) / 2 * tiles::words - begin;
+      for (int64_t d = 0; d < n; d += tile_columns)
+        add_square_by_tiles(x + d * ldx + begin, ldx, weights + begin * block_keys + c, block_keys, K,
+                            out + d * block_keys + c, block_keys);
+    }
   }
 
   // out[c][0..n) += sum over the queries r < rows whose strip sees c of weights[r][c] * x[r][0..n). Weights have words
@@ -202,11 +230,23 @@ struct BlockView {
   }
 
  private:
-  // f(strip, first column) for each tile of scores that is seen
+  // finish as in multiply_tile, with sums that the tile unit stores to `to` before
+  template <class Finish>
+  SEQFUSE_INLINE void panel(const Word* x, int64_t ldx, const Word* w, int64_t n, float* to, Finish finish) const {
+    if constexpr (has_tiles) {
+      panel_by_tiles(x, ldx, w, n, to, block_keys);
+      for (int r = 0; r < tile_rows; r++)
+        for (int v = 0; v < tile_columns / VL; v++) finish(r, v, load(to + r * block_keys + v * VL));
+    } else {
+      multiply_tile<W, false, 2>(x, ldx, w, tile_columns, n, finish);
+    }
+  }
+
+  // f(strip, first column) for each tile of scores of a group of rows that is seen
   template <class F>
-  SEQFUSE_INLINE void each_panel(F f) const {
+  SEQFUSE_INLINE void each_panel(Range group, F f) const {
     for (int64_t c = 0; c < block_keys; c += tile_columns)
-      for (int64_t s = 0; s < strips; s++)
+      for (int64_t s = group.begin / tile_rows; s * tile_rows < group.end; s++)
         if (c >= panels[s].begin && c < panels[s].end) f(s, c);
   }
 
@@ -214,12 +254,12 @@ struct BlockView {
   // more away from the next, where no hardware prefetcher follows: each tile fetches the lines of the same tile in the
   // next block, a block's time ahead.
   template <class B>
-  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, const Word* x, int64_t ldx, const Word* w,
-                     int64_t n, float* out) const {
+  void biased_scores(const ScoreRule& rule, int64_t i0, int64_t rows, Range group, const Word* x, int64_t ldx,
+                     const Word* w, int64_t n, float* out) const {
     const int64_t row = rule.bias_row / int64_t(sizeof(B));
     const B* bias = reinterpret_cast<const B*>(rule.bias) + i0 * row + first;
     const vf f = splat(float(rule.scale * log2_e)), base2 = splat(float(log2_e));
-    each_panel([=, this](int64_t s, int64_t c) {
+    each_panel(group, [=, this](int64_t s, int64_t c) {
       const B* from = bias + s * tile_rows * row + c;
       for (int r = 0; r < tile_rows; r++) __builtin_prefetch(from + r * row + block_keys, 0, 2);
       int64_t ld = row;
@@ -230,11 +270,10 @@ struct BlockView {
           memcpy(edge + r * tile_columns, from + r * row, sizeof(B) * size_t(clamp(keys - c, 0, tile_columns)));
         from = edge, ld = tile_columns;
       }
-      float* to = out + s * tile_rows * block_keys + c;
-      multiply_tile<W, false, 2>(x + s * tile_rows * ldx, ldx, w + c * n, tile_columns, n,
-                                 [=](int r, int v, vf sum) __attribute__((always_inline)) {
-                                   store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
-                                 });
+      float* to = out + (s * tile_rows - group.begin) * block_keys + c;
+      panel(x + s * tile_rows * ldx, ldx, w + c * n, n, to, [=](int r, int v, vf sum) __attribute__((always_inline)) {
+        store(to + r * block_keys + v * VL, sum * f + load(from + r * ld + v * VL) * base2);
+      });
     });
   }
 };

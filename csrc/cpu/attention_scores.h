@@ -15,6 +15,17 @@ constexpr double log2_e = 1.44269504088896341, ln_2 = 0.693147180559945309;
 // 2^x by rounding x to an integer and a polynomial of degree 5 for the rest: about 1.3 ulp. Exactly 1 at 0, exactly 0
 // below -127 (p is 1 there, and taking 127 from its exponent leaves no bit), a NaN stays one.
 SEQFUSE_INLINE vf exp2(vf x) {
+#if defined(__AMX_BF16__)
+  // what is left above the integer below comes in one instruction, and 2^integer in another; 1e-7
+  const vf rest = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf q = splat(1.86713330e-3f);
+  q = q * rest + 9.01702350e-3f;
+  q = q * rest + 5.57999180e-2f;
+  q = q * rest + 2.40164449e-1f;
+  q = q * rest + 6.93151312e-1f;
+  q = q * rest + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)q, (__m512)x);
+#endif
   x = max(x, unfused(splat(-127.0f)));        // a constant in sight becomes two instructions
   const vf shifted = x + splat(12582912.0f);  // 1.5 * 2^23: its low bits are x, rounded
   const vf r = x - (shifted - splat(12582912.0f));
@@ -186,6 +197,36 @@ SEQFUSE_INLINE void hide(float* s, Range columns, Range seen) {
   for (int64_t c = seen.end > columns.begin ? seen.end : columns.begin; c < columns.end; c++) s[c] = hidden;
 }
 
+// lanes of a and b by turns: the first half of both, or the second
+template <bool High>
+SEQFUSE_INLINE vf interleave(vf a, vf b) {
+#if SEQFUSE_VBYTES == 64
+  if (High) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif SEQFUSE_VBYTES == 32
+  if (High) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  if (High) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+// VL rows of VL elements, transposed in registers by log2(VL) perfect shuffles
+SEQFUSE_INLINE void transpose(vf (&x)[VL]) {
+  vf y[VL];
+#pragma GCC unroll 4
+  for (int n = 1; n < VL; n *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; i++) {
+      y[2 * i] = interleave<false>(x[i], x[i + VL / 2]);
+      y[2 * i + 1] = interleave<true>(x[i], x[i + VL / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) x[i] = y[i];
+  }
+}
+
 // One row of scores becomes weights; `out` is its row of results so far, n long.
 SEQFUSE_INLINE void softmax_row(float* __restrict s, Range c, float factor, float& m, float& l, float* __restrict out,
                                 int64_t n) {
@@ -222,36 +263,6 @@ SEQFUSE_INLINE void copy_row(const T* p, int64_t n, int64_t padded, float* out) 
 template <class T>
 SEQFUSE_INLINE void write_row(const float* p, int64_t n, float factor, T* out) {
   for_vectors(0, n, [=](int64_t i, int m) { give(out + i, take(p + i, m) * factor, m); });
-}
-
-// lanes of a and b by turns: the first half of both, or the second
-template <bool High>
-SEQFUSE_INLINE vf interleave(vf a, vf b) {
-#if SEQFUSE_VBYTES == 64
-  if (High) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif SEQFUSE_VBYTES == 32
-  if (High) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#else
-  if (High) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-#endif
-}
-
-// VL rows of VL elements, transposed in registers by log2(VL) perfect shuffles
-SEQFUSE_INLINE void transpose(vf (&x)[VL]) {
-  vf y[VL];
-#pragma GCC unroll 4
-  for (int n = 1; n < VL; n *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < VL / 2; i++) {
-      y[2 * i] = interleave<false>(x[i], x[i + VL / 2]);
-      y[2 * i + 1] = interleave<true>(x[i], x[i + VL / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) x[i] = y[i];
-  }
 }
 
 // VL words along a row of T, as their bits, and one of them; what lies beyond the row's n elements is zero.
@@ -292,19 +303,61 @@ SEQFUSE_INLINE void store_along(Pairs::Word* out, vf a, vf b) {
 #endif
 }
 
-// A row of weights of whole tiles of columns becomes words along it, in place: word n lies where float n lay.
-template <class W>
-SEQFUSE_INLINE void narrow_row(float* row, Range c) {
-  if constexpr (W::per_word == 2)
-    for (int64_t j = c.begin; j < c.end; j += 2 * VL)
-      store_along(reinterpret_cast<Pairs::Word*>(row) + j / 2, load(row + j), load(row + j + VL));
+// As softmax_row, for `rows` <= VL rows of scores, `ld` apart, each with its own columns(r). Their running maxima m are
+// a vector; each row's sum l is one too, whose lanes are added in the end. Weights are multiplied by kept(r), unless
+// that is null, and become words along their row, in place: word n lies where float n lay.
+template <class W, class Columns, class Kept>
+SEQFUSE_INLINE void softmax_rows(float* __restrict s, int64_t ld, int64_t rows, Columns columns, float factor,
+                                 float* __restrict m, float* __restrict l, float* __restrict out, int64_t ldo,
+                                 int64_t n, Kept kept) {
+  vf tops[VL];
+  for (int r = 0; r < VL; r++) {
+    vf top0 = splat(-__builtin_inff()), top1 = top0;
+    if (r < rows) {
+      const Range c = columns(r);
+      const float* row = s + r * ld;
+      for (int64_t j = c.begin; j < c.end; j += 2 * VL)
+        top0 = max(top0, load(row + j)), top1 = max(top1, load(row + j + VL));
+    }
+    tops[r] = max(top0, top1);
+  }
+  transpose(tops);
+#pragma GCC unroll 8
+  for (int half = VL / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int r = 0; r < half; r++) tops[r] = max(tops[r], tops[r + half]);
+  const vf before = load(m), now = max(before, tops[0] * factor);
+  const vf shift = select(now == splat(-__builtin_inff()), vf{}, now);  // nothing seen so far: weights are 0
+  const vf shrink = select(before == now, splat(1.0f), exp2(before - shift));
+  store(m, now);
+  float shifts[VL], shrinks[VL];
+  store(shifts, shift), store(shrinks, shrink);
+  for (int64_t r = 0; r < rows; r++) {
+    const Range c = columns(r);
+    const float *keep = kept(r), less = shrinks[r];
+    float* row = s + r * ld;
+    const vf f = splat(factor), from = splat(shifts[r]);
+    vf sum0{}, sum1{};
+    for (int64_t j = c.begin; j < c.end; j += 2 * VL) {
+      vf a = exp2(load(row + j) * f - from), b = exp2(load(row + j + VL) * f - from);
+      sum0 += a, sum1 += b;
+      if (keep) a *= load(keep + j - c.begin), b *= load(keep + j - c.begin + VL);
+      if constexpr (W::per_word == 2)
+        store_along(reinterpret_cast<Pairs::Word*>(row) + j / 2, a, b);
+      else
+        store(row + j, a), store(row + j + VL, b);
+    }
+    store(l + r * VL, load(l + r * VL) * less + (sum0 + sum1));
+    if (less != 1.0f)
+      for (int64_t j = 0; j < n; j += VL) store(out + r * ldo + j, load(out + r * ldo + j) * less);
+  }
 }
 
 // A block of up to block_keys rows of D elements, transposed to panels of words [D][tile_columns]; missing rows become
 // zero.
 template <class W, class T>
 void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, typename W::Word* out) {
-  const int64_t all = words<W>(D), whole = D / W::per_word;
+  const int64_t all = depth<W>(D), whole = D / W::per_word;
   for (int64_t r = 0; r < block_keys; r += VL) {
     auto* panel = out + r / tile_columns * all * tile_columns + r % tile_columns;
     const int n = int(clamp(rows - r, 0, VL));
@@ -319,7 +372,8 @@ void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, typename 
         for (int l = 0; l < VL; l++) store(reinterpret_cast<float*>(panel + (d + l) * tile_columns), x[l]);
       }
     for (; d < all; d++)
-      for (int l = 0; l < VL; l++) panel[d * tile_columns + l] = l < n ? word_along<W>(p + (r + l) * row, d, D) : 0;
+      for (int l = 0; l < VL; l++)
+        panel[d * tile_columns + l] = l < n && d < words<W>(D) ? word_along<W>(p + (r + l) * row, d, D) : 0;
   }
 }
 
@@ -355,6 +409,24 @@ void pack_rows(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t 
       store(to + i, as_float(as_bits(x) >> 16 | as_bits(y)));
     });
   }
+}
+
+// The rows of pack_rows, transposed: row d of out, ldo words long, holds element d of all rows, two in a word.
+template <class T>
+void pack_across(const T* p, int64_t row, int64_t rows, int64_t capacity, int64_t D, Pairs::Word* out, int64_t ldo) {
+  for (int64_t r = 0; r < capacity; r += 2 * VL)
+    for (int64_t d = 0; d < D; d += VL) {
+      const int n = int(clamp(D - d, 0, VL));
+      vf x[VL];
+      for (int l = 0; l < VL; l++) {
+        const int64_t at = r + 2 * l;
+        const vf low = at < rows ? take(p + at * row + d, n) : vf{};
+        const vf high = at + 1 < rows ? take(p + (at + 1) * row + d, n) : vf{};
+        x[l] = as_float(as_bits(low) >> 16 | as_bits(high));
+      }
+      transpose(x);
+      for (int l = 0; l < VL; l++) store(reinterpret_cast<float*>(out + (d + l) * ldo + r / 2), x[l]);
+    }
 }
 
 }  // namespace SEQFUSE_ISA

@@ -7,21 +7,19 @@
 // everything else is read row by row as it lies.
 //
 // An element is a word: a float or, where the processor multiplies them (has_dot), two bf16 that are neighbours along
-// k; k counts words then. Sums are fp32 either way.
+// k; k counts words then. Sums are fp32 either way. Where there is a tile unit (has_tiles, cpu/amx.h) it makes the sums
+// of pairs, and tiles have its size.
 #pragma once
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/vec_pair.h"
 
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-#if defined(__AVX512F__)
-constexpr int tile_rows = 12;
-#else
-constexpr int tile_rows = 6;
-#endif
-constexpr int tile_columns = 2 * VL;
+constexpr int tile_rows = has_tiles ? tiles::rows : SEQFUSE_VBYTES == 64 ? 12 : 6;
+constexpr int tile_columns = has_tiles ? 2 * tiles::words : 2 * VL;
 constexpr int block_keys = 96;  // a multiple of tile_rows and tile_columns of every level
 
 SEQFUSE_INLINE int64_t round_up(int64_t a, int64_t b) {
@@ -63,6 +61,12 @@ SEQFUSE_INLINE int64_t words(int64_t n) {
   return (n + W::per_word - 1) / W::per_word;
 }
 
+// the same as a length of sums, which the tile unit makes of whole registers
+template <class W>
+SEQFUSE_INLINE int64_t depth(int64_t n) {
+  return has_tiles ? round_up(words<W>(n), tiles::words) : words<W>(n);
+}
+
 // finish(r, v, sum) for each vector v of each row r of the sums. Across: x(r, k) is x[k * ldx + r], else x[r * ldx +
 // k]. V: vectors of columns.
 template <class W, bool Across, int V, class Finish>
@@ -102,6 +106,74 @@ SEQFUSE_INLINE void add_tile(const typename W::Word* __restrict x, int64_t ldx, 
     float* o = out + r * ldo + v * VL;
     store(o, sum + load(o));
   });
+}
+
+// The same sums by the tile unit: out = x w of a tile, both K words deep (a multiple of a register's), w a panel of
+// words [K][tile_columns].
+SEQFUSE_INLINE void panel_by_tiles(const Pairs::Word* x, int64_t ldx, const Pairs::Word* w, int64_t K, float* out,
+                                   int64_t ldo) {
+  tiles::zero<0>(), tiles::zero<1>();
+  for (int64_t k = 0; k < K; k += tiles::words) {
+    tiles::load<2>(x + k, 4 * ldx);
+    tiles::load<3>(w + k * tile_columns, 4 * tile_columns);
+    tiles::load<4>(w + k * tile_columns + tiles::words, 4 * tile_columns);
+    tiles::dot<0, 2, 3>(), tiles::dot<1, 2, 4>();
+  }
+  tiles::store<0>(out, 4 * ldo), tiles::store<1>(out + tiles::words, 4 * ldo);
+}
+
+// out += x w for a row of N tiles as narrow as a register.
+template <int N>
+SEQFUSE_INLINE void add_by_tiles(const Pairs::Word* x, int64_t ldx, const Pairs::Word* w, int64_t ldw, int64_t K,
+                                 float* out, int64_t ldo) {
+  constexpr int across = tiles::words;
+  tiles::load<0>(out, 4 * ldo);
+  if constexpr (N > 1) tiles::load<1>(out + across, 4 * ldo);
+  if constexpr (N > 2) tiles::load<2>(out + 2 * across, 4 * ldo);
+  if constexpr (N > 3) tiles::load<3>(out + 3 * across, 4 * ldo);
+  for (int64_t k = 0; k < K; k += tiles::words) {
+    tiles::load<4>(x + k, 4 * ldx);
+    const Pairs::Word* from = w + k * ldw;
+    tiles::load<5>(from, 4 * ldw), tiles::dot<0, 4, 5>();
+    if constexpr (N > 1) tiles::load<6>(from + across, 4 * ldw), tiles::dot<1, 4, 6>();
+    if constexpr (N > 2) tiles::load<7>(from + 2 * across, 4 * ldw), tiles::dot<2, 4, 7>();
+    if constexpr (N > 3) tiles::load<5>(from + 3 * across, 4 * ldw), tiles::dot<3, 4, 5>();
+  }
+  tiles::store<0>(out, 4 * ldo);
+  if constexpr (N > 1) tiles::store<1>(out + across, 4 * ldo);
+  if constexpr (N > 2) tiles::store<2>(out + 2 * across, 4 * ldo);
+  if constexpr (N > 3) tiles::store<3>(out + 3 * across, 4 * ldo);
+}
+// The same for two rows of two.
+SEQFUSE_INLINE void add_square_by_tiles(const Pairs::Word* x, int64_t ldx, const Pairs::Word* w, int64_t ldw, int64_t K,
+                                        float* out, int64_t ldo) {
+  constexpr int across = tiles::words;
+  float* below = out + tiles::rows * ldo;
+  tiles::load<0>(out, 4 * ldo), tiles::load<1>(out + across, 4 * ldo);
+  tiles::load<2>(below, 4 * ldo), tiles::load<3>(below + across, 4 * ldo);
+  for (int64_t k = 0; k < K; k += tiles::words) {
+    tiles::load<4>(x + k, 4 * ldx), tiles::load<5>(x + tiles::rows * ldx + k, 4 * ldx);
+    tiles::load<6>(w + k * ldw, 4 * ldw), tiles::load<7>(w + k * ldw + across, 4 * ldw);
+    tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
+  }
+  tiles::store<0>(out, 4 * ldo), tiles::store<1>(out + across, 4 * ldo);
+  tiles::store<2>(below, 4 * ldo), tiles::store<3>(below + across, 4 * ldo);
+}
+// The first for n columns, in steps of four registers.
+SEQFUSE_INLINE void add_row_by_tiles(const Pairs::Word* x, int64_t ldx, const Pairs::Word* w, int64_t ldw, int64_t K,
+                                     int64_t n, float* out, int64_t ldo) {
+  constexpr int across = tiles::words;
+  int64_t c = 0;
+  for (; n - c > 2 * across; c += 4 * across) {
+    if (n - c > 3 * across)
+      add_by_tiles<4>(x, ldx, w + c, ldw, K, out + c, ldo);
+    else
+      add_by_tiles<3>(x, ldx, w + c, ldw, K, out + c, ldo);
+  }
+  if (n - c > across)
+    add_by_tiles<2>(x, ldx, w + c, ldw, K, out + c, ldo);
+  else if (n > c)
+    add_by_tiles<1>(x, ldx, w + c, ldw, K, out + c, ldo);
 }
 
 }  // namespace SEQFUSE_ISA
