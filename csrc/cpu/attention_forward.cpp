@@ -13,7 +13,7 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-constexpr int64_t tile = has_tiles ? 96 : 48;
+constexpr int64_t tile = SEQFUSE_VBYTES == 64 || has_tiles ? 96 : 48;
 constexpr int64_t at_once = has_tiles ? tile_rows : tile;  // rows whose scores are held at a time
 
 template <class W>
