@@ -140,8 +140,8 @@ struct Backward {
     pack_along<W>(q, a.q.row, rows, capacity, a.D, w.q);
     pack_along<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout);
     if constexpr (has_tiles) {
-      pack_across(q, a.q.row, rows, tile, a.D, w.q_rows, words<W>(tile));
-      pack_across(douts, a.dout.row, rows, tile, a.Dv, w.dout_rows, words<W>(tile));
+      pack_across(q, a.q.row, rows, round_up(rows, 2 * tile_rows), a.D, w.q_rows, words<W>(tile));
+      pack_across(douts, a.dout.row, rows, round_up(rows, 2 * tile_rows), a.Dv, w.dout_rows, words<W>(tile));
     } else if constexpr (W::per_word == 2) {
       pack_rows<W>(q, a.q.row, rows, capacity, a.D, w.q_rows);
       pack_rows<W>(douts, a.dout.row, rows, capacity, a.Dv, w.dout_rows);

@@ -5,14 +5,16 @@
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-constexpr int64_t least_work = 1 << 18;  // multiply-adds that are worth waking a thread for
+// multiply-adds that are worth waking a thread for; the tile unit is done with them sooner
+constexpr int64_t least_work = has_tiles ? 1 << 20 : 1 << 18;
 
 struct Unit {
   int64_t sequence, kv_head, member, tile;  // member: of the query heads that share kv_head
   bool first, last;                         // of its kv_head
 };
 
-// Workers get consecutive units of about equal cost, which is the number of keys seen. A unit belongs to the worker in
+// Workers get consecutive units of about equal cost, which is the number of keys that each strip of tile_rows queries
+// sees. A unit belongs to the worker in
 // whose share of the total cost it begins; so it is the same for any timing.
 class Plan {
  public:
@@ -23,7 +25,7 @@ class Plan {
       total_ += head_cost(seq) * a.Hkv;
       if (seq.keys > most_keys_) most_keys_ = seq.keys;
     }
-    const int64_t useful = total_ * tile_ * (a.D + a.Dv) / least_work;
+    const int64_t useful = total_ * tile_rows * (a.D + a.Dv) / least_work;
     workers_ = int(clamp(useful, 1, threads < 1 ? 1 : threads));
   }
 
@@ -57,7 +59,7 @@ class Plan {
   int64_t tile_cost(const Sequence& seq, int64_t tile) const {
     const int64_t i = tile * tile_, end = clamp(i + tile_, 0, seq.queries);
     const Range seen = seq.seen_by(i, end);
-    return 16 + (seen.empty() ? 0 : seen.end - seen.begin);
+    return (16 + (seen.empty() ? 0 : seen.end - seen.begin)) * (end > i ? ceil_div(end - i, tile_rows) : 1);
   }
   int64_t head_cost(const Sequence& seq) const {
     int64_t cost = 0;
@@ -107,12 +109,13 @@ struct PackedHead {
     const int64_t first = block * block_keys, rows = clamp(seq.keys - first, 0, block_keys);
     const T* k = row_of<T>(a.k, seq.batch, kv_head, seq.k0 + first);
     const T* v = row_of<T>(a.v, seq.batch, kv_head, seq.k0 + first);
+    const int64_t capacity = round_up(rows, tile_columns);
     pack_transposed<W>(k, a.k.row, rows, D, keys_across + first * depth<W>(D));
     if (backward) {
-      pack_rows<W>(k, a.k.row, rows, block_keys, D, rows_from(keys, first, D));
+      pack_rows<W>(k, a.k.row, rows, capacity, D, rows_from(keys, first, D));
       pack_transposed<W>(v, a.v.row, rows, Dv, values_across + first * depth<W>(Dv));
     } else {
-      pack_rows<W>(v, a.v.row, rows, block_keys, Dv, rows_from(values, first, Dv));
+      pack_rows<W>(v, a.v.row, rows, capacity, Dv, rows_from(values, first, Dv));
     }
   }
 

@@ -353,24 +353,23 @@ SEQFUSE_INLINE void softmax_rows(float* __restrict s, int64_t ld, int64_t rows, 
   }
 }
 
-// A block of up to block_keys rows of D elements, transposed to panels of words [D][tile_columns]; missing rows become
-// zero.
+// A block of up to block_keys rows of D elements, transposed to panels of words [D][tile_columns]; rows that the last
+// panel lacks become zero.
 template <class W, class T>
 void pack_transposed(const T* p, int64_t row, int64_t rows, int64_t D, typename W::Word* out) {
   const int64_t all = depth<W>(D), whole = D / W::per_word;
-  for (int64_t r = 0; r < block_keys; r += VL) {
+  for (int64_t r = 0; r < round_up(rows, tile_columns); r += VL) {
     auto* panel = out + r / tile_columns * all * tile_columns + r % tile_columns;
     const int n = int(clamp(rows - r, 0, VL));
     int64_t d = 0;
-    if (n == VL)
-      for (; d + VL <= whole; d += VL) {
-        vf x[VL];
+    for (; d + VL <= whole; d += VL) {
+      vf x[VL];
 #pragma GCC unroll 16
-        for (int l = 0; l < VL; l++) x[l] = words_along<W>(p + (r + l) * row + d * W::per_word);
-        transpose(x);
+      for (int l = 0; l < VL; l++) x[l] = l < n ? words_along<W>(p + (r + l) * row + d * W::per_word) : vf{};
+      transpose(x);
 #pragma GCC unroll 16
-        for (int l = 0; l < VL; l++) store(reinterpret_cast<float*>(panel + (d + l) * tile_columns), x[l]);
-      }
+      for (int l = 0; l < VL; l++) store(reinterpret_cast<float*>(panel + (d + l) * tile_columns), x[l]);
+    }
     for (; d < all; d++)
       for (int l = 0; l < VL; l++)
         panel[d * tile_columns + l] = l < n && d < words<W>(D) ? word_along<W>(p + (r + l) * row, d, D) : 0;

@@ -45,7 +45,8 @@ class AttentionFunction(torch.autograd.Function):
 
 
 class Shortcuts:
-    """Calls without options that went to PyTorch's own op: one like them goes there again with a look-up in between.
+    """Calls without options that went to PyTorch's own op or to our CPU kernels: one like them goes there again with a
+    look-up in between.
 
     All that the checks and the choice look at is in the key, so what is found was checked and chosen before.
     """
@@ -69,19 +70,24 @@ class Shortcuts:
         found = self._known.get(key)
         if found is None:
             return None
-        choice, case, causal, gqa = found
+        choice, case, causal, gqa, options = found
         dispatch.tell(choice, case)
+        if options is not None:
+            if case.grad:
+                return apply(AttentionFunction, q, k, v, *options, choice.backend, False)[0]
+            return dispatch.get("attention", choice.backend).fwd(q, k, v, *options)[0]
         if gqa or key[1] is not None:
             return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=key[1], enable_gqa=gqa)
         return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal)
 
-    def remember(self, key, choice, case):
+    def remember(self, key, choice, case, options):
         kind = key[0]
-        if choice.backend != "torch" or (kind == "causal" and case.Tq != case.Tk):  # that one needs a mask
+        ours = choice.backend == "cpu"  # which is always deterministic
+        if not ours and (choice.backend != "torch" or (kind == "causal" and case.Tq != case.Tk)):  # that needs a mask
             return
         if len(self._known) >= 1024:  # ever-changing shapes must not fill the memory
             self._known.clear()
-        self._known[key] = choice, case, kind != "dense", case.Hq != case.Hkv
+        self._known[key] = choice, case, kind != "dense", case.Hq != case.Hkv, tuple(options) if ours else None
 
 
 shortcuts = Shortcuts()
@@ -108,7 +114,7 @@ def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: 
         case = describe(q, k, v, options, grad, return_lse)
         choice = dispatch.select("attention", case)
         if key is not None:
-            shortcuts.remember(key, choice, case)
+            shortcuts.remember(key, choice, case, options)
         out, lse = _without_autocast(_run, q, k, v, options, grad, choice.backend, deterministic)
     return (out * 0.0 if drop_all else out), lse
 
