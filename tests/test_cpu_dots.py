@@ -1,4 +1,5 @@
-"""The code paths that multiply pairs of bf16 (AVX512-BF16), with emulated dot products, on any machine."""
+"""The code paths that multiply pairs of bf16 (AVX512-BF16) and tiles of them (AMX), with emulated products, on any
+machine."""
 
 import ctypes
 import shlex
@@ -18,16 +19,17 @@ from seqfuse.testing import assert_accurate
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*(f"csrc/cpu/{name}.cpp" for name in ("attention_forward", "attention_backward", "linear")),
            "tests/cpu_dots/driver.cpp"]  # fmt: skip
+EMULATED = {"dots": ["-DSEQFUSE_EMULATE_DOTS"], "tiles": ["-DSEQFUSE_EMULATE_DOTS", "-DSEQFUSE_EMULATE_TILES"]}
 FLAGS = "-std=c++20 -O1 -fPIC -w -ffp-contract=fast -fno-math-errno -fno-trapping-math -Icsrc/include -Icsrc"
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+@pytest.fixture(scope="module", params=EMULATED)
+def kernels(request, tmp_path_factory):
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("needs a C++ compiler on the PATH")
     folder = tmp_path_factory.mktemp("cpu_dots")
-    flags = [*shlex.split(FLAGS), "-DSEQFUSE_EMULATE_DOTS", "-DSEQFUSE_ISA=emulated"]
+    flags = [*shlex.split(FLAGS), *EMULATED[request.param], "-DSEQFUSE_ISA=emulated"]
     objects = [str(folder / f"{Path(source).name}.o") for source in SOURCES]
 
     def run(*command):
