@@ -34,21 +34,18 @@ Cache<T> cache_of(const Args& a, const HeadsView& v, int64_t b, int64_t kv_head)
   return {base, v.row, v.batch, a.page, a.pages, &a.block_table, b * a.pages, a.total_pages};
 }
 
-// scores of VL keys for one query: q is padded with zeros to whole vectors
+// Scores of VL keys for one query: q is padded with zeros to whole pairs, and in the order of pairs of T. A key is read
+// to its end before the next, for that is what the hardware fetches ahead.
 template <class T>
 SEQFUSE_INLINE vf dots(const float* q, const T* const* keys, int64_t D) {
   vf acc[VL];
-#pragma GCC unroll 16
-  for (int l = 0; l < VL; l++) acc[l] = vf{};
-  int64_t d = 0;
-  for (; d + VL <= D; d += VL) {
-    const vf x = load(q + d);
-#pragma GCC unroll 16
-    for (int l = 0; l < VL; l++) acc[l] += x * load(keys[l] + d);
-  }
-  if (d < D) {
-    const vf x = load(q + d);
-    for (int l = 0; l < VL; l++) acc[l] += x * load_n(keys[l] + d, int(D - d));
+  for (int l = 0; l < VL; l++) {
+    vf even{}, odd{};
+    for_pairs(D, [&](int64_t d, int n) __attribute__((always_inline)) {
+      const vp key = take_pair(keys[l] + d, n);
+      even += load(q + d) * key.a, odd += load(q + d + VL) * key.b;
+    });
+    acc[l] = even + odd;
   }
   transpose(acc);
 #pragma GCC unroll 8
@@ -58,33 +55,40 @@ SEQFUSE_INLINE vf dots(const float* q, const T* const* keys, int64_t D) {
   return acc[0];
 }
 
-// out[0..V * VL) += sum over j < n of weights[j] * values[j][d..]
-template <int V, class T>
+// out[0..P pairs) += sum over j < n of weights[j] * values[j][d..], in the order of pairs of T
+template <int P, class T>
 SEQFUSE_INLINE void add_values(const float* weights, const T* const* values, int64_t n, int64_t d, float* out) {
-  vf acc[V];
+  vf acc[2 * P];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; v++) acc[v] = load(out + v * VL);
+  for (int v = 0; v < 2 * P; v++) acc[v] = load(out + v * VL);
   for (int64_t j = 0; j < n; j++) {
     const vf w = splat(weights[j]);
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) acc[v] += w * load(values[j] + d + v * VL);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      const vp value = load_pair(values[j] + d + p * PL);
+      acc[2 * p] += w * value.a, acc[2 * p + 1] += w * value.b;
+    }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < V; v++) store(out + v * VL, acc[v]);
+  for (int v = 0; v < 2 * P; v++) store(out + v * VL, acc[v]);
 }
 
 template <class T>
 SEQFUSE_INLINE void add_all_values(const float* weights, const T* const* values, int64_t n, int64_t Dv, float* out) {
   int64_t d = 0;
-  for (; d + 8 * VL <= Dv; d += 8 * VL) add_values<8>(weights, values, n, d, out + d);
-  for (; d + VL <= Dv; d += VL) add_values<1>(weights, values, n, d, out + d);
+  for (; d + 4 * PL <= Dv; d += 4 * PL) add_values<4>(weights, values, n, d, out + d);
+  for (; d + PL <= Dv; d += PL) add_values<1>(weights, values, n, d, out + d);
   if (d == Dv) return;
-  for (int64_t j = 0; j < n; j++) store(out + d, load(out + d) + weights[j] * load_n(values[j] + d, int(Dv - d)));
+  for (int64_t j = 0; j < n; j++) {
+    const vp value = take_pair(values[j] + d, int(Dv - d));
+    store(out + d, load(out + d) + weights[j] * value.a),
+        store(out + d + VL, load(out + d + VL) + weights[j] * value.b);
+  }
 }
 
 // The result so far of all queries of a head group, over one part of its keys.
 struct Part {
-  float *m, *l, *out;  // [rows], [rows], [rows, round_up(Dv, VL)]
+  float *m, *l, *out;  // [rows], [rows], [rows, round_up(Dv, PL)]; out in the order of pairs
 };
 
 template <class T>
@@ -93,7 +97,7 @@ struct Decode {
   const int64_t group, rows, padded_q, padded;
 
   explicit Decode(const AttentionDecode& a)
-      : a(a), group(a.Hq / a.Hkv), rows(group * a.Tq), padded_q(round_up(a.D, VL)), padded(round_up(a.Dv, VL)) {}
+      : a(a), group(a.Hq / a.Hkv), rows(group * a.Tq), padded_q(round_up(a.D, PL)), padded(round_up(a.Dv, PL)) {}
 
   Sequence sequence(int64_t b) const {
     const int64_t length = index_at(a.lengths, b);
@@ -109,7 +113,11 @@ struct Decode {
     for (int64_t r = 0; r < rows; r++) {
       to.m[r] = -__builtin_inff(), to.l[r] = 0.0f;
       memset(to.out + r * padded, 0, sizeof(float) * size_t(padded));
-      copy_row(row_of<T>(a.q, b, kv_head * group + r / a.Tq, r % a.Tq), a.D, padded_q, q + r * padded_q);
+      const T* from = row_of<T>(a.q, b, kv_head * group + r / a.Tq, r % a.Tq);
+      for_pairs(a.D, [=, this](int64_t d, int n) {
+        const vp x = take_pair(from + d, n);
+        store(q + r * padded_q + d, x.a), store(q + r * padded_q + d + VL, x.b);
+      });
     }
     const Cache<T> keys_of = cache_of<T>(a, a.k, b, kv_head), values_of = cache_of<T>(a, a.v, b, kv_head);
     const T *key[block_keys], *value[block_keys];
@@ -145,7 +153,11 @@ struct Decode {
         l += part[n].l[r] * weight;
       }
       const int64_t h = kv_head * group + r / a.Tq, t = r % a.Tq;
-      write_row(part[0].out + r * padded, a.Dv, none ? 1.0f : 1.0f / l, row_to_write<T>(a.out, b, h, t));
+      const float *from = part[0].out + r * padded, factor = none ? 1.0f : 1.0f / l;
+      T* out = row_to_write<T>(a.out, b, h, t);
+      for_pairs(a.Dv, [=](int64_t d, int n) {
+        give_pair(out + d, vp{load(from + d) * factor, load(from + d + VL) * factor}, n);
+      });
       a.lse[(b * a.Hq + h) * a.Tq + t] = none ? m : natural(m, l);
     }
   }

@@ -1,6 +1,7 @@
 """Decoding: attention over a KV cache, dense or in pages, that grows in place."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from seqfuse import dispatch, reference
 from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
 from seqfuse.ops import checks, library
+from seqfuse.ops.attention_function import without_autocast
 from seqfuse.ops.autograd import traced, wants_gradient
 from seqfuse.reference import AttentionOptions
 from seqfuse.reference.attention import Positions, gather_pages, written
@@ -55,36 +57,81 @@ def attention_with_kv_cache(
     before anything is written; lengths and page numbers are looked at on a CPU only, where that waits for no device.
     Source: split-KV decoding as in Dao et al., "Flash-Decoding", 2023; pages as in Kwon et al. 2023 (arXiv:2309.06180).
     """
-    _check(q, k_cache, v_cache, k, v, block_table)
-    (B, _, _, D), capacity = q.shape, _capacity(k_cache, block_table)
-    check.integers(_OP, "cache_lengths", cache_lengths, q, (B,))
-    if wants_gradient(q, k_cache, v_cache, k, v):
-        raise ValueError(
-            f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()"
-        )
+    key = _key(q, k_cache, v_cache, k, v, cache_lengths, block_table, causal, scale, window, softcap, alibi_slopes,
+               return_lse)  # fmt: skip
+    call = _known.get(key)
+    if call is None:
+        _check(q, k_cache, v_cache, k, v, cache_lengths, block_table)
+        left, right = check.window(_OP, window)
+        right = 0 if causal else right
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else check.number(_OP, "scale", scale)
+        softcap = check.softcap(_OP, softcap)
+        slopes = check.slopes(_OP, alibi_slopes, q, q.shape[0])
+        case = _case(q, k_cache, v_cache, left, right, softcap, slopes, block_table, return_lse)
+        call = _Call(case, scale, left, right, softcap, slopes)
     new = 0 if k is None else k.shape[2]
-    _check_numbers(cache_lengths, new, capacity, block_table, k_cache)
-    left, right = check.window(_OP, window)
-    right = 0 if causal else right
-    scale = 1.0 / math.sqrt(D) if scale is None else check.number(_OP, "scale", scale)
-    softcap = check.softcap(_OP, softcap)
-    slopes = check.slopes(_OP, alibi_slopes, q, B)
-
-    case = _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_table, return_lse)
-    backend = "reference" if 0 in q.shape or not capacity else dispatch.select("attention_decode", case).backend
+    _check_numbers(cache_lengths, new, call.case.Tk, block_table, k_cache)
+    if call.choice is not None:
+        dispatch.tell(call.choice, call.case)
+        backend = call.choice.backend
+    elif 0 in q.shape or not call.case.Tk:
+        backend = "reference"
+    else:
+        choice = dispatch.select("attention_decode", call.case)
+        backend = choice.backend
+        _remember(key, call._replace(choice=choice))
     if new:
         _APPEND[backend](k_cache, v_cache, k, v, cache_lengths, block_table)
+        cache_lengths = cache_lengths + new
     decode = dispatch.get("attention_decode", backend).fwd
-    with torch.autocast(q.device.type, enabled=False):
-        out, lse = decode(q, k_cache, v_cache, cache_lengths + new, block_table, slopes, scale, left, right, softcap)
+    out, lse = without_autocast(
+        decode, q, k_cache, v_cache, cache_lengths, block_table, call.slopes, call.scale, call.left, call.right,
+        call.softcap,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What is settled about a call but for the numbers in its tensors: it was checked, and where it runs was chosen."""
+
+    case: rules.AttentionCase
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    slopes: torch.Tensor | None
+    choice: dispatch.Choice | None = None
+
+
+_known: dict[tuple, _Call] = {}
+
+
+def _key(q, k_cache, v_cache, k, v, cache_lengths, block_table, causal, scale, window, softcap, slopes, return_lse):
+    """All that the checks and the choice look at but the numbers in tensors. None for a call that is looked at closely
+    each time."""
+    plain = scale is None or type(scale) is float
+    if slopes is not None or softcap is not None or window is not None or not plain or traced():
+        return None
+    tensors = q, k_cache, v_cache, k, v, cache_lengths, block_table
+    if not all([t is None or type(t) is torch.Tensor for t in tensors]) or wants_gradient(*tensors[:5]):
+        return None
+    facts = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return (*facts, bool(causal), scale, bool(return_lse), dispatch.epoch(), torch.get_num_threads())
+
+
+def _remember(key, call):
+    if key is None:
+        return
+    if len(_known) >= 1024:  # ever-changing shapes must not fill the memory
+        _known.clear()
+    _known[key] = call
 
 
 def _capacity(k_cache, block_table):
     return k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
 
 
-def _check(q, k_cache, v_cache, k, v, block_table):
+def _check(q, k_cache, v_cache, k, v, cache_lengths, block_table):
     names = "q", "k_cache", "v_cache"
     if block_table is None:
         check.qkv(_OP, q, k_cache, v_cache, names)
@@ -99,6 +146,11 @@ def _check(q, k_cache, v_cache, k, v, block_table):
         check.integers(_OP, "block_table", block_table, q, (q.shape[0], block_table.shape[1]))
         # the batch of pages is not q's, everything else must agree
         check.agree(_OP, names, (q[:1], k_cache[:1], v_cache[:1]), heads=1)
+    check.integers(_OP, "cache_lengths", cache_lengths, q, (q.shape[0],))
+    if wants_gradient(q, k_cache, v_cache, k, v):
+        raise ValueError(
+            f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()"
+        )
     if (k is None) != (v is None):
         raise ValueError(f"{_OP}: k and v must be given both or neither, got {'v' if k is None else 'k'} alone")
     if k is None:
@@ -114,7 +166,8 @@ def _check_numbers(cache_lengths, new, capacity, block_table, k_cache):
     """What the numbers in lengths and tables must be, where looking at them does not wait for a device."""
     if not cache_lengths.is_cpu or traced() or not cache_lengths.numel():
         return
-    least, most = (int(n) for n in cache_lengths.aminmax())
+    numbers = cache_lengths.tolist()
+    least, most = min(numbers), max(numbers)
     if least < 0 or most + new > capacity:
         raise ValueError(
             f"{_OP}: cache_lengths must be at least 0 and leave room for {new} new keys in a cache of {capacity}, "
@@ -132,7 +185,7 @@ def _check_numbers(cache_lengths, new, capacity, block_table, k_cache):
         )
 
 
-def _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_table, return_lse):
+def _case(q, k_cache, v_cache, left, right, softcap, slopes, block_table, return_lse):
     given = {
         "window": left >= 0 or right > 0,
         "causal": right == 0,
@@ -141,7 +194,7 @@ def _case(q, k_cache, v_cache, capacity, left, right, softcap, slopes, block_tab
         "pages": block_table is not None,
         "return_lse": return_lse,
     }
-    (B, Hq, Tq, D), Hkv = q.shape, k_cache.shape[1]
+    (B, Hq, Tq, D), Hkv, capacity = q.shape, k_cache.shape[1], _capacity(k_cache, block_table)
     options = tuple(name for name, there in given.items() if there)
     return rules.AttentionCase(q.device.type, q.dtype, B, Hq, Hkv, Tq, capacity, D, v_cache.shape[3], False, options)
 

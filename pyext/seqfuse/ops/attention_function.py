@@ -115,7 +115,7 @@ def attend(q, k, v, options: AttentionOptions, return_lse: bool, deterministic: 
         choice = dispatch.select("attention", case)
         if key is not None:
             shortcuts.remember(key, choice, case, options)
-        out, lse = _without_autocast(_run, q, k, v, options, grad, choice.backend, deterministic)
+        out, lse = without_autocast(_run, q, k, v, options, grad, choice.backend, deterministic)
     return (out * 0.0 if drop_all else out), lse
 
 
@@ -137,7 +137,7 @@ def _distinct(tensors):
     return seen
 
 
-def _without_autocast(call, q, *args):
+def without_autocast(call, q, *args):
     """call(q, *args): its dtypes are settled, and autocast would round what the reference keeps in float32."""
     if not torch.is_autocast_enabled(q.device.type):
         return call(q, *args)

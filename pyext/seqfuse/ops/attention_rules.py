@@ -169,6 +169,13 @@ CPU_FASTER_FROM = {
 }
 # The same for bfloat16 where its pairs are multiplied (two threads, AVX512-BF16, 2026-11-28), dense and causal alike.
 CPU_FASTER_FROM_WITH_DOTS = {False: 1 << 15, True: 1 << 11}
+# The same on processors with a tile unit (one and two threads, 2026-11-29): fp32, whose kernel is AVX-512's, and bf16.
+CPU_FASTER_FROM_WITH_TILES = {
+    (torch.float32, False): 1 << 15,
+    (torch.float32, True): 1 << 15,
+    (torch.bfloat16, False): 1 << 11,
+    (torch.bfloat16, True): 1 << 11,
+}
 
 
 def _cpu_prefers(case):
@@ -177,7 +184,9 @@ def _cpu_prefers(case):
     scores = case.B * case.Hq * case.Tq * case.Tk * (case.D + case.Dv) // 128
     hides = "causal" in case.options or any(o in _MASKED for o in case.options)
     least = CPU_FASTER_FROM.get((case.dtype, case.grad), (0, 0))[hides]
-    if case.dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
+    if native.isa_has("amx"):
+        least = CPU_FASTER_FROM_WITH_TILES.get((case.dtype, case.grad), 0)
+    elif case.dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
         least = CPU_FASTER_FROM_WITH_DOTS[case.grad]
     if scores < least:
         return "at this size PyTorch's own scaled_dot_product_attention was measured faster"
