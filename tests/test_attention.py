@@ -461,6 +461,36 @@ def test_a_small_call_that_is_known_goes_straight_to_pytorch(monkeypatch):
 
 
 @NO_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_that_is_known_goes_straight_to_our_kernels(monkeypatch, dtype):
+    """... with the same bits and gradients; another shape, dtype or wish for gradients is looked at again."""
+    q, k, v = (t.to(dtype) for t in qkv(Tq=9, Tk=9))
+    selected = []
+    asked = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda *a: selected.append(a) or asked(*a))
+
+    def results(leaves):
+        out = attention(*leaves, causal=True)
+        return [out, *torch.autograd.grad(out.sum(), leaves)] if leaves[0].requires_grad else [out]
+
+    with seqfuse.backend("cpu"):
+        for grad in (False, True):
+            leaves = [t.detach().requires_grad_(grad) for t in (q, k, v)]
+            selected.clear()
+            first = results(leaves)
+            assert selected
+            selected.clear()
+            again, heard = told(lambda leaves=leaves: results(leaves))
+            assert heard == ["cpu"] and not selected
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        fewer = told(lambda: attention(q[:, :, 4:], k, v, causal=True))
+        assert fewer[1] == ["cpu"] and len(selected) == 1
+        assert torch.equal(fewer[0], attention(q, k, v, causal=True)[:, :, 4:])  # bottom-right: the last five queries
+        with pytest.raises(ValueError, match="k is float64"):
+            attention(q, k.double(), v, causal=True)
+
+
+@NO_CPU
 def test_causal_calls_with_fewer_queries_are_not_taken_for_pytorchs():
     """Its is_causal is top-left: PyTorch's op needs a mask there, each time."""
     q, k, v = qkv(Tq=3, Tk=9)

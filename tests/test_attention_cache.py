@@ -5,6 +5,7 @@ import torch
 from attention_inputs import in_pages
 
 import seqfuse
+from seqfuse import dispatch
 from seqfuse.ops import attention, attention_with_kv_cache, library
 from seqfuse.testing import assert_accurate
 
@@ -141,6 +142,26 @@ def test_without_new_keys_it_only_reads(backend):
     exact, theirs = (dense(q, k, v, lengths, d)[0] for d in (torch.float64, torch.float32))
     assert_accurate(out, exact, theirs, dims=(0, 1, 2))
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(caches, before, strict=True))
+
+
+def test_a_call_that_is_known_is_not_checked_again_but_for_its_numbers(monkeypatch):
+    q, k, v, lengths = inputs(2)
+    caches = filled(k, lengths), filled(v, lengths)
+    selected = []
+    asked = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda *a: selected.append(a) or asked(*a))
+    first = attention_with_kv_cache(q, *caches, cache_lengths=lengths)
+    selected.clear()
+    assert torch.equal(attention_with_kv_cache(q, *caches, cache_lengths=lengths), first) and not selected
+    with seqfuse.backend("reference"):
+        attention_with_kv_cache(q, *caches, cache_lengths=lengths)
+    assert len(selected) == 1
+    with pytest.raises(ValueError, match="cache_lengths must be at least 0"):
+        attention_with_kv_cache(q, *caches, cache_lengths=lengths - 100)
+    with pytest.raises(ValueError, match="v_cache is float64"):
+        attention_with_kv_cache(q, caches[0], caches[1].double(), cache_lengths=lengths)
+    with pytest.raises(ValueError, match="has no gradient"):
+        attention_with_kv_cache(q.requires_grad_(), *caches, cache_lengths=lengths)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -340,6 +340,20 @@ def test_repeats_are_bit_identical(threads):
     assert all(torch.equal(a, b) for a, b in zip(first[:3], single[:3], strict=True))
 
 
+@pytest.mark.skipif(not native.isa_has("amx"), reason="needs a tile unit")
+def test_onednns_tiles_and_ours_do_not_disturb_each_other():
+    """Both set the tile registers up in their own way, in the same threads."""
+    data = tensors(B=2, Hq=4, Hkv=4, Tq=300, Tk=300, D=64, Dv=64, dtype=torch.bfloat16)
+    options = make_options(("causal",), *data[:2])
+    x, weight = torch.randn(500, 700).bfloat16(), torch.randn(300, 700).bfloat16()
+    product, ours = F.linear(x, weight), by_kernel(*data, options)
+    theirs = F.scaled_dot_product_attention(*data[:3], is_causal=True)
+    for _ in range(3):
+        assert torch.equal(F.linear(x, weight), product)
+        assert all(torch.equal(a, b) for a, b in zip(by_kernel(*data, options), ours, strict=True))
+        assert torch.equal(F.scaled_dot_product_attention(*data[:3], is_causal=True), theirs)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_heads_that_workers_share(heads, threads):
