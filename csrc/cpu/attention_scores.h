@@ -12,20 +12,20 @@ namespace SEQFUSE_ISA {
 
 constexpr double log2_e = 1.44269504088896341, ln_2 = 0.693147180559945309;
 
-// 2^x by rounding x to an integer and a polynomial of degree 5 for the rest: about 1.3 ulp. Exactly 1 at 0, exactly 0
-// below -127 (p is 1 there, and taking 127 from its exponent leaves no bit), a NaN stays one.
+// 2^x: of what is left above the integer below x a polynomial of degree 5, and 2^integer comes in one instruction; or
+// by rounding x to an integer. About 1.4 ulp. Exactly 1 at 0, exactly 0 for -inf and (but for the tiniest floats that
+// AVX-512 makes of it) below -127, a NaN stays one.
 SEQFUSE_INLINE vf exp2(vf x) {
-#if defined(__AMX_BF16__)
-  // what is left above the integer below comes in one instruction, and 2^integer in another; 1e-7
-  const vf rest = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  vf q = splat(1.86713330e-3f);
-  q = q * rest + 9.01702350e-3f;
-  q = q * rest + 5.57999180e-2f;
-  q = q * rest + 2.40164449e-1f;
-  q = q * rest + 6.93151312e-1f;
-  q = q * rest + 1.0f;
-  return (vf)_mm512_scalef_ps((__m512)q, (__m512)x);
-#endif
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = splat(1.86713330e-3f);
+  p = p * r + 9.01702350e-3f;
+  p = p * r + 5.57999180e-2f;
+  p = p * r + 2.40164449e-1f;
+  p = p * r + 6.93151312e-1f;
+  p = p * r + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
   x = max(x, unfused(splat(-127.0f)));        // a constant in sight becomes two instructions
   const vf shifted = x + splat(12582912.0f);  // 1.5 * 2^23: its low bits are x, rounded
   const vf r = x - (shifted - splat(12582912.0f));
@@ -35,7 +35,8 @@ SEQFUSE_INLINE vf exp2(vf x) {
   p = p * r + 2.4022242e-1f;
   p = p * r + 6.9314698e-1f;
   p = p * r + 1.0f;
-  return as_float(as_bits(p) + (as_bits(shifted) << 23));
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));  // at -127 p is 1, and nothing is left of its exponent
+#endif
 }
 SEQFUSE_INLINE float exp2(float x) {
   return exp2(splat(x))[0];
