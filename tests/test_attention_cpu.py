@@ -356,8 +356,9 @@ def test_onednns_tiles_and_ours_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_heads_that_workers_share(heads, threads):
-    data = tensors(1, *heads, 900, 900, 32, 32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_that_workers_share(heads, threads, dtype):
+    data = tensors(1, *heads, 900, 900, 32, 32, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -14,8 +14,7 @@ struct Unit {
 };
 
 // Workers get consecutive units of about equal cost, which is the number of keys that each strip of tile_rows queries
-// sees. A unit belongs to the worker in
-// whose share of the total cost it begins; so it is the same for any timing.
+// sees. A unit belongs to the worker in whose share of the total cost it begins; so it is the same for any timing.
 class Plan {
  public:
   // tile: queries in a unit
@@ -178,18 +177,18 @@ struct BlockView {
         add_row_by_tiles(weights + (s * tile_rows - group.begin) * ldx + begin, ldx, w + begin * ld, ld, K, n,
                          out + s * tile_rows * ld, ld);
       }
-      return;
+    } else {
+      for (int64_t c = 0; c < n; c += tile_columns)
+        for (int64_t s = group.begin / tile_rows; s * tile_rows < group.end; s++) {
+          if (seen[s].empty()) continue;
+          const int64_t begin = seen[s].begin / W::per_word, K = words<W>(seen[s].end) - begin;
+          const Word* x = weights + (s * tile_rows - group.begin) * ldx + begin;
+          const Word* from = w + begin * ld + c;
+          float* to = out + s * tile_rows * ld + c;
+          n - c > VL ? add_tile<W, false, 2>(x, ldx, from, ld, K, to, ld)
+                     : add_tile<W, false, 1>(x, ldx, from, ld, K, to, ld);
+        }
     }
-    for (int64_t c = 0; c < n; c += tile_columns)
-      for (int64_t s = group.begin / tile_rows; s * tile_rows < group.end; s++) {
-        if (seen[s].empty()) continue;
-        const int64_t begin = seen[s].begin / W::per_word, K = words<W>(seen[s].end) - begin;
-        const Word* x = weights + (s * tile_rows - group.begin) * ldx + begin;
-        const Word* from = w + begin * ld + c;
-        float* to = out + s * tile_rows * ld + c;
-        n - c > VL ? add_tile<W, false, 2>(x, ldx, from, ld, K, to, ld)
-                   : add_tile<W, false, 1>(x, ldx, from, ld, K, to, ld);
-      }
   }
 
   // The products of spread by the tile unit, which wants its left operand along the sum: out, x and the result are
