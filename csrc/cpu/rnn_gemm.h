@@ -13,7 +13,7 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 
 constexpr int most_pair_rows = 2;
-constexpr int least_unit_rows = 4;  // rows of the state from which on the tile unit multiplies
+constexpr int least_unit_rows = 2;  // rows of the state from which on the tile unit multiplies
 
 enum class Product { floats, widened_pairs, dot, tiles };
 

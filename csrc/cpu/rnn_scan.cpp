@@ -59,7 +59,7 @@ static int64_t weight_bytes(DType dtype, int64_t H, int64_t G) {
 
 double step_ns(DType dtype, int64_t B, int64_t H, int64_t G) {
   const double reading = double(weight_bytes(dtype, H, G)) / 80.0;
-  const double multiplying = double(B) * double(G) * double(H) * double(H) / 50.0;
+  const double multiplying = double(B) * double(G) * double(H) * double(H) / (has_tiles ? 200.0 : 50.0);
   return reading > multiplying ? reading : multiplying;
 }
 
@@ -75,11 +75,11 @@ static bool fits_l2(int64_t bytes) {
 
 // Every rule about how many workers a scan gets, and what they split, is here (measurements: docs/recurrent.md).
 // Splitting the batch needs no barrier and moves no state between cores, so it comes first wherever the rows left to
-// each worker still hide the reading of all of w_hh.
+// each worker still hide the reading of all of w_hh, or fill a register of the tile unit.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
   const double step = step_ns(dtype, B, H, G);
-  const int64_t rows = fits_l2(weight_bytes(dtype, H, G)) ? 2 : 4;
+  const int64_t rows = has_tiles ? tiles::rows : fits_l2(weight_bytes(dtype, H, G)) ? 2 : 4;
   if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
     if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
     return {threads < B ? threads : B, true};
