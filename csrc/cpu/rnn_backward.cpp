@@ -42,7 +42,7 @@ struct BackwardScan {
   void take(Scratch& s) {
     rows.take(s, a.options);
     s.take(packed, blocks * VL * words);
-    for (word*& operand : gradient) s.take(operand, (a.B + rows_read_beyond) * ld);
+    for (word*& operand : gradient) s.take(operand, a.B * ld);
     s.take(dh, a.B * state_ld);
     s.take(through, Plain ? 0 : a.B * state_ld);
     s.take(dc, C == Cell::lstm ? a.B * state_ld : 0);

@@ -39,7 +39,7 @@ struct ForwardScan {
     rows.take(s, a.options);
     s.take(packed, blocks * G * VL * words);
     s.take(bias, blocks * G * VL);
-    for (word*& operand : h) s.take(operand, (a.B + rows_read_beyond) * ld);
+    for (word*& operand : h) s.take(operand, a.B * ld);
     s.take(state, C == Cell::gru || C == Cell::lstm ? a.B * state_ld : 0);
   }
 

@@ -104,8 +104,8 @@ TileFn by_vectors(int vectors, int rows) {
   }
 }
 
-// A tile of up to 32 rows by NV vectors on the tile unit. Its registers: sums 0 to 3 of [NA][NV], 4 and 5 operands, 6
-// and 7 weights.
+// A tile of NA operands of up to 16 rows by NV vectors on the tile unit. Its registers: sums 0 to 3 (the second
+// operand's from 2 on), 4 and 5 operands, 6 and 7 weights.
 template <int NA, int NV>
 struct UnitTile {
   const word* w;
@@ -130,15 +130,15 @@ struct UnitTile {
   SEQFUSE_INLINE void multiply(const word* weights) const {
     tiles::load<6 + V % 2>(weights + V * VL, w_stride);
     tiles::dot<V, 4, 6 + V % 2>();
-    if constexpr (NA > 1) tiles::dot<NV + V, 5, 6 + V % 2>();
+    if constexpr (NA > 1) tiles::dot<2 + V, 5, 6 + V % 2>();
   }
 
   SEQFUSE_INLINE void operator()() const {
     for_sums([&]<int A, int V>() __attribute__((always_inline)) {
       if (add)
-        tiles::load<A * NV + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
+        tiles::load<A * 2 + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
       else
-        tiles::zero<A * NV + V>();
+        tiles::zero<A * 2 + V>();
     });
     for (int64_t k = 0; k < words; k += tiles::words) {
       const word* weights = w + k * (w_stride / 4);
@@ -150,7 +150,7 @@ struct UnitTile {
       if constexpr (NV > 3) multiply<3>(weights);
     }
     for_sums([&]<int A, int V>() __attribute__((always_inline)) {
-      tiles::store<A * NV + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
+      tiles::store<A * 2 + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
     });
   }
 };
@@ -246,17 +246,9 @@ TileFn tile_function(Product product, int vectors, int rows) {
 void unit_product(int vectors, int rows, const word* w, const word* x, int64_t ldx, int64_t words, float* out,
                   int64_t out_row, int64_t out_vec, bool add) {
   if constexpr (has_tiles) {
-    const auto product = rows > tiles::rows ? unit_product_of<2> : unit_product_of<1>;
-    if (rows % tiles::rows == 0) return product(vectors, w, x, ldx, words, out, out_row, out_vec, add);
-    alignas(64) float sums[unit_rows * max_vectors * VL];
-    const int64_t width = vectors * VL;
-    product(vectors, w, x, ldx, words, sums, width, VL, false);
-    for (int r = 0; r < rows; r++)
-      for (int v = 0; v < vectors; v++) {
-        float* o = out + r * out_row + v * out_vec;
-        const vf s = load(sums + r * width + v * VL);
-        store(o, add ? s + load(o) : s);
-      }
+    tiles::set_operand_rows(rows);
+    (rows > tiles::rows ? unit_product_of<2> : unit_product_of<1>)(vectors, w, x, ldx, words, out, out_row, out_vec,
+                                                                   add);
   }
 }
 

@@ -35,9 +35,8 @@ using TileFn = void (*)(const word* w, const word* x, int64_t ldx, int64_t words
                         int64_t out_vec, bool add);
 
 constexpr int max_vectors = 4;
-constexpr int unit_rows = 2 * tiles::rows;                             // in one tile of the tile unit
-constexpr int max_tile = has_tiles ? unit_rows * max_vectors : 24;     // vectors in the result of one tile
-constexpr int64_t rows_read_beyond = has_tiles ? tiles::rows - 1 : 0;  // after the state's last row: it reads 16 or 32
+constexpr int unit_rows = 2 * tiles::rows;                          // in one tile of the tile unit
+constexpr int max_tile = has_tiles ? unit_rows * max_vectors : 24;  // vectors in the result of one tile
 
 // Rows that a tile of so many vectors may have: accumulators, weights and one broadcast fit the registers.
 constexpr int tile_rows(Product product, int vectors) {
@@ -51,8 +50,7 @@ constexpr int tile_rows(Product product, int vectors) {
 
 TileFn tile_function(Product product, int vectors, int rows);  // not for Product::tiles
 
-// The same by the tile unit, for up to unit_rows rows. The calling thread holds a tiles::InUse; x is readable up to
-// rows_read_beyond rows further, and whatever is there reaches no result.
+// The same by the tile unit, for up to unit_rows rows. The calling thread holds a tiles::InUse.
 void unit_product(int vectors, int rows, const word* w, const word* x, int64_t ldx, int64_t words, float* out,
                   int64_t out_row, int64_t out_vec, bool add);
 
