@@ -78,20 +78,16 @@ static bool fits_l2(int64_t bytes) {
 // each worker still hide the reading of all of w_hh.
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
-  if (e[0] == 'u') return {threads, false};
-  if (e[0] == 'b' && B >= threads) return {threads, true};
-  if (e[0] == '1') return {1, false};
-}
-const double step = step_ns(dtype, B, H, G);
-const bool near = fits_l2(weight_bytes(dtype, H, G));
-const int64_t rows = has_tiles ? (near ? 8 : 16) : near ? 2 : 4;
-if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
-  if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
-  return {threads < B ? threads : B, true};
-}
-if (!parallel.concurrent || step < (has_tiles ? 4e3 : 2.5e3)) return {1, false};  // less than what a barrier saves
-const int64_t blocks = ceil_div(H, VL);
-return {threads < blocks ? threads : blocks, false};
+  const double step = step_ns(dtype, B, H, G);
+  const bool near = fits_l2(weight_bytes(dtype, H, G));
+  const int64_t rows = has_tiles ? (near ? 8 : 16) : near ? 2 : 4;
+  if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
+    if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
+    return {threads < B ? threads : B, true};
+  }
+  if (!parallel.concurrent || step < (has_tiles ? 4e3 : 2.5e3)) return {1, false};  // less than what a barrier saves
+  const int64_t blocks = ceil_div(H, VL);
+  return {threads < blocks ? threads : blocks, false};
 }
 
 }  // namespace SEQFUSE_ISA
