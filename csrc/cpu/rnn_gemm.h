@@ -34,6 +34,8 @@ typedef uint32_t word;
 using TileFn = void (*)(const word* w, const word* x, int64_t ldx, int64_t words, float* out, int64_t out_row,
                         int64_t out_vec, bool add);
 
+static_assert(!has_tiles || VL == tiles::words);
+
 constexpr int max_vectors = 4;
 constexpr int unit_rows = 2 * tiles::rows;                          // in one tile of the tile unit
 constexpr int max_tile = has_tiles ? unit_rows * max_vectors : 24;  // vectors in the result of one tile
