@@ -34,6 +34,7 @@ RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
 WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}  # they multiply pairs of bf16
 WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 WITH_TILES = {"attention_backward.cpp", "attention_forward.cpp"}  # they multiply tiles of bf16
+WITH_TILES |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
 SOME_FILES = {"avx512_bf16": WITH_DOTS, "amx": WITH_TILES}  # the others: as one level below
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more

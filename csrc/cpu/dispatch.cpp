@@ -34,17 +34,16 @@
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 // those whose bf16 calls multiply tiles where the processor does, and pairs as below
-#define SEQFUSE_CPU_OPS_WITH_TILES(X)                           \
-  X(attention_forward_cpu, attention_forward, AttentionForward) \
-  X(attention_backward_cpu, attention_backward, AttentionBackward)
+#define SEQFUSE_CPU_OPS_WITH_TILES(X)                              \
+  X(attention_forward_cpu, attention_forward, AttentionForward)    \
+  X(attention_backward_cpu, attention_backward, AttentionBackward) \
+  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)                 \
+  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)              \
+  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                 \
+  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
 // those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                   \
-  X(linear_forward_cpu, linear_forward, LinearForward) \
-  X(rnn_forward_cpu, rnn_forward_scan, RnnForward)     \
-  X(rnn_backward_cpu, rnn_backward_scan, RnnBackward)  \
-  X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)     \
-  X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X) X(linear_forward_cpu, linear_forward, LinearForward)
 
 namespace seqfuse {
 
@@ -72,12 +71,12 @@ namespace seqfuse {
   SEQFUSE_DEFINE(entry, fn, Args,                                                  \
                  SEQFUSE_CASES(fn) SEQFUSE_BF16_CASE(avx512_bf16, fn, avx512_bf16) \
                      SEQFUSE_BF16_CASE(amx, fn, avx512_bf16))
-#define SEQFUSE_OP_WITH_TILES(entry, fn, Args)                                                                    \
-  SEQFUSE_LEVELS(fn, Args)                                                                                        \
-  SEQFUSE_DECLARE(avx512_bf16, fn, Args)                                                                          \
-  SEQFUSE_DECLARE(amx, fn, Args) SEQFUSE_DEFINE(entry, fn, Args,                                                  \
-                                                SEQFUSE_CASES(fn) SEQFUSE_BF16_CASE(avx512_bf16, fn, avx512_bf16) \
-                                                    SEQFUSE_BF16_CASE(amx, fn, amx))
+#define SEQFUSE_OP_WITH_TILES(entry, fn, Args) \
+  SEQFUSE_LEVELS(fn, Args)                     \
+  SEQFUSE_DECLARE(avx512_bf16, fn, Args)       \
+  SEQFUSE_DECLARE(amx, fn, Args)               \
+  SEQFUSE_DEFINE(entry, fn, Args,              \
+                 SEQFUSE_CASES(fn) SEQFUSE_BF16_CASE(avx512_bf16, fn, avx512_bf16) SEQFUSE_BF16_CASE(amx, fn, amx))
 #else
 #define SEQFUSE_OP(entry, fn, Args)   \
   SEQFUSE_DECLARE(baseline, fn, Args) \

@@ -42,8 +42,7 @@ struct BackwardScan {
   void take(Scratch& s) {
     rows.take(s, a.options);
     s.take(packed, blocks * VL * words);
-    s.take(gradient[0], a.B * ld);
-    s.take(gradient[1], a.B * ld);
+    for (word*& operand : gradient) s.take(operand, a.B * ld);
     s.take(dh, a.B * state_ld);
     s.take(through, Plain ? 0 : a.B * state_ld);
     s.take(dc, C == Cell::lstm ? a.B * state_ld : 0);
@@ -74,8 +73,8 @@ struct BackwardScan {
     const int64_t first = s.blocks.begin * G * VL, count = s.blocks.size() * G * VL;
     memset(bias_of(bias, worker) + first, 0, size_t(count) * sizeof(float));
     for (int64_t slot = s.rows.begin; slot < s.rows.end; slot++) {
-      if (s.blocks.end == blocks)  // the last word, or half of it, may be padding, which must not hold a NaN
-        gradient[0][slot * ld + terms - 1] = gradient[1][slot * ld + terms - 1] = 0;
+      if (s.blocks.end == blocks)
+        for (word* operand : gradient) clear_padding(kind, G * units, operand + slot * ld);
       for (int64_t block = s.blocks.begin; block < s.blocks.end; block++) {
         const int64_t u = rows.sequence(slot) * a.H + block * VL, own = slot * state_ld + block * VL;
         const int n = lanes(block, units);
@@ -135,10 +134,9 @@ struct BackwardScan {
     for (int64_t j = 0; j < groups; j++) {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, max_vectors);
       const word* w = packed + g.begin * VL * words;
-      for_row_tiles(running, int(g.size()), [&](int64_t slot, int count) {
-        tile_function(kind, int(g.size()), count)(w, gradient[i & 1] + slot * ld, ld, words,
-                                                  out + slot * state_ld + g.begin * VL, state_ld, VL,
-                                                  Plain && C == Cell::gru);
+      for_row_tiles(kind, running, int(g.size()), [&](int64_t slot, int count) {
+        multiply_tile(kind, int(g.size()), count, w, gradient[i & 1] + slot * ld, ld, words,
+                      out + slot * state_ld + g.begin * VL, state_ld, VL, Plain && C == Cell::gru);
       });
     }
   }

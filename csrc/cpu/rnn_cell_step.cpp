@@ -9,6 +9,7 @@
 // of VL units never leave L1.
 #include "common/gates.h"
 #include "cpu/rnn_scan.h"
+#include "cpu/turn.h"
 #include "seqfuse/rnn_cell.h"
 
 namespace seqfuse {
@@ -207,8 +208,108 @@ struct Step {
     }
   }
 
+  // The four sums on the tile unit, for 16 units, n of which exist, and NB * 16 rows of the batch. Its first operand is
+  // rows of weights as they lie, its second x or h as packed pairs; the sums come out with the units below each other
+  // and are turned over. Registers: the sums of a gate in NB of the first four, then two for weights, two for x or h.
+  template <int NB>
+  struct UnitSums {
+    const Step& step;
+    const word *x, *h;  // [words][NB][VL]
+    float* out;         // [NB * 16][4][VL]
+    int64_t u;
+    int n;
+
+    template <int D>
+    static constexpr int sums = NB == 1 ? D : D % 2 * 2;
+
+    // 16 rows of weights from term k on; what is not there is zero.
+    template <int R>
+    SEQFUSE_INLINE void load_weights(const T* w, int64_t K, int64_t k) const {
+      constexpr int64_t terms = 2 * tiles::words;
+      if (n == tiles::rows && k + terms <= K) return tiles::load<R>(w + k, K * 2);
+      alignas(64) T edge[tiles::rows][terms] = {};
+      for (int i = 0; i < n; i++) memcpy(edge[i], w + i * K + k, size_t(K - k < terms ? K - k : terms) * 2);
+      tiles::load<R>(edge, sizeof(edge[0]));
+    }
+    template <int D>
+    SEQFUSE_INLINE void add(const T* w, int64_t K, int64_t k) const {
+      constexpr int gate = C == Cell::gru && D == 3 ? 2 : D, R = 4 + D % 2;
+      load_weights<R>(w + (gate * step.a.H + u) * K, K, k);
+      tiles::dot<sums<D>, R, 6>();
+      if constexpr (NB == 2) tiles::dot<sums<D> + 1, R, 7>();
+    }
+    // Adds to the sums D... their products of w with x or h.
+    template <int... D>
+    SEQFUSE_INLINE void over(const T* w, int64_t K, const word* in) const {
+      for (int64_t k = 0; k < K; k += 2 * tiles::words) {
+        const word* pairs = in + k / 2 * NB * VL;
+        tiles::load<6>(pairs, NB * VL * 4);
+        if constexpr (NB == 2) tiles::load<7>(pairs + VL, NB * VL * 4);
+        (add<D>(w, K, k), ...);
+      }
+    }
+    template <int D>
+    SEQFUSE_INLINE void give() const {
+      alignas(64) float sum[tiles::rows][tiles::words];
+      auto half = [&]<int R>(float* to) __attribute__((always_inline)) {
+        tiles::store<R>(sum, sizeof(sum[0]));
+        turn(sum, sizeof(sum[0]), to + D * VL, 4 * VL);
+      };
+      half.template operator()<sums<D>>(out);
+      if constexpr (NB == 2) half.template operator()<sums<D> + 1>(out + tiles::rows * 4 * VL);
+    }
+    static SEQFUSE_INLINE void clear() { tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>(); }
+
+    void operator()() const {
+      const T *w_ih = step.w_ih, *w_hh = step.w_hh;
+      const int64_t I = step.a.I, H = step.a.H;
+      clear();
+      if constexpr (NB == 1) {
+        C == Cell::lstm ? over<0, 1, 2, 3>(w_ih, I, x) : over<0, 1, 2>(w_ih, I, x);
+        C == Cell::lstm ? over<0, 1, 2, 3>(w_hh, H, h) : over<0, 1, 3>(w_hh, H, h);
+        give<0>(), give<1>();
+      } else {
+        over<0, 1>(w_ih, I, x), over<0, 1>(w_hh, H, h);
+        give<0>(), give<1>();
+        clear();
+        C == Cell::lstm ? over<2, 3>(w_ih, I, x) : over<2>(w_ih, I, x);
+        C == Cell::lstm ? over<2, 3>(w_hh, H, h) : over<3>(w_hh, H, h);
+      }
+      give<2>(), give<3>();
+    }
+  };
+
+  // As `blocks`, on the tile unit.
+  void unit_blocks(Range range) const {
+    [[maybe_unused]] const tiles::InUse in_use;
+    constexpr Product kind = Product::tiles;
+    alignas(64) float product[unit_rows * 4 * VL];
+    const int64_t of_x = weight_words(kind, a.I), of_h = weight_words(kind, a.H);
+    word* in = nullptr;  // x and h of up to 32 rows
+    Scratch scratch;
+    scratch.take(in, 2 * VL * (of_x + of_h)), scratch.allocate(), scratch.take(in, 2 * VL * (of_x + of_h));
+    for (int64_t first = 0; first < a.B; first += unit_rows) {
+      const int64_t count = a.B - first < unit_rows ? a.B - first : unit_rows;
+      PackColumns rows{x + first * a.I, a.I, a.I, int(ceil_div(count, VL)), {0, VL}, {int(count < VL ? count : VL)}};
+      rows.count[1] = int(count) - rows.count[0];
+      word* in_h = in + rows.vectors * VL * of_x;
+      pack_rows<T>(rows, kind, in);
+      rows.w = h + first * a.H, rows.ld = rows.K = a.H;
+      pack_rows<T>(rows, kind, in_h);
+      for (int64_t block = range.begin; block < range.end; block++) {
+        const int64_t u = block * VL;
+        const int n = lanes(block, a.H);
+        rows.vectors == 2 ? UnitSums<2>{*this, in, in_h, product, u, n}()
+                          : UnitSums<1>{*this, in, in_h, product, u, n}();
+        for (int64_t b = 0; b < count; b++) unit(u, n, first + b, product + b * 4 * VL);
+      }
+    }
+  }
+
   // Blocks of VL units from begin to end, for all rows: at most kBatch at a time, whose products fit L1.
   void blocks(Range range) const {
+    if constexpr (has_tiles && uses_dot<T>)
+      if (a.B >= least_unit_rows) return unit_blocks(range);
     constexpr int64_t kBatch = 32;
     alignas(64) float product[kBatch * 4 * VL] = {};  // lanes without a unit are computed on, and dropped
     Copies c(a);
@@ -268,7 +369,6 @@ struct DenseProduct {
 // K elements of a row of d as operands of the product (rnn_gemm.h): pairs, the last filled up with zero, or floats.
 SEQFUSE_INLINE void put_operand(const bf16* d, int64_t K, word* out) {
   if constexpr (has_dot) {
-    if (K & 1) out[K / 2] = 0;
     memcpy(out, d, size_t(K) * sizeof(bf16));
   } else {
     for_vectors(0, K, [=](int64_t i, int n) { give((float*)out + i, take(d + i, n), n); });
@@ -278,7 +378,8 @@ SEQFUSE_INLINE void put_operand(const bf16* d, int64_t K, word* out) {
 template <class T>
 void column_tile(const DenseProduct<T>& p, int64_t B, int64_t tile) {
   constexpr int64_t kTerms = (uses_dot<T> ? 2048 : 1024) / VL, kBatch = 32;
-  constexpr Product product = uses_dot<T> ? Product::dot : Product::floats;
+  const Product product = uses_dot<T> ? product_for<T>(B) : Product::floats;
+  [[maybe_unused]] const tiles::InUse in_use;
   alignas(64) word packed[1024 / VL * max_vectors * VL];
   alignas(64) float sums[kBatch * max_vectors * VL];
   alignas(64) word operand[sizeof(T) == 4 ? 1 : kBatch * 1024 / VL];  // rows of d as the product takes them
@@ -304,12 +405,14 @@ void column_tile(const DenseProduct<T>& p, int64_t B, int64_t tile) {
       int64_t ld = p.ld;
       if constexpr (sizeof(T) == 2) {
         in = operand, ld = 1024 / VL;
-        for (int64_t row = 0; row < rows.end; row++)
+        for (int64_t row = 0; row < rows.end; row++) {
+          clear_padding(product, columns.K, operand + row * ld);
           put_operand(p.d + (first + row) * p.ld + k, columns.K, operand + row * ld);
+        }
       }
-      for_row_tiles(rows, vectors, [&](int64_t row, int count) {
-        tile_function(product, vectors, count)(packed, in + row * ld, ld, weight_words(product, columns.K),
-                                               sums + row * width, width, VL, k > 0);
+      for_row_tiles(product, rows, vectors, [&](int64_t row, int count) {
+        multiply_tile(product, vectors, count, packed, in + row * ld, ld, weight_words(product, columns.K),
+                      sums + row * width, width, VL, k > 0);
       });
     }
     for (int64_t row = 0; row < rows.end; row++)

@@ -39,8 +39,7 @@ struct ForwardScan {
     rows.take(s, a.options);
     s.take(packed, blocks * G * VL * words);
     s.take(bias, blocks * G * VL);
-    s.take(h[0], a.B * ld);
-    s.take(h[1], a.B * ld);
+    for (word*& operand : h) s.take(operand, a.B * ld);
     s.take(state, C == Cell::gru || C == Cell::lstm ? a.B * state_ld : 0);
   }
 
@@ -67,8 +66,8 @@ struct ForwardScan {
   void begin(int64_t worker) {
     const Slice s = slice_of(plan, worker, a.B, blocks);
     for (int64_t slot = s.rows.begin; slot < s.rows.end; slot++) {
-      if (s.blocks.end == blocks)  // the last word, or half of it, may be padding, which must not hold a NaN
-        h[0][slot * ld + terms - 1] = h[1][slot * ld + terms - 1] = 0;
+      if (s.blocks.end == blocks)
+        for (word* operand : h) clear_padding(kind, units, operand + slot * ld);
       const int64_t length = rows.length(slot), joins = a.reverse ? rows.steps - length : 0;  // at this step
       for (int64_t block = s.blocks.begin; block < s.blocks.end; block++) {
         const int64_t u = rows.sequence(slot) * a.H + block * VL, own = slot * state_ld + block * VL;
@@ -96,10 +95,10 @@ struct ForwardScan {
       const Range g = group(s.blocks, i & 1 ? groups - 1 - j : j, group_blocks);
       const int vectors = int(g.size()) * G;
       const word* w = packed + g.begin * G * VL * words;
-      for_row_tiles(running, vectors, [&](int64_t slot, int count) {
+      for_row_tiles(kind, running, vectors, [&](int64_t slot, int count) {
         alignas(64) float product[max_tile * VL];
         prefetch_inputs(t, g, slot, count);
-        tile_function(kind, vectors, count)(w, h[i & 1] + slot * ld, ld, words, product, vectors * VL, VL, false);
+        multiply_tile(kind, vectors, count, w, h[i & 1] + slot * ld, ld, words, product, vectors * VL, VL, false);
         // two passes: the activations of one row alone are a chain too long for the processor's window
         if constexpr (G > 1)
           for (int r = 0; r < count; r++) activate(t, slot + r, g.begin, product + r * vectors * VL);

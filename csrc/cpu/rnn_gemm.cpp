@@ -2,6 +2,8 @@
 // several chains along k, or the latency of one multiply-add would set the pace.
 #include "cpu/rnn_gemm.h"
 
+#include "cpu/turn.h"
+
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
@@ -80,7 +82,7 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
     }
 }
 
-template <Product P, int NV, int NR = P == Product::widened_pairs ? most_pair_rows : tile_rows(NV)>
+template <Product P, int NV, int NR = P == Product::widened_pairs ? most_pair_rows : tile_rows(P, NV)>
 TileFn by_rows(int rows) {
   if constexpr (NR == 0)
     return nullptr;
@@ -100,6 +102,74 @@ TileFn by_vectors(int vectors, int rows) {
     default:
       return by_rows<P, 4>(rows);
   }
+}
+
+// A tile of NA operands of up to 16 rows by NV vectors on the tile unit. Its registers: sums 0 to 3 (the second
+// operand's from 2 on), 4 and 5 operands, 6 and 7 weights.
+template <int NA, int NV>
+struct UnitTile {
+  const word* w;
+  int64_t w_stride, words;
+  const word* x;
+  int64_t ldx;
+  float* out;
+  int64_t out_row, out_vec;
+  bool add;
+
+  template <class F>
+  static SEQFUSE_INLINE void for_sums(F f) {
+    f.template operator()<0, 0>();
+    if constexpr (NV > 1) f.template operator()<0, 1>();
+    if constexpr (NV > 2) f.template operator()<0, 2>();
+    if constexpr (NV > 3) f.template operator()<0, 3>();
+    if constexpr (NA > 1) f.template operator()<1, 0>();
+    if constexpr (NA > 1 && NV > 1) f.template operator()<1, 1>();
+  }
+
+  template <int V>
+  SEQFUSE_INLINE void multiply(const word* weights) const {
+    tiles::load<6 + V % 2>(weights + V * VL, w_stride);
+    tiles::dot<V, 4, 6 + V % 2>();
+    if constexpr (NA > 1) tiles::dot<2 + V, 5, 6 + V % 2>();
+  }
+
+  SEQFUSE_INLINE void operator()() const {
+    for_sums([&]<int A, int V>() __attribute__((always_inline)) {
+      if (add)
+        tiles::load<A * 2 + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
+      else
+        tiles::zero<A * 2 + V>();
+    });
+    for (int64_t k = 0; k < words; k += tiles::words) {
+      const word* weights = w + k * (w_stride / 4);
+      tiles::load<4>(x + k, ldx * 4);
+      if constexpr (NA > 1) tiles::load<5>(x + tiles::rows * ldx + k, ldx * 4);
+      multiply<0>(weights);
+      if constexpr (NV > 1) multiply<1>(weights);
+      if constexpr (NV > 2) multiply<2>(weights);
+      if constexpr (NV > 3) multiply<3>(weights);
+    }
+    for_sums([&]<int A, int V>() __attribute__((always_inline)) {
+      tiles::store<A * 2 + V>(out + A * tiles::rows * out_row + V * out_vec, out_row * 4);
+    });
+  }
+};
+
+// Vectors from `first` on. With two operands at most two vectors at a time find registers.
+template <int NA>
+void unit_product_of(int vectors, const word* w, const word* x, int64_t ldx, int64_t words, float* out, int64_t out_row,
+                     int64_t out_vec, bool add) {
+  const int64_t w_stride = int64_t(vectors) * VL * 4;
+  auto run = [&]<int NV>(int first) {
+    UnitTile<NA, NV>{w + first * VL, w_stride, words, x, ldx, out + first * out_vec, out_row, out_vec, add}();
+  };
+  if constexpr (NA == 1) {
+    if (vectors == 4) return run.template operator()<4>(0);
+    if (vectors == 3) return run.template operator()<3>(0);
+  }
+  int first = 0;
+  for (; first + 2 <= vectors; first += 2) run.template operator()<2>(first);
+  if (first < vectors) run.template operator()<1>(first);
 }
 
 // word k of a column: a float, or the pair 2k, 2k + 1
@@ -124,7 +194,12 @@ void pack_rows_as(const PackColumns& p, word* out) {
   for (int v = 0; v < p.vectors; v++) {
     const T* base = (const T*)p.w + p.first[v] * p.ld;
     memset(t, 0, sizeof(t));
-    for (int64_t k0 = 0; k0 < words; k0 += KB) {
+    int64_t k0 = 0;
+    if constexpr (Pairs || sizeof(T) == 4)  // words lie there as they are wanted
+      if (p.count[v] == VL)
+        for (; k0 + VL <= whole; k0 += VL)
+          turn(base + (Pairs ? 2 : 1) * k0, p.ld * int64_t(sizeof(T)), (float*)out + k0 * stride + v * VL, stride);
+    for (; k0 < words; k0 += KB) {
       const int n = int(whole - k0 < KB ? whole - k0 : KB);
       for (int lane = 0; lane < p.count[v]; lane++) {
         const T* column = base + lane * p.ld;
@@ -168,6 +243,22 @@ TileFn tile_function(Product product, int vectors, int rows) {
                                     : by_vectors<Product::widened_pairs>(vectors, rows);
 }
 
+void unit_product(int vectors, int rows, const word* w, const word* x, int64_t ldx, int64_t words, float* out,
+                  int64_t out_row, int64_t out_vec, bool add) {
+  if constexpr (has_tiles) {
+    tiles::set_operand_rows(rows);
+    (rows > tiles::rows ? unit_product_of<2> : unit_product_of<1>)(vectors, w, x, ldx, words, out, out_row, out_vec,
+                                                                   add);
+  }
+}
+
+// What the tile unit takes beyond the last pair of a column, `vectors` wide.
+static void pack_padding(const PackColumns& p, Product product, word* out) {
+  const int64_t stride = int64_t(p.vectors) * VL, pairs = (p.K + 1) / 2;
+  if (product == Product::tiles)
+    memset(out + pairs * stride, 0, size_t((weight_words(product, p.K) - pairs) * stride) * 4);
+}
+
 template <>
 void pack_rows<float>(const PackColumns& p, Product, word* out) {
   pack_rows_as<float, false>(p, out);
@@ -175,6 +266,7 @@ void pack_rows<float>(const PackColumns& p, Product, word* out) {
 template <>
 void pack_rows<bf16>(const PackColumns& p, Product product, word* out) {
   product == Product::floats ? pack_rows_as<bf16, false>(p, out) : pack_rows_as<bf16, true>(p, out);
+  pack_padding(p, product, out);
 }
 template <>
 void pack_columns<float>(const PackColumns& p, Product, word* out) {
@@ -183,6 +275,7 @@ void pack_columns<float>(const PackColumns& p, Product, word* out) {
 template <>
 void pack_columns<bf16>(const PackColumns& p, Product product, word* out) {
   product == Product::floats ? pack_columns_as<bf16, false>(p, out) : pack_columns_as<bf16, true>(p, out);
+  pack_padding(p, product, out);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -59,7 +59,7 @@ static int64_t weight_bytes(DType dtype, int64_t H, int64_t G) {
 
 double step_ns(DType dtype, int64_t B, int64_t H, int64_t G) {
   const double reading = double(weight_bytes(dtype, H, G)) / 80.0;
-  const double multiplying = double(B) * double(G) * double(H) * double(H) / 50.0;
+  const double multiplying = double(B) * double(G) * double(H) * double(H) / (has_tiles ? 200.0 : 50.0);
   return reading > multiplying ? reading : multiplying;
 }
 
@@ -79,12 +79,13 @@ static bool fits_l2(int64_t bytes) {
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
   const double step = step_ns(dtype, B, H, G);
-  const int64_t rows = fits_l2(weight_bytes(dtype, H, G)) ? 2 : 4;
+  const bool near = fits_l2(weight_bytes(dtype, H, G));
+  const int64_t rows = has_tiles ? (near ? 8 : 16) : near ? 2 : 4;
   if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
     if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
     return {threads < B ? threads : B, true};
   }
-  if (!parallel.concurrent || step < 2.5e3) return {1, false};  // less than what a barrier saves
+  if (!parallel.concurrent || step < (has_tiles ? 4e3 : 2.5e3)) return {1, false};  // less than what a barrier saves
   const int64_t blocks = ceil_div(H, VL);
   return {threads < blocks ? threads : blocks, false};
 }

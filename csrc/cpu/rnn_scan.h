@@ -122,6 +122,7 @@ struct RunTogether {
   Barrier& barrier;
   int64_t steps;
   void operator()(int64_t begin, int64_t end) {
+    [[maybe_unused]] const tiles::InUse tiles_in_use;
     for (int64_t w = begin; w < end; w++) scan.pack(w), scan.begin(w);
     for (int64_t i = 0; i < steps; i++) {
       barrier.wait(end - begin);
@@ -145,6 +146,7 @@ struct RunAlone {
   Scan& scan;
   int64_t steps;
   void operator()(int64_t begin, int64_t end) {
+    [[maybe_unused]] const tiles::InUse tiles_in_use;
     for (int64_t w = begin; w < end; w++) {
       scan.begin(w);
       for (int64_t i = 0; i < steps; i++) scan.step(w, i);
@@ -170,12 +172,13 @@ void run_scan(Scan& scan, const Plan& plan, int64_t steps, const Parallel& paral
   }
 }
 
-// Tiles of the rows of a slice: as even as can be, none above the register budget.
+// Tiles of the rows of a slice, none above the register budget: as even as can be, but for the tile unit, whose work
+// comes in whole registers.
 template <class F>
-SEQFUSE_INLINE void for_row_tiles(Range rows, int vectors, F&& f) {
-  const int64_t tiles = ceil_div(rows.size(), tile_rows(vectors));
+SEQFUSE_INLINE void for_row_tiles(Product product, Range rows, int vectors, F&& f) {
+  const int64_t most = tile_rows(product, vectors), n = rows.size(), tiles = ceil_div(n, most);
   for (int64_t i = 0; i < tiles; i++) {
-    const Range r = part(rows.size(), i, tiles);
+    const Range r = product != Product::tiles ? part(n, i, tiles) : Range{i * most, i + 1 < tiles ? (i + 1) * most : n};
     f(rows.begin + r.begin, int(r.size()));
   }
 }

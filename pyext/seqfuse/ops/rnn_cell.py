@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF
 
-from seqfuse import dispatch, reference
+from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
 from seqfuse.ops.products import SLOW_BF16, addmm, linear, matmul
@@ -263,7 +263,8 @@ for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_step_bwd", "rnn_cell_bw
 
 
 def _cpu_prefers(case):
-    if case.cell.startswith("rnn") and not (SLOW_BF16 and case.dtype == torch.bfloat16):
+    bf16 = case.dtype == torch.bfloat16
+    if case.cell.startswith("rnn") and not (bf16 and (SLOW_BF16 or (case.grad and native.isa_has("amx")))):
         return "after its two products a plain cell is one activation: nothing to fuse, and PyTorch gets there sooner"
     return None
 

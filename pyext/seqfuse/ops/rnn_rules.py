@@ -128,7 +128,7 @@ SHORT = f"inference over fewer than {SHORT_STEPS} steps: packing the weights cos
 
 
 def _cpu_prefers(case):
-    """Built-in rules of `auto` on a CPU: measured with two threads, AVX-512 and AVX2 (docs/recurrent.md)."""
+    """Built-in rules of `auto` on a CPU: measured with two threads, AMX, AVX-512 and AVX2 (docs/recurrent.md)."""
     if case.extras and torch_refusal(case) is not None:
         return None  # what is left is the reference, a Python loop
     if "packed_sequence" in case.extras:
@@ -144,12 +144,13 @@ def _cpu_prefers(case):
     if case.cell != "lstm" or "proj_size" in case.extras:
         return None
     wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
-    if case.dtype == torch.float32 and case.B >= 4:
+    large = native.isa_has("amx")  # such processors have an L2 of 2 MB a core, which holds larger w_hh
+    if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or case.B < 8)):
         if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8):
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
-    if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512:
+    if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512 and not large:
         return "packing so large a w_hh takes longer than the scan over so few steps saves against oneDNN"
-    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa_has("avx512_bf16"):
+    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa() == "avx512_bf16":
         return "oneDNN's bfloat16 LSTM was measured 1.1 times as fast in inference at this batch size"
     return None
 
