@@ -49,7 +49,7 @@ def demo(
         _fail(f"--resume goes on with the settings of the interrupted run: leave out {options}")
     try:
         code = Demo(Options(out, Config(**given), data, device, resume)).run()
-    except (DataError, DemoError) as error:
+    except (DataError, DemoError, ValueError) as error:
         _fail(str(error))
     raise typer.Exit(code)
 

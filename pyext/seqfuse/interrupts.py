@@ -2,6 +2,8 @@
 
 import signal
 
+INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
+
 
 class CatchInterrupt:
     """Turn the first Ctrl-C or SIGTERM into a request, `wanted`, that training sees after the step it is in.
@@ -10,7 +12,6 @@ class CatchInterrupt:
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    EXIT_CODE = 130  # the shell's for a command ended by Ctrl-C
     wanted = False
 
     def __enter__(self) -> "CatchInterrupt":
