@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
+from seqfuse.parallel import Group
 
 KEEP = 2  # newest checkpoints: should one turn out damaged, there is another
 
@@ -48,47 +49,87 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "results.json").is_file()
 
-    def begin(self, values: dict) -> None:
-        """Make the folder and write run.json."""
-        with writing(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.path / "run.json", values)
-
     def settings(self) -> dict:
+        """run.json: "config", what RunConfig.to_dict() gave, and "data", the task's fingerprint."""
+        path = self.path / "run.json"
         if not self.exists:
-            raise TrainError(f"{self.path / 'run.json'}: there is no such file, so there is no run to go on with")
-        return files.read_json(self.path / "run.json")
+            raise TrainError(f"{path}: there is no such file, so there is no run to go on with")
+        settings = files.read_json(path)
+        if not isinstance(settings.get("config"), dict):
+            raise TrainError(f"{path}: has no config")
+        return settings
+
+    def begin(self, config: dict, data: str, save_tokenizers: Callable[[Path], None]) -> None:
+        """Make the folder of a new run; of one that is there, check that it has this config and was on this data."""
+        if self.exists:
+            self.check(self.settings(), config, data, self.path / "run.json")
+        else:
+            for name in ("model.safetensors", "config.json"):
+                if (self.path / name).exists():
+                    raise TrainError(f"{self.path / name}: exists, and nothing is written over: give another --out")
+            with writing(self.path / "run.json"):
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                files.write_json(self.path / "run.json", {"config": config, "data": data})
+        with writing(self.path / "tokenizer.json"):
+            save_tokenizers(self.path)
+        for part in self.checkpoints.glob("*.part"):  # what a killed run left
+            shutil.rmtree(part, ignore_errors=True)
+
+    def check(self, settings: dict, config: dict, data: str | None, where: Path) -> None:
+        """TrainError if `settings`, which stand in the file `where`, are not this config and this data."""
+        for name, (there, here) in differences(settings["config"], config).items():
+            raise TrainError(
+                f"{where}: the run has {name} = {there!r}, not {here!r}; seqfuse train --resume {self.path} goes on "
+                "with the settings it has, another --out begins a new run"
+            )
+        if data is not None and settings["data"] != data:
+            raise TrainError(
+                f"{where}: the run was on other data (SHA-256 {settings['data'][:12]}..., now {data[:12]}...); bring "
+                "back the file as it was, or begin a new run with another --out"
+            )
 
     # ------------------------------------------------------------------------------------------------ the checkpoints
 
-    def steps(self, kind: str = "step") -> list[Path]:
+    def newest(self, kind: str = "step") -> list[Path]:
         """The checkpoints of a kind, "step" or "best", the newest first."""
         found = [p for p in self.checkpoints.glob(f"{kind}-*") if p.name.removeprefix(f"{kind}-").isdigit()]
         return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
-    def save(self, kind: str, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a folder, then make it the newest checkpoint of its kind and drop the oldest ones."""
+    def save(self, kind: str, step: int, write: Callable[[Path], None], group: Group) -> None:
+        """Let `write` fill a folder, then make it the newest checkpoint of its kind and drop older ones.
+
+        All processes of the group call it, and `write` on each.
+        """
         path = self.checkpoints / f"{kind}-{step:06d}"
+        part = path.with_name(path.name + ".part")
         with writing(path):
-            part = self.part(kind, step)
+            if group.first:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            group.wait()
             write(part)
-            self.complete(part, path)
-        for old in self.steps(kind)[KEEP if kind == "step" else 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            group.wait()
+            if group.first:
+                for file in (*part.iterdir(), part):
+                    sync(file)
+                shutil.rmtree(path, ignore_errors=True)
+                part.rename(path)
+                sync(path.parent)
+        if group.first:
+            for old in self.newest(kind)[KEEP if kind == "step" else 1 :]:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def part(self, kind: str, step: int) -> Path:
-        """An empty folder to write a checkpoint into."""
-        part = self.checkpoints / f"{kind}-{step:06d}.part"
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-        part.mkdir(parents=True)
-        return part
 
-    def complete(self, part: Path, path: Path) -> None:
-        for file in (*part.iterdir(), part):
-            sync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
-        sync(path.parent)
+def differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
+    """The values of two dicts of dicts that are not the same, by path: {"optim.lr": (0.1, 0.2)}."""
+    found = {}
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found |= differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found[prefix + key] = (x, y)
+    return found
 
 
 def sync(path: Path) -> None:

@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from seqfuse import checkpoints, schedules
+from seqfuse import checkpoints, models, run_report, schedules
 from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.interrupts import CatchInterrupt
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
-from seqfuse.parallel import Group
+from seqfuse.parallel import Group, load_shares, local, processes, save_shares
 from seqfuse.recipes.base import Optim, RunConfig, Task
 from seqfuse.runlog import RunLog
 
@@ -44,7 +44,8 @@ class Progress:
     worse: int = 0  # evaluations since the best one
     tokens: int = 0
     seconds: float = 0.0  # of training, all sessions together
-    window: list[list[float]] = dataclasses.field(default_factory=list)  # steps since the last line of the log
+    logged: float = 0.0  # seconds at the last line of the log
+    window: list[list[float]] = dataclasses.field(default_factory=list)  # the steps since then
 
 
 class LossOfBatch(nn.Module):
@@ -78,31 +79,37 @@ class Trainer:
 
     def __init__(self, task: Task, folder: Path, *, group: Group | None = None, console: Console | None = None):
         self.task, self.config, self.model = task, task.config, task.model
-        self.group, self.folder = group or Group(), RunFolder(folder)
-        self.console = console or Console(highlight=False)
-        self.loss = LossOfBatch(task)
+        self.group, self.folder = group or Group(), RunFolder(Path(folder))
+        self.console = console or Console(highlight=False, quiet=not self.group.first)
+        self.loss = self.group.wrap(LossOfBatch(task), self.config.sharding)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.model, self.config.optim)
         self.average = [p.detach().clone() for p in self.weights] if self.config.ema else []
         self.progress = Progress()
         self.order: list[list[int]] = []  # the batches of the current epoch
-        self.log = RunLog(folder / "log.jsonl", self.console, self.config.max_steps, task.unit)
+        self.pending: list[Tensor] = []  # of steps that nobody has looked at: loss, tokens, interrupts, norm
+        self.interrupt, self.clock = CatchInterrupt(), time.perf_counter()
+        self.log = RunLog(self.folder.path, self.console, self.config.max_steps, task.unit, self.group.first)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> bool:
-        """Train to the end and report; False if it was interrupted, after the checkpoint was written."""
+        """Train to the end and write the finished model; False if it was interrupted, after a checkpoint was written.
+
+        Raises TrainError, one sentence, where the folder's run is another one, a loss is not finite, or a disk is full.
+        """
         self.begin()
-        with CatchInterrupt() as interrupt, self.log:
+        with self.interrupt, self.log:
             while True:
                 if self.due(self.config.evaluate_every) and self.progress.evaluated < self.progress.step:
                     self.evaluate()
                 if self.progress.step >= self.config.max_steps or self.out_of_patience:
                     break
                 self.step(self.next_batch())
-                if self.due(self.config.checkpoint_every) or interrupt.wanted:
+                stop = self.look(self.due(self.config.checkpoint_every))
+                if self.due(self.config.checkpoint_every) or stop:
                     self.save()
-                if interrupt.wanted:
+                if stop:
                     return False
         self.finish()
         return True
@@ -129,72 +136,91 @@ class Trainer:
 
     def step(self, indices: list[int]) -> None:
         """One update: gradients of the loss per token over the whole global batch, clipped, then AdamW."""
-        config, progress, started = self.config, self.progress, time.perf_counter()
+        config, progress = self.config, self.progress
         torch.manual_seed((config.seed * 1_000_003 + progress.step) * 65_537 + self.group.rank)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.gradients(indices)
         norm = self.scale_gradients(sums[1])
+        factor = schedules.factor(config.optim.schedule, progress.step, config.optim.warmup, config.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * self.schedule()
+            group["lr"] = config.optim.lr * factor
         self.optimizer.step()
         if self.average:
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.weights], 1 - config.ema)
+            torch._foreach_lerp_([local(a) for a in self.average], self.local_weights(), 1 - config.ema)
         progress.step += 1
-        progress.window.append([*sums.tolist(), float(norm)])
-        progress.seconds += time.perf_counter() - started
-        self.check_and_log()
+        self.pending.append(torch.cat([sums, norm[None]]))
 
     def gradients(self, indices: list[int]) -> Tensor:
-        """Backward passes of the parts of a batch; returns (sum of the losses, tokens) of all of it."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.task.device)
-        for part in parts(indices, self.config.accumulate):
-            loss, tokens = self.loss(*self.task.to_device(self.task.batch(part)))
-            loss.backward()
-            sums[0] += loss.detach()
-            sums[1] += tokens
-        return sums
+        """Backward passes of the parts of a batch; returns [sum of the losses, tokens, interrupts] of all of it."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.task.device)
+        sums[2] = self.interrupt.wanted
+        share = self.group.share(indices, self.config.accumulate)
+        for i, part in enumerate(share):
+            with contextlib.nullcontext() if i == len(share) - 1 else self.group.quiet(self.loss):
+                loss, tokens = self.loss(*self.task.to_device(self.task.batch(part or indices[:1])))
+                counts = bool(part)  # a process without an example computes one all the same, and forgets it
+                (loss * counts).backward()
+            sums[0] += loss.detach() * counts
+            sums[1] += tokens * counts
+        return self.group.sum(sums)
 
     def scale_gradients(self, tokens: Tensor) -> Tensor:
         """From sums to means over the tokens, and down to the largest norm allowed, in one pass; returns the norm."""
-        gradients = [p.grad for p in self.weights if p.grad is not None]
-        scale = 1 / tokens.clamp_min(1)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale
+        gradients = [local(p.grad) for p in self.weights if p.grad is not None]
+        scale = self.group.size / tokens.clamp_min(1)  # gradients are means over the processes
+        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        norm = (self.group.sum(square) if self.group.sharded else square).sqrt() * scale
         if self.config.optim.clip:
             scale = scale * (self.config.optim.clip / (norm + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         return norm
 
-    def schedule(self) -> float:
-        optim = self.config.optim
-        return schedules.factor(optim.schedule, self.progress.step, optim.warmup, self.config.max_steps)
+    def local_weights(self) -> list[Tensor]:
+        return [local(p.detach()) for p in self.weights]
 
-    def check_and_log(self) -> None:
-        progress, config = self.progress, self.config
-        losses, tokens, norms = zip(*progress.window, strict=True)
-        if not math.isfinite(losses[-1] + norms[-1]):
-            raise TrainError(
-                f"the loss or its gradient is not finite in step {progress.step}; the last checkpoint is kept: lower "
-                "optim.lr or optim.clip, or look at the data"
+    def look(self, now: bool) -> bool:
+        """Bring the numbers of the last steps from the device, check and log them; True if training is to stop.
+
+        A GPU is waited for only where a line of the log or a checkpoint is due.
+        """
+        config, progress = self.config, self.progress
+        line = self.due(config.log_every)
+        if not (now or line or self.task.device.type == "cpu"):
+            return False
+        rows, self.pending = torch.stack(self.pending).tolist(), []
+        for step, row in enumerate(rows, start=progress.step - len(rows) + 1):
+            if not math.isfinite(row[0] + row[3]):
+                raise TrainError(
+                    f"the loss or its gradient is not finite (NaN) in step {step}; {self.where_to_go_on()}; lower "
+                    "optim.lr or optim.clip, or look at the data"
+                )
+        progress.window += rows
+        self.tick()
+        if line:
+            loss, tokens, _, norm = map(sum, zip(*progress.window, strict=True))
+            progress.tokens += int(tokens)
+            self.log.trained(
+                {
+                    "step": progress.step,
+                    "loss": loss / max(1, tokens),
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "gradient_norm": norm / len(progress.window),
+                    "tokens": progress.tokens,
+                    "seconds": round(progress.seconds, 3),
+                    "tokens_per_second": round(tokens / (progress.seconds - progress.logged), 1),
+                }
             )
-        if progress.step % config.log_every and progress.step != config.max_steps:
-            return
-        count = sum(tokens)
-        progress.tokens += int(count)
-        self.log.trained(
-            {
-                "step": progress.step,
-                "loss": sum(losses) / max(1, count),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "gradient_norm": sum(norms) / len(norms),
-                "tokens": progress.tokens,
-                "seconds": progress.seconds,
-                "tokens_per_second": progress.tokens / progress.seconds,
-            }
-        )
-        progress.window = []
+            progress.window, progress.logged = [], progress.seconds
+        return any(row[2] for row in rows) or (self.group.size == 1 and self.interrupt.wanted)
 
-    # --------------------------------------------------------------------------------------------------- evaluation
+    def tick(self) -> None:
+        """Count the time since the last tick as training."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -202,104 +228,145 @@ class Trainer:
         self.swap_average()
         self.model.eval()
         try:
-            with torch.no_grad(), autocast(self.task):
+            with torch.no_grad(), autocast(self.task), self.group.gathered(self.loss):
                 yield
         finally:
             self.swap_average()
 
     @torch.no_grad()
     def swap_average(self) -> None:
-        for weight, average in zip(self.weights, self.average, strict=bool(self.average)):
-            other = weight.clone()
-            weight.copy_(average)
-            average.copy_(other)
+        if self.average:
+            averages, weights = [local(a) for a in self.average], self.local_weights()
+            kept = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, averages)
+            torch._foreach_copy_(averages, kept)
 
     def evaluate(self) -> None:
         """Measure on held-out data; the best weights become checkpoints/best-STEP."""
         progress = self.progress
         with self.evaluating():
-            metrics = self.task.evaluate(self.model)
-            progress.evaluated = progress.step
-            value = metrics[self.task.objective]
-            sign = -1 if self.task.higher else 1
-            if progress.best is None or sign * value < sign * progress.best:
-                progress.best, progress.best_step, progress.worse = value, progress.step, 0
-                self.folder.save("best", progress.step, self.model.save)
-            else:
-                progress.worse += 1
+            metrics = self.group.agree(self.task.evaluate(self.model))
+        progress.evaluated = progress.step
+        value, best = metrics[self.task.objective], progress.best
+        if math.isfinite(value) and (best is None or (value > best if self.task.higher else value < best)):
+            progress.best, progress.best_step, progress.worse = value, progress.step, 0
+            self.folder.save("best", progress.step, self.write_model, self.group)
+        else:
+            progress.worse += 1
         self.log.evaluated(progress.step, metrics)
+        self.clock = time.perf_counter()
 
-    # -------------------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def begin(self) -> None:
-        """Start the folder, or take up its newest checkpoint."""
-        values = {"config": self.config.to_dict(), "data": self.task.fingerprint}
-        if not self.folder.exists:
-            self.folder.begin(values)
-            self.save_tokenizers()
-        for path in self.folder.steps():
+        """Make the folder, or take up its newest checkpoint."""
+        if self.group.first:
+            self.folder.begin(self.config.to_dict(), self.task.fingerprint, self.model.save_tokenizers)
+        self.group.wait()
+        damaged = []
+        for path in self.folder.newest():
             try:
                 self.restore(path)
                 break
             except CheckpointError as error:
+                damaged.append(str(error))
                 self.console.print(f"{error}; trying the checkpoint before it", soft_wrap=True)
+        else:
+            if damaged:
+                raise TrainError(f"no checkpoint can be read ({damaged[0]}): begin a new run with another --out")
+        if self.progress.step:
+            self.console.print(f"going on from step {self.progress.step:,} of {self.config.max_steps:,}")
         self.log.rewind(self.progress.step, self.progress.evaluated)
+        self.clock = time.perf_counter()
 
-    def save_tokenizers(self) -> None:
-        for name, file in (("tokenizer", "tokenizer.json"), ("source_tokenizer", "source_tokenizer.json")):
-            if getattr(self.model, name) is not None:
-                getattr(self.model, name).save(self.folder.path / file)
+    def where_to_go_on(self) -> str:
+        newest = self.folder.newest()
+        return f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
 
     def save(self) -> None:
+        """Write checkpoints/step-STEP."""
+        if not all(map(math.isfinite, torch.stack(torch._foreach_norm(self.local_weights())).tolist())):
+            raise TrainError(f"a weight is not finite after step {self.progress.step}; {self.where_to_go_on()}")
         state = {
+            "config": self.config.to_dict(),
+            "data": self.task.fingerprint,
             "progress": dataclasses.asdict(self.progress),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "carried": self.task.carried(),
+            "carried": {name: self.group.rows(tensor) for name, tensor in self.task.carried().items()},
         }
 
         def write(folder: Path) -> None:
-            self.model.save(folder)
-            checkpoints.save_state(folder, state)
+            if self.group.sharded:
+                save_shares(folder, self.loss, self.optimizer, self.average)
+            elif self.group.first:
+                state.update(optimizer=self.optimizer.state_dict(), average=self.average)
+                self.model.save(folder)
+            if self.group.first:
+                checkpoints.save_state(folder, state)
 
-        self.folder.save("step", self.progress.step, write)
+        self.folder.save("step", self.progress.step, write, self.group)
+        self.clock = time.perf_counter()
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        state, tensors = checkpoints.load_state(path), files.read_safetensors(path / "model.safetensors")
-        own = files.tensors_of(self.model)
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for own, saved in zip(self.average, state["average"], strict=True):
-            own.copy_(saved)
+        state = checkpoints.load_state(path)
+        self.folder.check(state, self.config.to_dict(), self.task.fingerprint, path)
+        if self.config.sharding == "fsdp" and not (path / "model.safetensors").is_file():
+            load_shares(path, self.loss, self.optimizer, self.average)
+        else:
+            self.load_weights(path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch._foreach_copy_(self.average, state["average"])
         for name, carried in self.task.carried().items():
             carried.copy_(state["carried"][name])
         self.progress = Progress(**state["progress"])
+        self.order = []
+
+    def load_weights(self, folder: Path) -> None:
+        tensors, own = files.read_safetensors(folder / "model.safetensors"), files.tensors_of(self.model)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def write_model(self, folder: Path) -> None:
+        """The weights that were evaluated, as a model's folder."""
+        self.swap_average()
+        tensors = self.group.whole(self.model)
+        if self.group.first:
+            self.model.save(folder, tensors)
+        self.swap_average()
 
     def finish(self) -> None:
-        """The finished model, in the run's folder."""
-        best = self.folder.steps("best")
+        """The finished model, its results and the report, in the run's folder."""
+        best = self.folder.newest("best")
         if self.config.keep == "best" and best:
-            own = files.tensors_of(self.model)
-            with torch.no_grad():
-                for name, tensor in files.read_safetensors(best[0] / "model.safetensors").items():
-                    own[name].copy_(tensor)
-        self.model.eval()
-        self.model.save(self.folder.path)
+            if self.group.first:
+                with checkpoints.writing(self.folder.path / "model.safetensors"):
+                    models.load(best[0]).save(self.folder.path)
+        else:
+            self.write_model(self.folder.path)
+        self.group.wait()
+        if self.group.first:
+            findings = run_report.finish(self.task, self.folder, self.progress)
+            for name, value in findings.metrics.items():
+                self.console.print(f"{name}: {run_report.show(value)}", soft_wrap=True)
+            if findings.text:
+                self.console.print(f"\n{findings.text}\n", markup=False, soft_wrap=True)
+            self.console.print(f"{self.folder.path}: the model, its report.html and log.jsonl", soft_wrap=True)
 
 
-def parts(indices: list[int], count: int) -> list[list[int]]:
-    """Indices cut into `count` parts of almost one size, in order; empty ones are left out."""
-    bounds = [len(indices) * i // count for i in range(count + 1)]
-    return [indices[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Console | None = None) -> bool:
+    """Train a recipe's config, from the start or from where the folder's run stopped; False if it was interrupted.
 
-
-def train(config: RunConfig, folder: Path, device: str = "cpu") -> Trainer:
-    """Train a recipe's config in this process, from the start or from where the folder's run stopped."""
+    Under torchrun every process calls it. Raises DataError, CheckpointError or TrainError with one sentence.
+    """
     from seqfuse.recipes import RECIPES
 
-    task = RECIPES[config.recipe].task(config, device, folder)
-    trainer = Trainer(task, folder)
-    trainer.run()
-    return trainer
+    folder, recipe = Path(folder), RECIPES[config.recipe]
+    with processes(device) as (group, where):
+        if not group.first:
+            group.wait()  # the first one makes the folder, so that all have the same tokenizers
+        task = recipe.task(config, where, folder if RunFolder(folder).exists else None)
+        if group.first:
+            RunFolder(folder).begin(config.to_dict(), task.fingerprint, task.model.save_tokenizers)
+            group.wait()
+        return Trainer(task, folder, group=group, console=console).run()
