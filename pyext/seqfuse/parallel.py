@@ -115,7 +115,9 @@ class Processes(Group):
             return fully_shard(loss)
         device = next(loss.parameters()).device
         ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # newer versions of torch have another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def quiet(self, loss):
         # FSDP would have to keep whole gradients between the parts: it exchanges them each time

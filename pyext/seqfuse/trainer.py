@@ -57,7 +57,8 @@ class LossOfBatch(nn.Module):
 
     def forward(self, *batch) -> tuple[Tensor, Tensor | int]:
         with autocast(self.task):
-            return self.task.loss(self.model, *batch)
+            loss, tokens = self.task.loss(self.model, *batch)
+            return loss.clone(), tokens  # FSDP hooks what comes out, which must be no view
 
 
 def autocast(task: Task):
@@ -172,7 +173,7 @@ class Trainer:
         square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         norm = (self.group.sum(square) if self.group.sharded else square).sqrt() * scale
         if self.config.optim.clip:
-            scale = scale * (self.config.optim.clip / (norm + 1e-6)).clamp_max(1.0)
+            scale = scale * (self.config.optim.clip / norm).clamp_max(1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         return norm
 
