@@ -1,4 +1,4 @@
-"""A recipe for tests of the trainer: sequences that count up, round and round, from anywhere. Small models learn it soon.
+"""A recipe for tests of the trainer: sequences that count up, round and round, from anywhere. Small models learn it.
 
 Targets are ignored here and there, so that examples have different numbers of tokens. As a script it trains under
 torchrun: python -m torch.distributed.run ... tests/training.py FOLDER '{"max_steps": 8}'.

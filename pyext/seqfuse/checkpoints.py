@@ -148,8 +148,12 @@ def writing(path: Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
         shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise TrainError(f"{path}: could not be written: {reason}") from error
+        raise TrainError(f"{path}: could not be written: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says."""
+    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save_state(folder: Path, state: dict) -> None:
@@ -162,5 +166,4 @@ def load_state(folder: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: is missing, damaged, or no checkpoint of a run: {reason}") from error
+        raise CheckpointError(f"{path}: is missing, damaged, or no checkpoint of a run: {reason_of(error)}") from error

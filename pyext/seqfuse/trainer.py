@@ -316,7 +316,8 @@ class Trainer:
         else:
             self.load_weights(path)
             self.optimizer.load_state_dict(state["optimizer"])
-            torch._foreach_copy_(self.average, state["average"])
+            for average, saved in zip(self.average, state["average"], strict=True):
+                average.copy_(saved)
         for name, carried in self.task.carried().items():
             carried.copy_(state["carried"][name])
         self.progress = Progress(**state["progress"])

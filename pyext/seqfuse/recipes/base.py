@@ -159,9 +159,10 @@ class Task:
         whole = [shuffled[i : i + size] for i in range(0, self.examples - size + 1, size)]
         return whole or [shuffled]
 
+    @torch.no_grad()
     def evaluate(self, model: Model) -> dict[str, float]:
-        """On the held-out split, the model in eval mode and without gradients: names and numbers, the objective first.
-        Here: the mean loss per token, in nats."""
+        """On the held-out split, the model in eval mode: names and numbers, the objective first. Here: the mean loss
+        per token, in nats."""
         total, count = 0.0, 0
         for batch in self.held_out():
             loss, tokens = self.loss(model, *self.to_device(batch))
