@@ -109,6 +109,8 @@ class Processes(Group):
     def wrap(self, loss, sharding):
         if sharding == "fsdp":
             self.sharded = True
+            # blocks give out views, and nothing changes them in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             for module in loss.modules():
                 if isinstance(module, Block):
                     fully_shard(module)
