@@ -1,5 +1,6 @@
 """Several processes (gloo, on the CPU) train what one trains: the same data in the same order, and equal gradients."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,16 @@ from seqfuse.checkpoints import RunFolder
 from seqfuse.runlog import read_log
 
 NO_DROPOUT = {"rnn": {"model.dropout_output": 0.0}, "decoder": {"kind": "decoder", "model.dropout": 0.0}}
-ALL = {"ema": 0.5, "accumulate": 2, "optim.clip": 0.2, "carry": True, "max_steps": 8, "keep": "last"}
+ALL = {"double": True, "ema": 0.5, "accumulate": 2, "optim.clip": 0.2, "carry": True, "max_steps": 8, "keep": "last"}
+
+
+def assert_same_weights(got: Path, truth: Path) -> None:
+    """Trained in float64, they agree as if rounded to float32: AdamW divides differences by small second moments."""
+    tensors = models.load(truth).state_dict()
+    for name, tensor in models.load(got).state_dict().items():
+        testing.assert_accurate(tensor, tensors.pop(name), what=name, dtype=torch.float32)
+    assert not tensors
+
 
 both = pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 kinds = pytest.mark.parametrize("kind", ["rnn", "decoder"])
@@ -40,14 +50,10 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path, kind, sharding, b
 @both
 @kinds
 def test_two_processes_train_what_one_trains(tmp_path, kind, sharding):
-    """As close to the run in float64 as one process is in float32; the first half of it on one, the second on two."""
     changes = NO_DROPOUT[kind] | ALL | {"sharding": sharding}
-    for name, more in (("exact", {"double": True}), ("one", {})):
-        run(tmp_path / name, changes | more)
+    run(tmp_path / "one", changes)
     assert together(2, run, tmp_path / "two", changes) == [0, 0]
-    exact, one, two = (models.load(tmp_path / name).state_dict() for name in ("exact", "one", "two"))
-    for name, tensor in exact.items():
-        testing.assert_accurate(two[name], tensor, one[name], what=name)
+    assert_same_weights(tmp_path / "two", tmp_path / "one")
     logs = [
         [(r["loss"], r["tokens"]) for r in read_log(tmp_path / n / "log.jsonl") if "loss" in r] for n in ("one", "two")
     ]
@@ -58,14 +64,11 @@ def test_two_processes_train_what_one_trains(tmp_path, kind, sharding):
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
 def test_a_checkpoint_is_gone_on_with_by_any_number_of_processes(tmp_path, sharding, before, after):
     changes = NO_DROPOUT["decoder"] | ALL | {"sharding": sharding}
-    for name, more in (("exact", {"double": True}), ("one", {})):
-        run(tmp_path / name, changes | more)
+    run(tmp_path / "one", changes)
     assert together(before, training.run_until, tmp_path / "many", changes, 4) == [0] * before
     assert RunFolder(tmp_path / "many").newest()[0].name == "step-000004"
     assert together(after, run, tmp_path / "many", changes) == [0] * after
-    exact, one, many = (models.load(tmp_path / name).state_dict() for name in ("exact", "one", "many"))
-    for name, tensor in exact.items():
-        testing.assert_accurate(many[name], tensor, one[name], what=name)
+    assert_same_weights(tmp_path / "many", tmp_path / "one")
 
 
 @both
@@ -78,33 +81,30 @@ def test_resumed_on_as_many_processes_it_is_bit_identical(tmp_path, sharding):
     assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def torchrun(folder: Path, changes: str, stderr: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={training.free_port()}",
-    ]
-    command += [str(Path(training.__file__)), str(folder), changes]
-    return subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=stderr.open("w"), stderr=subprocess.STDOUT
-    )
-
-
 def test_a_killed_process_ends_the_job_which_resumes(tmp_path):
-    """Under torchrun itself: no process is left waiting, the message names what happened, and the run goes on."""
+    """Under torchrun itself: no process is left waiting, the message says what happened, and the run goes on."""
     changes = {"max_steps": 100_000, "checkpoint_every": 5, "evaluate_every": 100_000, "kind": "decoder"}
-    import json
-
-    said = tmp_path / "said.txt"
-    job = torchrun(tmp_path / "run", json.dumps(changes), said)
-    give_up = time.monotonic() + 120
-    while not RunFolder(tmp_path / "run").newest() and time.monotonic() < give_up:
-        time.sleep(0.2)
-    children = [int(p) for p in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
-    os.kill(children[1], signal.SIGKILL)
-    assert job.wait(60) != 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={training.free_port()}", training.__file__, str(tmp_path / "run"), json.dumps(changes)]
+    said, folder = tmp_path / "said.txt", RunFolder(tmp_path / "run")
+    with said.open("w") as file:
+        job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: folder.newest() or job.poll() is not None)
+        children = [int(p) for p in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        os.kill(children[-1], signal.SIGKILL)
+        assert job.wait(60) != 0
+    finally:
+        job.kill()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    assert "lost another one" in said.read_text() or "Signal 9" in said.read_text()
-    assert RunFolder(tmp_path / "run").newest()
+    assert "lost another one" in said.read_text() and str(folder.path) in said.read_text(), said.read_text()
+    step = int(folder.newest()[0].name[-6:])
+    assert together(2, training.run_until, folder.path, changes, step + 2) == [0, 0]
+    assert int(folder.newest()[0].name[-6:]) == step + 2
+
+
+def wait_for(condition) -> None:
+    give_up = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)

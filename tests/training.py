@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from seqfuse import trainer
+from seqfuse.cli_train import one_sentence
 from seqfuse.models import DecoderConfig, Model, RNNLanguageModelConfig
 from seqfuse.parallel import processes
 from seqfuse.recipes import RECIPES
@@ -150,6 +151,8 @@ def together(size: int, function, *arguments) -> list[int]:
     port = free_port()
     running = [start(call_as, rank, size, port, function, *arguments) for rank in range(size)]
     for process in running:
+        process.join(60)
+        process.kill()
         process.join()
     return [process.exitcode for process in running]
 
@@ -167,5 +170,5 @@ def save_gradients(folder, changes) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    trainer.train(RECIPE.configure(json.loads(sys.argv[2])), Path(sys.argv[1]), device="cpu")
+    with one_sentence():
+        run(Path(sys.argv[1]), json.loads(sys.argv[2]))

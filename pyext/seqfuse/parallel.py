@@ -180,6 +180,7 @@ def processes(device: str) -> Iterator[tuple[Group, torch.device]]:
             raise
         raise Lost(f"process {group.rank} of {group.size} lost another one ({reason})") from error
     else:
+        group.wait()  # a process that leaves early takes the connections along that others still need
         distributed.destroy_process_group()
 
 
