@@ -193,8 +193,8 @@ class Trainer:
         for step, row in enumerate(rows, start=progress.step - len(rows) + 1):
             if not math.isfinite(row[0] + row[3]):
                 raise TrainError(
-                    f"the loss or its gradient is not finite (NaN) in step {step}; {self.folder.where_to_go_on()}; lower "
-                    "optim.lr or optim.clip, or look at the data"
+                    f"the loss or its gradient is not finite (NaN) in step {step}; {self.folder.where_to_go_on()}; "
+                    "lower optim.lr or optim.clip, or look at the data"
                 )
         progress.window += rows
         self.tick()
@@ -292,7 +292,7 @@ class Trainer:
         }
 
         def write(folder: Path) -> None:
-            if self.group.sharded:
+            if self.config.sharding == "fsdp":
                 save_shares(folder, self.loss, self.optimizer, self.average)
             elif self.group.first:
                 state.update(optimizer=self.optimizer.state_dict(), average=self.average)
@@ -307,7 +307,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         state = checkpoints.load_state(path)
         self.folder.check(state, self.config.to_dict(), self.task.fingerprint, path)
-        if self.config.sharding == "fsdp" and not (path / "model.safetensors").is_file():
+        if self.config.sharding == "fsdp":
             load_shares(path, self.loss, self.optimizer, self.average)
         else:
             self.load_weights(path)
