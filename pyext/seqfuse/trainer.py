@@ -275,6 +275,8 @@ class Trainer:
         else:
             if damaged:
                 raise TrainError(f"no checkpoint can be read ({damaged[0]}): begin a new run with another --out")
+        if self.group.first:
+            self.folder.forget_best_after(self.progress.best_step)
         if self.progress.step:
             self.console.print(f"going on from step {self.progress.step:,} of {self.config.max_steps:,}")
         self.log.rewind(self.progress.step, self.progress.evaluated)
