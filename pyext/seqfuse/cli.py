@@ -1,7 +1,7 @@
 """The command line. Each command parses its options, calls one function and turns expected errors into one sentence.
 
-A new command is one function below with @app.command() (bench brings its own, cli_models.py those of models); what it
-does is imported inside, so that `seqfuse --help` stays quick.
+A new command is one function below with @app.command() (bench brings its own, cli_models.py those of models,
+cli_train.py those of runs); what it does is imported inside, so that `seqfuse --help` stays quick.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from seqfuse import cli_models
+from seqfuse import cli_models, cli_train
 from seqfuse.benchmarks.cli import bench
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def demo(
         _fail(f"--resume goes on with the settings of the interrupted run: leave out {options}")
     try:
         code = Demo(Options(out, Config(**given), data, device, resume)).run()
-    except (DataError, DemoError) as error:
+    except (DataError, DemoError, ValueError) as error:
         _fail(str(error))
     raise typer.Exit(code)
 
@@ -77,6 +77,9 @@ app.command()(cli_models.generate)
 app.command()(cli_models.translate)
 app.command("import")(cli_models.import_)
 app.command()(cli_models.export)
+app.command()(cli_train.train)
+app.command("eval")(cli_train.eval_)
+app.command()(cli_train.plot)
 
 
 def _plain(value: object) -> str:

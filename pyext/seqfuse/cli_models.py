@@ -146,16 +146,12 @@ def load(path: Path, device: str):
     import torch
 
     from seqfuse import models
-    from seqfuse.demo import DemoError, pick_device
+    from seqfuse.parallel import pick_device
 
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder")
-    try:
-        where = pick_device(device)
-    except DemoError as error:
-        raise ValueError(str(error)) from None
     with torch.no_grad():
-        return models.load(path, device=where)
+        return models.load(path, device=pick_device(device))
 
 
 def _need_tokenizer(model, path: Path) -> None:

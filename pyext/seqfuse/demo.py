@@ -13,7 +13,6 @@ import json
 import random
 import shlex
 import shutil
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,13 +28,15 @@ from torch import Tensor, nn
 
 import seqfuse
 from seqfuse import data, files, report, testing
+from seqfuse.interrupts import INTERRUPTED, CatchInterrupt
+from seqfuse.parallel import pick_device
 from seqfuse.recipes import g2p
+from seqfuse.runlog import progress_bar
 
 CHECKPOINT = "checkpoint.safetensors"
 Check = tuple[str, float, float]  # what, relative error of plain float32, of fused float32
 Speed = tuple[str, float, float, str]  # what, plain, fused, unit
 TIMED_STEPS = 16
-INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 
 class DemoError(Exception):
@@ -141,29 +141,6 @@ def stepper(model: nn.Module, work: Sequence[tuple[Tensor, Tensor]], config: g2p
         g2p.train_step(model, optimizer, source, target, i, config)
 
     return step
-
-
-# ------------------------------------------------------------------------------------------------- the interruption
-
-
-class CatchInterrupt:
-    """Turn the first Ctrl-C into a request, `wanted`, that training sees after the step it is in.
-
-    So a step is never cut in half. A second Ctrl-C ends the program at once, as always.
-    """
-
-    wanted = False
-
-    def __enter__(self) -> CatchInterrupt:
-        self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._before)
 
 
 # -------------------------------------------------------------------------------------------------------- the demo
@@ -458,17 +435,3 @@ def sample_row(s: g2p.Sample) -> tuple[str, ...]:
     cells = (report.escape(text) for text in (s.word, " ".join(s.truth), " ".join(s.decoded)))
     word, truth, decoded = cells
     return word, f'<span class="mono">{truth}</span>', f'<span class="mono">{decoded}</span>', verdict
-
-
-def progress_bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held]}"))
-    columns += (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left"))
-    return Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal)
-
-
-def pick_device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise DemoError(f"unknown device {name!r}: use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

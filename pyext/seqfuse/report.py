@@ -6,6 +6,7 @@ reader's light or dark setting, charts included.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from seqfuse.info import build_info
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1d2125; --soft: #667078; --line: #dfe3e6; --fill: #f1f3f4;
-  --one: #2563a8; --two: #c2571a; --good: #2e7d4f; --bad: #b3372f; }
+  --one: #2563a8; --two: #c2571a; --good: #2e7d4f; --bad: #b3372f;
+  --four: #7a4fb0; --five: #97750e; --six: #b83280; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16191c; --ink: #e4e7ea; --soft: #98a2aa; --line: #333a40;
-  --fill: #1f2428; --one: #6fb0ee; --two: #ee9a5f; --good: #6cc492; --bad: #ee8077; } }
+  --fill: #1f2428; --one: #6fb0ee; --two: #ee9a5f; --good: #6cc492; --bad: #ee8077;
+  --four: #b794ea; --five: #d3b04a; --six: #ee86bd; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -49,7 +52,7 @@ svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { stroke: var(--so
 svg .series { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 """
 
-COLORS = ("var(--one)", "var(--two)", "var(--good)")
+COLORS = ("var(--one)", "var(--two)", "var(--good)", "var(--four)", "var(--five)", "var(--six)")
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str) -> str:
-    """A line chart with labelled axes. The vertical axis starts at zero; NaN and infinite values are left out."""
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str, from_zero: bool = True) -> str:
+    """A line chart with labelled axes; more lines than there are colours begin again with the first.
+
+    NaN and infinite values are left out. from_zero: where the vertical axis starts; else near the smallest value.
+    """
     width, height, left, right, top, bottom = 880, 340, 58, 18, 34, 50
     points = [[(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)] for s in series]
     every = [p for line in points for p in line]
     if not every:
         return '<p class="soft">Nothing was recorded.</p>'
     x_high = max(1.0, max(x for x, _ in every))
-    y_ticks = ticks(0, max(1e-9, max(y for _, y in every)))
-    y_high = max(max(y for _, y in every) * 1.03, y_ticks[-1])
+    highest = max(y for _, y in every)
+    y_low = 0.0 if from_zero else min(y for _, y in every)
+    y_ticks = ticks(y_low, max(y_low + 1e-9, highest))
+    y_low, y_high = min([y_low, *y_ticks]), max(highest + 0.03 * (highest - y_low), *y_ticks)
 
     def px(x: float) -> float:
         return left + x / x_high * (width - left - right)
 
     def py(y: float) -> float:
-        return height - bottom - y / y_high * (height - top - bottom)
+        return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
 
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">']
     for y in y_ticks:
@@ -94,13 +102,13 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str)
         out.append(f'<text x="{left - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in ticks(0, x_high, 7):
         out.append(f'<text x="{px(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:,g}</text>')
-    out.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{py(0):.1f}" y2="{py(0):.1f}"/>')
+    out.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{py(y_low):.1f}" y2="{py(y_low):.1f}"/>')
     middle = left + (width - left - right) / 2
     out.append(f'<text x="{middle}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>')
     across = top + (height - top - bottom) / 2
     out.append(f'<text transform="translate(15 {across}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     legend = width - right
-    for s, line, color in reversed(list(zip(series, points, COLORS, strict=False))):
+    for s, line, color in reversed(list(zip(series, points, itertools.cycle(COLORS), strict=False))):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         out.append(f'<polyline class="series" style="stroke:{color}" points="{path}"/>')
         if s.marks:
@@ -111,6 +119,12 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str)
         out.append(f'<line {key} style="stroke:{color};stroke-width:3"/>')
         legend -= 40
     return "".join(out) + "</svg>"
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with the style that it takes from the page otherwise."""
+    style = f"<style>{STYLE} svg {{ background: var(--paper); }}</style>"
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1)
 
 
 def heat_map(

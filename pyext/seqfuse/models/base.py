@@ -102,11 +102,17 @@ class Model(nn.Module):
         read |= {id(p): p for p in self.output_weights() if p is not None}
         return sum(p.numel() * p.element_size() for p in read.values())
 
-    def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the tokenizers that there are, each atomically."""
+    def save(self, folder: str | Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Write config.json, model.safetensors and the tokenizers that there are, each atomically.
+
+        tensors: instead of the model's own, by the same names, where those are spread over processes.
+        """
         folder = files.make_folder(folder)
         files.write_json(folder / "config.json", self.config.to_dict())
-        files.write_tensors(folder / "model.safetensors", files.tensors_of(self))
+        files.write_tensors(folder / "model.safetensors", files.tensors_of(self) if tensors is None else tensors)
+        self.save_tokenizers(folder)
+
+    def save_tokenizers(self, folder: Path) -> None:
         for name, file in TOKENIZERS.items():
             if getattr(self, name) is not None:
                 getattr(self, name).save(folder / file)
