@@ -1,8 +1,8 @@
 """Masked language modelling, BERT's task (Devlin et al. 2018, arXiv:1810.04805): guess the tokens that were hidden.
 
 Of each example `mask` of the tokens are to be guessed: 80% of them are replaced by <mask>, 10% by another token, 10%
-stay as they are. In training an example is masked anew in every epoch; what is masked depends on the seed, the epoch and
-the example alone, so neither on the number of processes nor on where a run was resumed.
+stay as they are. In training an example is masked anew in every epoch; what is masked depends on the seed, the epoch
+and the example alone, so neither on the number of processes nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class MLM(TextTask):
             yield self.masked(some, range(-1 - start, -1 - start - len(some), -1))  # no training example's numbers
 
     def masked(self, rows: Tensor, numbers) -> tuple[Tensor, Tensor]:
-        """rows [B, T] -> what the model sees, and the targets. numbers: of the examples, from which the draw follows."""
+        """rows [B, T] -> what the model sees, and the targets. numbers: of the examples, which decide the draw."""
         seen, targets = rows.clone(), torch.full_like(rows, IGNORED)
         first = len(SPECIALS) + 1  # special tokens are never put in
         for i, number in enumerate(numbers):

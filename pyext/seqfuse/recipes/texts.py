@@ -60,7 +60,8 @@ class TextTask(Task):
         self.held_bytes = len(held.encode())
         if len(self.train_ids) <= config.length or len(self.held_ids) < 2:
             raise DataError(
-                f"{config.data or config.text}: {len(text)} characters are too few for examples of {config.length} tokens"
+                f"{config.data or config.text}: {len(text)} characters are too few for examples of {config.length} "
+                "tokens"
             )
         self.examples = (len(self.train_ids) - 1) // config.length
 

@@ -35,9 +35,9 @@ DECODED_ROWS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranslateConfig(RunConfig):
-    """language: of Debian's translations from English, without a file of your own. vocab: tokens of both sides. longest:
-    tokens of a source or target; longer pairs are left out of training. tested: pairs of the test split that are
-    translated for the report, at most. beams: of that translation. overfit: evaluate on the training pairs, to see
+    """language: of Debian's translations from English, without a file of your own. vocab: tokens of both sides.
+    longest: tokens of a source or target; longer pairs are left out of training. tested: pairs of the test split that
+    are translated for the report, at most. beams: of that translation. overfit: evaluate on the training pairs, to see
     whether a model can learn a small set by heart.
     """
 
