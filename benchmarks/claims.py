@@ -151,7 +151,7 @@ def pretrains(folders: dict[str, Path]) -> list[Finding]:
 
 
 def guesses(folders: dict[str, Path]) -> list[Finding]:
-    """Against a guess from frequencies alone: the entropy of single tokens of the held-out text under the training's."""
+    """Against a guess from frequencies alone: the cross entropy of the held-out tokens under those of training."""
     task = RECIPES["bert_mlm"].task(RECIPES["bert_mlm"].configure())
     counts, held = Counter(task.train_ids.tolist()), task.held_ids.tolist()
     total = len(task.train_ids) + task.text_tokenizer.vocab_size
@@ -264,10 +264,10 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]], runs: Path, l
     lines = [
         "# Claims of the recipes",
         "",
-        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; the plots are of these runs.",
+        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; plots are of these runs.",
         "",
-        f"Measured on {datetime.now(UTC):%Y-%m-%d}, {info['cpu']}, {torch.get_num_threads()} of {os.cpu_count()} logical "
-        f"cores, torch {info['torch']}, CPU kernels at {info['isa']}."
+        f"Measured on {datetime.now(UTC):%Y-%m-%d}, {info['cpu']}, {torch.get_num_threads()} of {os.cpu_count()} "
+        f"logical cores, torch {info['torch']}, CPU kernels at {info['isa']}."
         + ("" if quiet else f" The machine was busy with other work (load {load:.1f}), so no times are given."),
         "",
         "| claim | bar | measured | holds |",
