@@ -99,7 +99,7 @@ class AWDLSTM(TextTask):
         total, count, state = 0.0, 0, None
         for ids, targets in map(self.to_device, self.held_out()):
             loss, state = model.loss(ids, targets, state=state, return_state=True, reduction="sum")
-            total, count = total + float(loss), count + int((targets != IGNORED).sum())
+            total, count = total + float(loss.detach()), count + int((targets != IGNORED).sum())
         return self.named(total / max(1, count))
 
 

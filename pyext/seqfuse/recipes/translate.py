@@ -29,6 +29,7 @@ from seqfuse.recipes.texts import IGNORED
 from seqfuse.tokenizer import Tokenizer
 
 POOL = 32  # batches that are sorted by length together, before they are shuffled
+TOKENIZED, EVALUATED = 20_000, 1_000  # pairs that the tokenizer is trained on; of the held-out ones, at most
 SHOWN = 8  # translations in the report
 DECODED_ROWS = 64
 
@@ -91,10 +92,10 @@ class Translate(Task):
                     "overfit=true trains and evaluates on the same ones"
                 )
         self.fingerprint = fingerprint("\n".join("\t".join(pair) for pair in pairs))
-        texts = [text for pair in splits["train"] for text in pair]
+        texts = [text for pair in splits["train"][:TOKENIZED] for text in pair]
         self.pieces = self.tokenizer(lambda: Tokenizer.train(texts, "bpe", vocab=config.vocab, add_eos=True))
         self.test = splits["test"][: config.tested]
-        self.train, self.valid = (self.encode(splits[name]) for name in ("train", "valid"))
+        self.train, self.valid = self.encode(splits["train"]), self.encode(splits["valid"][:EVALUATED])
         self.examples = len(self.train)
         if not self.train or not self.valid:
             raise DataError(
