@@ -234,7 +234,7 @@ CLAIMS = (
 
 def tiny_pairs(path: Path) -> Path:
     """50 pairs of English and Italian."""
-    rows = [(s, t) for s, t, _ in data.translations("it") if 4 <= len(s.split()) <= 12][:50]
+    rows = [(s, t) for s, t, _ in data.translations("it").rows if 4 <= len(s.split()) <= 12][:50]
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save_atomically(path, lambda part: part.write_text("".join(f"{s}\t{t}\n" for s, t in rows), encoding="utf-8"))
     return path

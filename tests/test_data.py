@@ -232,16 +232,16 @@ def test_descriptions_join_their_translations_by_the_md5_of_the_english_text(tmp
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    pairs = data.translations("it")
+    pairs = data.translations("it").rows
     # the outdated one, the list, the untranslated paragraph and the second title of the same words are left out
     assert pairs == [
         ("a game of mines", "gioco di mine", "mine"),
         ("Find the mines. There are many.", "Trova le mine. Sono tante.", "mine"),
     ]
-    assert data.translations("it") == pairs and len(calls) == 1
+    assert data.translations("it").rows == pairs and len(calls) == 1
     path = data.SETS["debian-en-it"].path
     path.write_text(path.read_text()[:-1])  # damaged: made again
-    assert data.translations("it") == pairs and len(calls) == 2
+    assert data.translations("it").rows == pairs and len(calls) == 2
     with pytest.raises(data.DataError, match="into it, fr, de, not into 'xx'"):
         data.translations("xx")
 

@@ -207,6 +207,7 @@ def test_pairs_of_one_group_share_a_split(files, tmp_path):
     path.write_text("".join(f"word {i}\tWORT {i}\tgroup{i % 40}\n" for i in range(800)))
     task = task_of("translate", files, {"data": str(path), "tested": 1000})
     tested = {int(source.split()[1]) % 40 for source, _ in task.test}
+    assert task.said.startswith("grouped.tsv: 800 lines; source: column 1, target: column 2, group: column 3 of 3")
     assert tested == {g for g in range(40) if data.split_of(f"group{g}") == "test"} != set()
     assert len(task.test) == 20 * len(tested)
 

@@ -16,6 +16,7 @@ from seqfuse.data.sets import (
     read_lexicon,
     split_of,
     standard_library,
+    translation_set,
     translations,
 )
 
@@ -40,5 +41,6 @@ __all__ = [
     "sha256_of",
     "split_of",
     "standard_library",
+    "translation_set",
     "translations",
 ]

