@@ -31,7 +31,6 @@ from seqfuse.recipes.bottleneck import curves
 from seqfuse.runlog import read_log
 
 SETTLED = 20  # steps of each of two models that are timed in turn
-QUIET = 0.5  # load average above which seconds are not written down
 
 
 @dataclass(frozen=True)
@@ -258,17 +257,15 @@ def train(run: Run, runs: Path) -> Path:
     return folder
 
 
-def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]], runs: Path, load: float) -> str:
+def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
     info = build_info()
-    quiet = load <= QUIET
     lines = [
         "# Claims of the recipes",
         "",
-        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; plots are of these runs.",
+        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; plots are of these runs. How long",
+        "a step takes is not asked here, but in [benchmarks.md](benchmarks.md).",
         "",
-        f"Measured on {datetime.now(UTC):%Y-%m-%d}, {info['cpu']}, {torch.get_num_threads()} of {os.cpu_count()} "
-        f"logical cores, torch {info['torch']}, CPU kernels at {info['isa']}."
-        + ("" if quiet else f" The machine was busy with other work (load {load:.1f}), so no times are given."),
+        f"Machine: {info['cpu']}, {os.cpu_count()} logical cores; torch {info['torch']}, CPU kernels at {info['isa']}.",
         "",
         "| claim | bar | measured | holds |",
         "| --- | --- | --- | --- |",
@@ -278,13 +275,12 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]], runs: Path, l
     ]
     for claim, folders, _ in done:
         lines += ["", f"## {claim.name}", "", f"![{claim.name}](claims/{claim.name}.svg)", ""]
-        head = ["run", "steps", "parameters", *(["training, s"] if quiet else [])]
-        lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        lines += ["| run | finished | steps | parameters |", "| --- | --- | --- | --- |"]
         for run in claim.runs:
-            values = result(folders[run.name])
-            row = [f"`{' '.join(command_of(run, Path('runs')))}`", f"{values['steps']:,}", f"{values['parameters']:,}"]
-            row += [f"{values['seconds']:.0f}"] if quiet else []
-            lines.append(f"| {' | '.join(row)} |")
+            path = folders[run.name] / "results.json"
+            values, when = result(folders[run.name]), datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            command = " ".join(command_of(run, Path("runs")))
+            lines.append(f"| `{command}` | {when:%Y-%m-%d} | {values['steps']:,} | {values['parameters']:,} |")
     return "\n".join(lines) + "\n"
 
 
@@ -294,7 +290,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("build/claims"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    load, done = os.getloadavg()[1], []
+    done = []
     for claim in CLAIMS:
         if options.only in (None, claim.name):
             folders = {run.name: train(run, options.runs) for run in claim.runs}
@@ -307,7 +303,7 @@ def main() -> int:
         for claim, folders, _ in done:
             svg = report.standalone(claim.chart(folders))
             (options.docs / "claims" / f"{claim.name}.svg").write_text(svg, encoding="utf-8")
-        (options.docs / "claims.md").write_text(page(done, options.runs, load), encoding="utf-8")
+        (options.docs / "claims.md").write_text(page(done), encoding="utf-8")
     return 0 if all(f.holds for _, _, found in done for f in found) else 1
 
 

@@ -20,7 +20,7 @@ def charlm(cell: str = "lstm") -> TextConfig:
         max_steps=1000,
         evaluate_every=250,
         checkpoint_every=250,
-        optim=Optim(lr=2e-3),
+        optim=Optim(lr=6e-3),
         model=RNNLanguageModelConfig(vocab=1, cell=cell, embed=64, hidden=HIDDEN.get(cell, 128), tied=False),
     )
 
