@@ -48,10 +48,10 @@ def bottleneck(attention: str | None = "general") -> BottleneckConfig:
     hidden = 256 if attention is None else 128
     return BottleneckConfig(
         recipe="bottleneck",
-        max_steps=2500,
+        max_steps=800,
         batch_size=64,
-        evaluate_every=500,
-        checkpoint_every=500,
+        evaluate_every=200,
+        checkpoint_every=200,
         optim=Optim(lr=3e-3, weight_decay=0.0),
         model=RNNSeq2SeqConfig(vocab=4, bos_id=1, cell="gru", embed=64, hidden=hidden, attention=attention),
     )
