@@ -24,18 +24,18 @@ HELD_ROWS = 8  # the held-out text is read in so many rows
 def awd_lstm() -> TextConfig:
     return TextConfig(
         recipe="awd_lstm",
-        max_steps=1500,
+        max_steps=1200,
         batch_size=20,
         length=35,
-        limit=500_000,
+        limit=200_000,
         tokens="bpe",
-        vocab=2000,
-        evaluate_every=150,
-        checkpoint_every=150,
+        vocab=1000,
+        evaluate_every=100,
+        checkpoint_every=100,
         optim=Optim(lr=3e-3, weight_decay=1e-5, clip=0.25),
         model=RNNLanguageModelConfig(
-            vocab=1, embed=200, hidden=400, layers=2, dropout_embedding=0.1, dropout_input=0.3, dropout_hidden=0.2,
-            dropout_output=0.3, weight_drop=0.5, activation=2.0, temporal=1.0,
+            vocab=1, embed=128, hidden=256, layers=2, dropout_embedding=0.05, dropout_input=0.2, dropout_hidden=0.1,
+            dropout_output=0.2, weight_drop=0.5, activation=2.0, temporal=1.0,
         ),
     )  # fmt: skip
 
