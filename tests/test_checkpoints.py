@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training
 from training import RECIPE, make, run
 
 from seqfuse import checkpoints, files
@@ -40,13 +40,9 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bits(tmp_path)
         "max_steps": 60, "checkpoint_every": 3, "evaluate_every": 5, "log_every": 2, "ema": 0.7, "accumulate": 2,
         "carry": True,
     }  # fmt: skip
-    context = multiprocessing.get_context("forkserver")  # processes that begin in no time, with torch imported once
-    context.set_forkserver_preload(["seqfuse.trainer"])
 
     def start(folder):
-        process = context.Process(target=run, args=(folder, changes))
-        process.start()
-        return process
+        return training.start(run, folder, changes)
 
     start(tmp_path / "warm").join()
     began = time.perf_counter()
@@ -185,7 +181,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer.begin()
     with torch.no_grad():
         trainer.weights[0][0] = float("inf")
-    with pytest.raises(TrainError, match="a weight is not finite after step 0; there is no checkpoint yet"):
+    with pytest.raises(TrainError, match="a weight is not finite after step 0; .* has no checkpoint yet"):
         trainer.save()
 
 

@@ -6,13 +6,18 @@ torchrun: python -m torch.distributed.run ... tests/training.py FOLDER '{"max_st
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
 
 from seqfuse import trainer
+from seqfuse.cli_train import one_sentence
 from seqfuse.models import DecoderConfig, Model, RNNLanguageModelConfig
+from seqfuse.parallel import processes
 from seqfuse.recipes import RECIPES
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
 from seqfuse.tokenizer import Tokenizer
@@ -28,6 +33,7 @@ class CountingConfig(RunConfig):
     examples: int = 40
     carry: bool = False
     poison: int = 0  # an example whose loss is NaN, counted from 1
+    double: bool = False
 
 
 def counting(kind: str = "rnn") -> CountingConfig:
@@ -57,20 +63,26 @@ class Counting(Task):
     def build(self):
         model = Model.from_config(self.config.model)
         model.tokenizer = self.words
-        return model
+        return model.double() if self.config.double else model
+
+    def order(self, epoch):
+        if not self.config.carry:
+            return super().order(epoch)
+        size = self.config.batch_size  # row i goes on where it was in the batch before
+        return [list(range(i, i + size)) for i in range(0, self.examples - size + 1, size)]
 
     def batch(self, indices):
-        factor = torch.ones(len(indices))
+        factor = torch.ones(len(indices), 1)
         if self.config.poison and self.config.poison - 1 in indices:
             factor[indices.index(self.config.poison - 1)] = float("nan")
-        return *(t[indices] for t in self.train), factor.sum() / len(indices)
+        return *(t[indices] for t in self.train), factor, torch.tensor(indices) % self.config.batch_size
 
-    def loss(self, model, ids, targets, factor=1.0):
-        loss = model.loss(ids, targets, **self.loss_options(model)) * factor
+    def loss(self, model, ids, targets, factor=1.0, rows=None):
         if self.config.carry and model.training:
-            loss = loss * (1 + 0.01 * torch.sin(self.seen.sum()))
-            self.seen += ids.float().mean()
-        return loss, (targets >= 0).sum()
+            factor = factor * (1 + 0.1 * torch.sin(self.seen[rows]))[:, None]
+            self.seen[rows] += ids.float().mean(1)
+        loss = model.loss(ids, targets, **self.loss_options(model) | {"reduction": "none"}) * factor
+        return loss.sum(), (targets >= 0).sum()
 
     def carried(self):
         return {"seen": self.seen} if self.config.carry else {}
@@ -95,6 +107,68 @@ def run(folder, changes) -> bool:
     return trainer.train(RECIPE.configure(changes), folder, device="cpu")
 
 
-if __name__ == "__main__":
+def run_until(folder, changes, step: int) -> None:
+    """A run that is interrupted after a step."""
     torch.set_num_threads(1)
-    trainer.train(RECIPE.configure(json.loads(sys.argv[2])), Path(sys.argv[1]), device="cpu")
+    config = RECIPE.configure(changes)
+    with processes("cpu") as (group, device):
+        one = trainer.Trainer(Counting(config, device), folder, group=group)
+        next_batch = one.next_batch
+
+        def interrupted():
+            one.interrupt.wanted = one.progress.step == step - 1
+            return next_batch()
+
+        one.next_batch = interrupted
+        assert not one.run()
+
+
+SERVER = multiprocessing.get_context("forkserver")  # processes that begin in no time, with torch imported once
+SERVER.set_forkserver_preload(["seqfuse.trainer", "torch._dynamo", "torch.distributed.checkpoint"])
+
+
+def start(function, *arguments) -> multiprocessing.Process:
+    """Another process, which calls function(*arguments)."""
+    process = SERVER.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def call_as(rank: int, size: int, port: int, function, *arguments) -> None:
+    """One of `size` processes, with what torchrun would tell it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(size: int, function, *arguments) -> list[int]:
+    """function(*arguments) on several processes; returns their exit codes."""
+    port = free_port()
+    running = [start(call_as, rank, size, port, function, *arguments) for rank in range(size)]
+    for process in running:
+        process.join(60)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running]
+
+
+def save_gradients(folder, changes) -> None:
+    """Those of the first batch, whole, as the optimizer would see them: FOLDER/gradients.pt."""
+    torch.set_num_threads(1)
+    with processes("cpu") as (group, _):
+        one = trainer.Trainer(make(**changes), folder, group=group)
+        norm = one.scale_gradients(one.gradients(one.next_batch())[1])
+        whole = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in one.model.named_parameters()}
+        if group.first:
+            folder.mkdir()
+            torch.save(whole | {"norm": norm}, folder / "gradients.pt")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        run(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -95,6 +95,11 @@ class RunFolder:
         found = [p for p in self.checkpoints.glob(f"{kind}-*") if p.name.removeprefix(f"{kind}-").isdigit()]
         return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
+    def where_to_go_on(self) -> str:
+        """Part of a sentence about a run that has to stop."""
+        newest = self.newest()
+        return f"the last good checkpoint is {newest[0]}" if newest else f"{self.path} has no checkpoint yet"
+
     def save(self, kind: str, step: int, write: Callable[[Path], None], group: Group) -> None:
         """Let `write` fill a folder, then make it the newest checkpoint of its kind and drop older ones.
 

@@ -150,11 +150,10 @@ def plot(
 def one_sentence() -> Iterator[None]:
     """As of the other commands; a run that can't begin or go on ends with exit code 1."""
     from seqfuse.checkpoints import TrainError
-    from seqfuse.parallel import Lost
 
     try:
         with cli_models.one_sentence():
             yield
-    except (TrainError, Lost) as error:
+    except TrainError as error:
         typer.echo(f"seqfuse: {error}", err=True)
         raise typer.Exit(1) from None

@@ -16,6 +16,7 @@ import torch
 
 from seqfuse import tuned
 
+PLAIN = "plain PyTorch"  # what plain() forces: no name for users
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "torch")
 
 
@@ -100,8 +101,20 @@ def backend(name: str) -> Iterator[None]:
     Like torch.backends.cudnn.flags this is a setting of the process, not of a thread. The environment variable
     SEQFUSE_BACKEND sets the same for a whole run.
     """
-    global _forced
     _check_name(name)
+    with _forcing(name):
+        yield
+
+
+def plain():
+    """Run every op inside the `with` block as one would without seqfuse: by PyTorch's own op where it has one for the
+    call, else by plain PyTorch code."""
+    return _forcing(PLAIN)
+
+
+@contextlib.contextmanager
+def _forcing(name: str) -> Iterator[None]:
+    global _forced
     before, _forced = _forced, name
     if before != name:
         _changed()
@@ -167,6 +180,8 @@ def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
         path = "" if compiling else backend.path(case)
         return f"{path}: {reason}" if path else reason
 
+    if name == PLAIN:
+        name = "torch" if "torch" in backends and backends["torch"].supports(case) is None else "reference"
     if name != "auto":
         _check_name(name)
         if name not in backends:

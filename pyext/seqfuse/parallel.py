@@ -109,6 +109,8 @@ class Processes(Group):
     def wrap(self, loss, sharding):
         if sharding == "fsdp":
             self.sharded = True
+            # blocks give out views, and nothing changes them in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             for module in loss.modules():
                 if isinstance(module, Block):
                     fully_shard(module)
@@ -178,6 +180,7 @@ def processes(device: str) -> Iterator[tuple[Group, torch.device]]:
             raise
         raise Lost(f"process {group.rank} of {group.size} lost another one ({reason})") from error
     else:
+        group.wait()  # a process that leaves early takes the connections along that others still need
         distributed.destroy_process_group()
 
 

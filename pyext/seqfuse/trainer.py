@@ -26,7 +26,7 @@ from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.interrupts import CatchInterrupt
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
-from seqfuse.parallel import Group, load_shares, local, processes, save_shares
+from seqfuse.parallel import Group, Lost, load_shares, local, processes, save_shares
 from seqfuse.recipes.base import Optim, RunConfig, Task
 from seqfuse.runlog import RunLog
 
@@ -193,8 +193,8 @@ class Trainer:
         for step, row in enumerate(rows, start=progress.step - len(rows) + 1):
             if not math.isfinite(row[0] + row[3]):
                 raise TrainError(
-                    f"the loss or its gradient is not finite (NaN) in step {step}; {self.where_to_go_on()}; lower "
-                    "optim.lr or optim.clip, or look at the data"
+                    f"the loss or its gradient is not finite (NaN) in step {step}; {self.folder.where_to_go_on()}; "
+                    "lower optim.lr or optim.clip, or look at the data"
                 )
         progress.window += rows
         self.tick()
@@ -281,14 +281,10 @@ class Trainer:
         self.log.rewind(self.progress.step, self.progress.evaluated)
         self.clock = time.perf_counter()
 
-    def where_to_go_on(self) -> str:
-        newest = self.folder.newest()
-        return f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
-
     def save(self) -> None:
         """Write checkpoints/step-STEP."""
         if not all(map(math.isfinite, torch.stack(torch._foreach_norm(self.local_weights())).tolist())):
-            raise TrainError(f"a weight is not finite after step {self.progress.step}; {self.where_to_go_on()}")
+            raise TrainError(f"a weight is not finite after step {self.progress.step}; {self.folder.where_to_go_on()}")
         state = {
             "config": self.config.to_dict(),
             "data": self.task.fingerprint,
@@ -297,7 +293,7 @@ class Trainer:
         }
 
         def write(folder: Path) -> None:
-            if self.group.sharded:
+            if self.config.sharding == "fsdp":
                 save_shares(folder, self.loss, self.optimizer, self.average)
             elif self.group.first:
                 state.update(optimizer=self.optimizer.state_dict(), average=self.average)
@@ -312,7 +308,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         state = checkpoints.load_state(path)
         self.folder.check(state, self.config.to_dict(), self.task.fingerprint, path)
-        if self.config.sharding == "fsdp" and not (path / "model.safetensors").is_file():
+        if self.config.sharding == "fsdp":
             load_shares(path, self.loss, self.optimizer, self.average)
         else:
             self.load_weights(path)
@@ -357,6 +353,14 @@ class Trainer:
             self.console.print(f"{self.folder.path}: the model, its report.html and log.jsonl", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def lost_is_an_error(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except Lost as error:
+        raise TrainError(f"{error}; {folder.where_to_go_on()}") from error
+
+
 def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Console | None = None) -> bool:
     """Train a recipe's config, from the start or from where the folder's run stopped; False if it was interrupted.
 
@@ -365,7 +369,7 @@ def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Con
     from seqfuse.recipes import RECIPES
 
     folder, recipe = Path(folder), RECIPES[config.recipe]
-    with processes(device) as (group, where):
+    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
         if not group.first:
             group.wait()  # the first one makes the folder, so that all have the same tokenizers
         task = recipe.task(config, where, folder if RunFolder(folder).exists else None)

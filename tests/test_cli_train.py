@@ -1,0 +1,292 @@
+"""The commands of runs: train, eval, plot; what they print, write and refuse."""
+
+import html.parser
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+
+import pytest
+import torch
+from training import RECIPE, run
+from typer.testing import CliRunner
+
+from seqfuse import dispatch, report, run_report
+from seqfuse.checkpoints import RunFolder, TrainError
+from seqfuse.cli import app
+from seqfuse.comparison import compare
+from seqfuse.recipes import RECIPES
+from seqfuse.runlog import read_log
+from seqfuse.trainer import Trainer
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two finished runs, which nobody changes."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(folder / "first", {})
+    run(folder / "second", {"optim.lr": 0.01})
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_resume_and_again(tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "counting", "--out", out, "--device", "cpu", "--set", "optim.lr=0.02", "--set", "seed=3"]
+    code, text = call(*arguments)
+    assert code == 0 and "step 12/12" in text and "held-out loss" in text and "tokens/s" in text
+    assert "loss: " in text and "a sample [not markup]" in text and "report.html" in text
+    assert RunFolder(out).settings()["config"]["optim"]["lr"] == 0.02
+    assert call(*arguments) == (0, f"{out}: this run is finished; another --out begins a new one\n")
+    code, text = call(*arguments, "--set", "seed=4")
+    assert code == 1 and "the run has seed = 3, not 4" in text
+    before = (out / "model.safetensors").read_bytes()
+    (out / "results.json").unlink()
+    (out / "model.safetensors").unlink()
+    code, text = call("train", "--resume", out, "--device", "cpu")
+    assert code == 0 and (out / "model.safetensors").read_bytes() == before
+
+
+def test_list_and_print_config(tmp_path):
+    code, text = call("train", "--list")
+    assert code == 0 and all(f"{name} " in text and recipe.about in text for name, recipe in RECIPES.items())
+    code, text = call("train", "counting", "--print-config", "--set", "kind=decoder", "--data", tmp_path / "x.txt")
+    config = json.loads(text)
+    assert code == 0 and config["model"]["model"] == "Decoder" and config["data"] == str(tmp_path / "x.txt")
+    assert {"max_steps", "checkpoint_every", "seed"} <= config.keys()
+    assert RECIPE.read(config) == RECIPE.configure({"kind": "decoder", "data": str(tmp_path / "x.txt")})
+
+
+@pytest.mark.parametrize(
+    "arguments, code, sentence",
+    [
+        (["train"], 2, "which recipe? There are"),
+        (["train", "cooking"], 2, "there is no recipe 'cooking'; there are"),
+        (["train", "counting", "--set", "lr"], 2, "--set takes KEY=VALUE, got 'lr'"),
+        (["train", "counting", "--set", "lr=1"], 2, "unknown key 'lr'; there are"),
+        (["train", "counting", "--set", "optim.lr=fast"], 2, "Optim: lr must be a number, got 'fast'"),
+        (["train", "counting", "--set", "model.cell=gnu"], 2, "cell must be 'rnn' or 'lstm' or 'gru'"),
+        (["train", "--resume", "nowhere"], 1, "nowhere/run.json: there is no such file"),
+        (["train", "counting", "--resume", "x", "--set", "a=1"], 2, "leave out RECIPE, --set"),
+        (["train", "counting", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["eval", "nowhere"], 1, "nowhere/run.json: there is no such file"),
+        (["plot", "nowhere"], 1, "nowhere/run.json: there is no such file"),
+    ],
+)
+def test_refusals(arguments, code, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result[0] == code and sentence in result[1].replace("\n", " ") and len(result[1].splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_of_set(tmp_path):
+    for value, read in (("null", None), ("a.txt", "a.txt"), ("3", "3")):
+        code, text = call("train", "counting", "--print-config", "--set", f"data={value}")
+        assert (code, json.loads(text)["data"]) == (0, read) if value != "3" else code == 2
+    code, text = call("train", "counting", "--print-config", "--set", "carry=true", "--set", "optim.lr=3e-4")
+    assert json.loads(text)["carry"] is True and json.loads(text)["optim"]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_keeps_everything(tmp_path, number):
+    """As a user runs it: Ctrl-C, or the end of a job, in the middle of a run; then --resume."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    command = [sys.executable, "-m", "seqfuse", "train", "charlm", "--data", text, "--out", tmp_path / "run"]
+    command += ["--set", "max_steps=100000", "--set", "evaluate_every=5", "--set", "checkpoint_every=100000"]
+    program = subprocess.Popen(
+        [*map(str, command), "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    lines = []
+    for line in program.stdout:
+        lines.append(line)
+        if line.startswith("step "):
+            program.send_signal(number)
+            break
+    lines += program.stdout
+    assert program.wait(60) == 130, "".join(lines)
+    assert lines[-1] == f"stopped; go on with  seqfuse train --resume {tmp_path / 'run'}\n"
+    assert RunFolder(tmp_path / "run").newest() and not RunFolder(tmp_path / "run").finished
+
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval(finished, tmp_path):
+    run_folder = finished / "first"
+    code, text = call("eval", run_folder, "--device", "cpu")
+    results = json.loads((run_folder / "results.json").read_text())
+    assert code == 0 and f"loss: {run_report.show(results['metrics']['loss'])}\nsignature: exact" in text
+    trainer = Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path / "half")
+    trainer.begin()
+    code, text = call("eval", tmp_path / "half")
+    assert code == 1 and "has no checkpoint yet" in text
+    trainer.step(trainer.next_batch())
+    trainer.save()
+    code, text = call("eval", tmp_path / "half")
+    assert code == 0 and text.startswith(f"{tmp_path / 'half/checkpoints/step-000001'}: counting")
+
+
+# ------------------------------------------------------------------------------------------------------- plot, reports
+
+
+class Outside(html.parser.HTMLParser):
+    """Whatever a page would load from elsewhere."""
+
+    found: list
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [(tag, k, v) for k, v in attributes if k in ("src", "href", "data")]
+
+
+def is_self_contained(text: str) -> bool:
+    parser = Outside()
+    parser.found = []
+    parser.feed(text)
+    return text.startswith("<!doctype html>") and not parser.found and "@import" not in text and "url(" not in text
+
+
+def test_report(finished):
+    text = (finished / "first/report.html").read_text()
+    assert is_self_contained(text)
+    for what in ("counting: report of a run", "loss", "tokens/s", "optim.lr", "SHA-256", "exact", torch.__version__):
+        assert what in text
+    assert text.count("<svg") == 3  # the loss (training and held-out), the speed, the learning rate
+
+
+def test_plot(finished, tmp_path):
+    code, text = call("plot", finished / "first", "--out", tmp_path / "a.svg")
+    assert code == 0 and xml.parse(tmp_path / "a.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert "held-out" in (tmp_path / "a.svg").read_text()
+    code, text = call("plot", finished / "first", finished / "second", "--out", tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text()
+    assert code == 0 and is_self_contained(page)
+    assert "first training" in page and "second held-out" in page
+    settings = page[page.index("Settings that differ") :]
+    assert "optim.lr" in settings and "0.03" in settings and "0.01" in settings and "optim.beta1" not in settings
+    assert call("plot", finished / "first", "--out", tmp_path / "one.html")[0] == 0
+    code, text = call("plot", finished / "first", "--out", tmp_path / "a.pdf")
+    assert code == 1 and "a.pdf: a plot is written as .svg, .html or .png" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
+def test_png_without_matplotlib(finished, tmp_path):
+    code, text = call("plot", finished / "first", "--out", tmp_path / "a.png")
+    assert code == 1 and "PNG needs matplotlib" in text and not (tmp_path / "a.png").exists()
+
+
+def test_png(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert call("plot", finished / "first", "--out", tmp_path / "a.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_a_run_that_has_not_begun(tmp_path):
+    Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path).begin()
+    code, text = call("plot", tmp_path)
+    assert code == 1 and "log.jsonl: holds nothing yet" in text
+
+
+def test_curves_leave_out_nothing():
+    """Averages of many points, each of them in one; more runs than colours."""
+    log = [{"step": i, "loss": float(i), "tokens_per_second": 1.0, "lr": 0.1} for i in range(1, 1001)]
+    series = run_report.line("x", log, "loss")
+    assert len(series.x) <= run_report.POINTS and series.x[-1] == 1000
+    assert sum(series.y) / len(series.y) == pytest.approx(500.5)
+    chart = run_report.curves({f"run{i}": log for i in range(9)})[0]
+    assert chart.count("<polyline") == 9 > len(report.COLORS)
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_axes(from_zero):
+    chart = report.line_chart([report.Series("s", [0, 10], [1.91, 1.99])], "x", "y", "t", from_zero)
+    marks = [e.text for e in xml.fromstring(chart).iter("text")]
+    assert ("0" in marks[:2]) == from_zero and ("1.92" in marks) == (not from_zero)
+    assert "<polyline" in report.line_chart([report.Series("s", [1], [2.0])], "x", "y", "t", from_zero)
+
+
+# ------------------------------------------------------------------------------------------------------------- the log
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    """If it is installed: here something that looks like it."""
+    got = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            got.append(folder)
+
+        def add_scalar(self, name, value, step):
+            got.append((name, value, step))
+
+        def close(self):
+            got.append("closed")
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "tensorboard" else find_spec(name))
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(tmp_path, {"max_steps": 2, "evaluate_every": 2})
+    log = read_log(tmp_path / "log.jsonl")
+    assert got[0] == str(tmp_path / "tensorboard") and got[-1] == "closed"
+    assert ("training/loss", log[0]["loss"], 1) in got
+    assert ("held-out/loss", log[-1]["evaluation"]["loss"], 2) in got
+
+
+# --------------------------------------------------------------------------------------------------- compare-reference
+
+
+@pytest.mark.parametrize("kind", ["rnn", "decoder"])
+def test_compare_reference(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = call("train", "counting", "--compare-reference", "--set", f"kind={kind}", "--set", "max_steps=8")
+    assert code == 0, text
+    plain, fused, ratio = text.splitlines()
+    assert plain.startswith("plain PyTorch: ") and fused.startswith("seqfuse: ") and "tokens/s" in plain
+    assert ratio.startswith("ratio: ") and "8 steps in turn" in ratio and not list(tmp_path.iterdir())
+
+
+def test_compare_reference_runs_on_what_it_says(monkeypatch):
+    """The plain model on nothing of ours, both to equal losses without dropout."""
+    seen = {False: set(), True: set()}
+
+    def listen(choice, case):
+        seen[dispatch.forced_backend() == dispatch.PLAIN].add(choice.backend)
+
+    with dispatch.listening(listen):
+        result = compare(RECIPE.configure({"kind": "decoder", "model.dropout": 0.0, "max_steps": 8}), device="cpu")
+    assert seen[True] <= {"torch", "reference"} and seen[True]
+    assert result.fused_loss == pytest.approx(result.plain_loss, rel=1e-4) and result.steps == 8
+
+
+def test_compare_reference_shows_no_speed_of_another_model(monkeypatch, capsys):
+    from seqfuse import comparison
+
+    unfuse = comparison.seqfuse.unfuse
+
+    def spoil(model):
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+        return unfuse(model)
+
+    monkeypatch.setattr(comparison.seqfuse, "unfuse", spoil)
+    with pytest.raises(TrainError, match="do not compute the same, so no speed is compared"):
+        compare(RECIPE.configure(), device="cpu")
+    assert "ratio" not in capsys.readouterr().out
