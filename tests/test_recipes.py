@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqfuse import data, models, trainer
+from seqfuse import comparison, data, models, trainer
 from seqfuse.benchmarks import claims
 from seqfuse.recipes import RECIPES
 from seqfuse.recipes.texts import IGNORED
@@ -98,6 +98,18 @@ def test_a_resumed_recipe_ends_with_the_same_bytes(files, tmp_path, monkeypatch)
     run(config, tmp_path / "parts")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert a == b
+
+
+@pytest.mark.parametrize("name", [*SMALL, "translate rnn"])
+def test_a_recipe_is_compared_with_plain_pytorch(name, files):
+    changes = {"max_steps": 2}
+    if name == "translate rnn":
+        config = RECIPES["translate"].configure(STEPS | SMALL_RNN | changes | {"arch": "rnn", "vocab": 280,
+                                                "data": str(files / "pairs.tsv")})  # fmt: skip
+    else:
+        config = configure(name, files, changes)
+    found = comparison.compare(config, device="cpu", console=Console(quiet=True))
+    assert found.ratio > 0 and found.fused_loss == pytest.approx(found.plain_loss, rel=1e-3)
 
 
 def test_a_bad_line_of_the_users_file_is_named(tmp_path):

@@ -74,12 +74,14 @@ class AWDLSTM(TextTask):
         ids, targets = super().batch(indices)
         return ids, targets, torch.tensor(indices) // self.pieces, indices[0] % self.pieces == 0
 
-    def loss(self, model, ids, targets, rows, first):
+    def loss(self, model, ids, targets, rows=None, first=True):
+        """rows: where the state is carried from and to, or None for text that stands alone."""
         state = None if first else self.layers({name: t[rows] for name, t in self.state.items()})
         mean, after = model.loss(ids, targets, state=state, return_state=True, label_smoothing=self.smoothing(model))
-        for tensor, new in zip(self.state.values(), (t for layer in after for t in layer), strict=True):
-            tensor[rows] = new.to(tensor.dtype)
-        tokens = targets.numel()
+        if rows is not None:
+            for tensor, new in zip(self.state.values(), (t for layer in after for t in layer), strict=True):
+                tensor[rows] = new.to(tensor.dtype)
+        tokens = (targets != IGNORED).sum()
         return mean * tokens, tokens  # a mean, as the regularisations in it are
 
     def smoothing(self, model: Model) -> float:
