@@ -81,7 +81,11 @@ def losses(folders: dict[str, Path]) -> str:
 def gates(folders: dict[str, Path]) -> list[Finding]:
     rnn, *gated = (metric(folders[f"charlm-{cell}"], "loss") for cell in ("rnn", "lstm", "gru"))
     found = f"rnn {rnn:.3f}, lstm {gated[0]:.3f}, gru {gated[1]:.3f} nats per character"
-    return [Finding("gated cells beat the plain RNN of as many parameters", "below the RNN", found, max(gated) < rnn)]
+    return [
+        Finding(
+            "gated cells beat the plain RNN of one width, in as many steps", "below the RNN", found, max(gated) < rnn
+        )
+    ]
 
 
 def weight_drop(folders: dict[str, Path]) -> list[Finding]:
