@@ -247,8 +247,9 @@ def test_changed_data(tmp_path):
     data.write_text("as it is")
     with pytest.raises(TrainError, match="the run was on other data .SHA-256 .*bring back"):
         run(tmp_path / "run", {"data": str(data)})
-    data.write_text("as it was")
-    assert run(tmp_path / "run", {"data": str(data)})
+    moved = tmp_path / "moved.txt"
+    moved.write_text("as it was")
+    assert run(tmp_path / "run", {"data": str(moved)})
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -269,9 +270,11 @@ def test_differences():
 
 def test_leftovers_of_a_killed_run(tmp_path):
     run(tmp_path, {})
+    stale = tmp_path / "checkpoints/best-000099"
+    shutil.copytree(RunFolder(tmp_path).newest("best")[0], stale)
     part = tmp_path / "checkpoints/step-000099.part"
     part.mkdir()
     (part / "model.safetensors").write_text("half")
     (tmp_path / "log.jsonl").open("a").write('{"step": 13, "lo')
     assert train(RECIPE.configure(), tmp_path, device="cpu")
-    assert not part.exists() and [r["step"] for r in read_log(tmp_path / "log.jsonl")][-1] == 12
+    assert not part.exists() and not stale.exists() and [r["step"] for r in read_log(tmp_path / "log.jsonl")][-1] == 12

@@ -55,8 +55,8 @@ class RunFolder:
         if not self.exists:
             raise TrainError(f"{path}: there is no such file, so there is no run to go on with")
         settings = files.read_json(path)
-        if not isinstance(settings.get("config"), dict):
-            raise TrainError(f"{path}: has no config")
+        if not isinstance(settings.get("config"), dict) or not isinstance(settings.get("data"), str):
+            raise TrainError(f"{path}: has no config, or not the SHA-256 of its data")
         return settings
 
     def begin(self, config: dict, data: str, save_tokenizers: Callable[[Path], None]) -> None:
@@ -78,6 +78,8 @@ class RunFolder:
     def check(self, settings: dict, config: dict, data: str | None, where: Path) -> None:
         """TrainError if `settings`, which stand in the file `where`, are not this config and this data."""
         for name, (there, here) in differences(settings["config"], config).items():
+            if name == "data":  # where the file lies: what counts is what is in it
+                continue
             raise TrainError(
                 f"{where}: the run has {name} = {there!r}, not {here!r}; seqfuse train --resume {self.path} goes on "
                 "with the settings it has, another --out begins a new run"
@@ -94,6 +96,12 @@ class RunFolder:
         """The checkpoints of a kind, "step" or "best", the newest first."""
         found = [p for p in self.checkpoints.glob(f"{kind}-*") if p.name.removeprefix(f"{kind}-").isdigit()]
         return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+    def forget_best_after(self, step: int) -> None:
+        """What a run that goes on from an earlier checkpoint has yet to find again."""
+        for path in self.newest("best"):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def where_to_go_on(self) -> str:
         """Part of a sentence about a run that has to stop."""

@@ -74,7 +74,7 @@ def _config(recipe: str | None, data: Path | None, out: Path | None, changes: li
         raise ValueError(f"which recipe? There are {', '.join(RECIPES)}; or --resume RUN")
     values = dict(map(_key_and_value, changes))
     if data is not None:
-        values["data"] = str(data)
+        values["data"] = str(data.absolute())
     return _recipe(recipe).configure(values), out or Path("runs") / recipe
 
 

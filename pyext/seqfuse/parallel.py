@@ -145,11 +145,11 @@ class Processes(Group):
 
     def agree(self, value):
         values = [value]
-        distributed.broadcast_object_list(values, src=0)
+        distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def wait(self):
-        distributed.barrier()
+        distributed.all_reduce(torch.zeros(1))  # by gloo, which has half an hour of patience; a barrier would be NCCL's
 
     def whole(self, model):
         if not self.sharded:
