@@ -130,9 +130,8 @@ def run_layer(layer: torch.nn.Module, x: Tensor, state, lengths: Tensor | None):
         return layer(x, state)
     if not isinstance(layer, torch.nn.RNNBase):
         return layer(x, state, lengths=lengths)
-    packed = pack_padded_sequence(
-        x, lengths.cpu(), batch_first=True, enforce_sorted=False
-    )  # torch.nn's, after unfuse()
+    # torch.nn's layers, after unfuse(), have no lengths
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     y, state = layer(packed, state)
     return pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
 

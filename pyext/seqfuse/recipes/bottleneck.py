@@ -4,7 +4,7 @@ arXiv:1409.0473): one vector can't hold a long input, attention looks at all of 
 The task is to write random letters backwards: exact, endless, and as hard as it is long.
 
     seqfuse train bottleneck                                             # with attention
-    seqfuse train bottleneck --set attention=null --out runs/fixed       # one vector, twice as wide
+    seqfuse train bottleneck --set attention=null --out runs/fixed       # the same without
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ class BottleneckConfig(RunConfig):
 
 
 def bottleneck(attention: str | None = "general") -> BottleneckConfig:
-    """attention: additive, dot, general, or None for a fixed vector, which then is 256 wide instead of 128."""
-    hidden = 256 if attention is None else 128
+    """attention: additive, dot, general, or None for a fixed vector."""
     return BottleneckConfig(
         recipe="bottleneck",
-        max_steps=800,
+        max_steps=1500,
         batch_size=64,
-        evaluate_every=200,
-        checkpoint_every=200,
+        evaluate_every=500,
+        checkpoint_every=500,
         optim=Optim(lr=3e-3, weight_decay=0.0),
-        model=RNNSeq2SeqConfig(vocab=4, bos_id=1, cell="gru", embed=64, hidden=hidden, attention=attention),
+        model=RNNSeq2SeqConfig(vocab=4, bos_id=1, cell="gru", embed=64, hidden=128, attention=attention),
     )
 
 
