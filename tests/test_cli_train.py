@@ -1,5 +1,6 @@
 """The commands of runs: train, eval, plot; what they print, write and refuse."""
 
+import copy
 import html.parser
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import torch
 from training import RECIPE, run
 from typer.testing import CliRunner
 
-from seqfuse import dispatch, report, run_report
+from seqfuse import dispatch, report, run_report, testing
 from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.cli import app
 from seqfuse.comparison import compare
@@ -264,16 +265,33 @@ def test_compare_reference(kind, tmp_path, monkeypatch):
 
 
 def test_compare_reference_runs_on_what_it_says(monkeypatch):
-    """The plain model on nothing of ours, both to equal losses without dropout."""
+    """The plain model on PyTorch's own ops alone, with dropout too; both to equal losses without it."""
     seen = {False: set(), True: set()}
 
     def listen(choice, case):
         seen[dispatch.forced_backend() == dispatch.PLAIN].add(choice.backend)
 
     with dispatch.listening(listen):
+        for kind in ("decoder", "rnn"):
+            compare(RECIPE.configure({"kind": kind, "max_steps": 6}), device="cpu")
         result = compare(RECIPE.configure({"kind": "decoder", "model.dropout": 0.0, "max_steps": 8}), device="cpu")
-    assert seen[True] <= {"torch", "reference"} and seen[True]
+    assert seen[True] == {"torch"}
     assert result.fused_loss == pytest.approx(result.plain_loss, rel=1e-4) and result.steps == 8
+
+
+def test_plain_layers_take_lengths(tmp_path):
+    """Padded rows through PyTorch's packed sequences: what seqfuse's layers give."""
+    from seqfuse.comparison import make_plain
+    from seqfuse.nn import GRU
+
+    layer, x, lengths = GRU(4, 6, batch_first=True, bidirectional=True), torch.randn(3, 5, 4), torch.tensor([5, 2, 3])
+    ours, state = layer(x, lengths=lengths)
+    truth, last = copy.deepcopy(layer).double()(x.double(), lengths=lengths)
+    make_plain(layer)
+    assert isinstance(layer, torch.nn.GRU)
+    plain, plain_state = layer(x, lengths=lengths)
+    testing.assert_accurate(plain, truth, ours)
+    testing.assert_accurate(plain_state, last, state)
 
 
 def test_compare_reference_shows_no_speed_of_another_model(monkeypatch, capsys):

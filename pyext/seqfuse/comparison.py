@@ -10,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqfuse
 from seqfuse import dispatch, testing
 from seqfuse.checkpoints import TrainError
+from seqfuse.models.blocks import Norm
 from seqfuse.parallel import pick_device
 from seqfuse.recipes.base import RunConfig, Task
 from seqfuse.trainer import Trainer, autocast
@@ -25,6 +29,44 @@ from seqfuse.trainer import Trainer, autocast
 STEPS = 100  # at most
 WARM_UP = 5  # steps that are not timed: first calls choose and allocate
 LAST = 10  # steps whose mean loss is shown
+
+
+class _Packing:
+    """torch.nn's recurrent layers with lengths, as one gives them to PyTorch: packed sequences."""
+
+    def forward(self, x, hx=None, *, lengths=None):
+        if lengths is None:
+            return super().forward(x, hx)
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        y, state = super().forward(packed, hx)
+        return pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
+
+
+PACKING = {c: type(f"Packing{c.__name__}", (_Packing, c), {}) for c in (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU)}
+
+
+class _PlainNorm(Norm):
+    """A norm behind PyTorch's own dropout: ours has the same mask on every backend, which plain code is slow at."""
+
+    def forward(self, x, residual=None):
+        if residual is not None:
+            x = F.dropout(x, self.dropout, self.training) + residual
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps), x
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), x
+
+
+PLAIN_CLASSES = PACKING | {Norm: _PlainNorm}
+
+
+def make_plain(model: torch.nn.Module) -> None:
+    """What one would train without seqfuse, in place: seqfuse.unfuse, and modules that do with PyTorch's means what
+    seqfuse does in one op."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # weight-drop stays, over PyTorch's own op
+        seqfuse.unfuse(model)
+    for module in model.modules():
+        module.__class__ = PLAIN_CLASSES.get(type(module), type(module))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +120,7 @@ def compare(config: RunConfig, *, device: str = "auto", console: Console | None 
     where, make = pick_device(device), RECIPES[config.recipe].task
     fused = Contender(make(config, where), lambda: seqfuse.backend("auto"))
     plain = Contender(make(config, where), dispatch.plain)
-    seqfuse.unfuse(plain.task.model)
+    make_plain(plain.task.model)
     check_equal(fused.held_out_loss(), plain.held_out_loss(), config)
     steps = max(min(config.max_steps, STEPS), WARM_UP + 1)
     for i in range(steps):
