@@ -20,7 +20,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Embedding, Linear, ModuleList, init
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
@@ -97,7 +96,10 @@ class Recurrent(torch.nn.Module):
         x = self.embed(ids)
         after = []
         for i, layer in enumerate(self.layers):
-            y, s = run_layer(layer, x, None if state is None else self._for_layer(state[i]), lengths)
+            ragged = (
+                {} if lengths is None else {"lengths": lengths}
+            )  # torch.nn's layers, after unfuse(), have no lengths
+            y, s = layer(x, None if state is None else self._for_layer(state[i]), **ragged)
             after.append(tuple(t.transpose(0, 1).flatten(1) for t in (s if isinstance(s, tuple) else (s,))))
             x = self.locked(y, config.dropout_output if i == last else config.dropout_hidden)
         return x, after, y
@@ -122,18 +124,6 @@ class Recurrent(torch.nn.Module):
         if not self.training or p == 0:
             return x
         return x * keep_mask((x.shape[0], 1, x.shape[2]), p, x)
-
-
-def run_layer(layer: torch.nn.Module, x: Tensor, state, lengths: Tensor | None):
-    """x: [B, T, I] -> (output, state), as the layer gives them; 0 in the padding."""
-    if lengths is None:
-        return layer(x, state)
-    if not isinstance(layer, torch.nn.RNNBase):
-        return layer(x, state, lengths=lengths)
-    # torch.nn's layers, after unfuse(), have no lengths
-    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    y, state = layer(packed, state)
-    return pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
 
 
 def step_layers(layers: ModuleList, x: Tensor, state: list[State]) -> Tensor:
