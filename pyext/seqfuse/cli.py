@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from seqfuse import cli_models, cli_train
+from seqfuse import cli_data, cli_models, cli_train
 from seqfuse.benchmarks.cli import bench
 
 app = typer.Typer(
@@ -73,6 +73,7 @@ def info(
 
 
 app.command()(bench)
+app.add_typer(cli_data.data, name="data")
 app.command()(cli_models.generate)
 app.command()(cli_models.translate)
 app.command("import")(cli_models.import_)

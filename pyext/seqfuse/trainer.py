@@ -271,6 +271,7 @@ class Trainer:
         if self.group.first:
             self.folder.begin(self.config.to_dict(), self.task.fingerprint, self.model.save_tokenizers)
         self.group.wait()
+        self.console.print(self.task.said, markup=False, soft_wrap=True)
         damaged = []
         for path in self.folder.newest():
             try:

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from seqfuse.data import WheelFile, fetch
+from seqfuse.data import PackageFile, fetch
 from seqfuse.models.base import Model
 from seqfuse.models.files import CheckpointError, fill, tensors_of
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
 from seqfuse.tokenizer import Tokenizer
 
-CHECKPOINT = WheelFile(
+CHECKPOINT = PackageFile(
     name="g2p-en",
     version="2.1.0",
     member="g2p_en/checkpoint20.npz",

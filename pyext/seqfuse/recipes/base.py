@@ -116,6 +116,7 @@ class Task:
     unit = "tokens"
     examples: int  # for training; set by prepare
     fingerprint: str  # of the data, set by prepare: a run is resumed on the same data only
+    said = ""  # what was read, of which columns, under what licence; for the user, set by prepare
 
     def __init__(self, config: RunConfig, device: torch.device | str = "cpu", folder: Path | None = None):
         """folder: of the run, where tokenizers are read if it has them."""

@@ -1,0 +1,317 @@
+"""`make claims`: train what the recipes claim, hold it against the bars, and write docs/claims.md with plots.
+
+    python -m seqfuse.benchmarks.claims [--only bottleneck | --finished] [--runs build/claims] [--docs docs]
+
+Each claim is some runs of `seqfuse train` and a judgement of their results. A run that is finished is not repeated, one
+that was stopped goes on, so the command may be given again; delete a run's folder to train it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from seqfuse import data, files, report, run_report
+from seqfuse.info import build_info
+from seqfuse.recipes import RECIPES
+from seqfuse.recipes.bottleneck import curves
+from seqfuse.runlog import read_log
+
+SETTLED = 20  # steps of each of two models that are timed in turn
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs()."""
+
+    name: str
+    recipe: str
+    settings: dict = field(default_factory=dict)
+    tiny: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """claim: in words. bar: what was promised. found: what came out. holds: whether that is enough."""
+
+    claim: str
+    bar: str
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Claim:
+    """runs: what has to be trained. judge: from the folders of the runs, by name. chart: SVG, from the same."""
+
+    name: str
+    runs: tuple[Run, ...]
+    judge: Callable[[dict[str, Path]], list[Finding]]
+    chart: Callable[[dict[str, Path]], str]
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def metric(folder: Path, name: str) -> float:
+    return result(folder)["metrics"][name]
+
+
+def losses(folders: dict[str, Path]) -> str:
+    return run_report.curves({name: read_log(folder / "log.jsonl") for name, folder in folders.items()})[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- judgements
+
+
+def gates(folders: dict[str, Path]) -> list[Finding]:
+    rnn, *gated = (metric(folders[f"charlm-{cell}"], "loss") for cell in ("rnn", "lstm", "gru"))
+    found = f"rnn {rnn:.3f}, lstm {gated[0]:.3f}, gru {gated[1]:.3f} nats per character"
+    return [
+        Finding("gated cells beat the plain RNN, one width and as many steps", "below the RNN", found, max(gated) < rnn)
+    ]
+
+
+def weight_drop(folders: dict[str, Path]) -> list[Finding]:
+    plain, dropped = (metric(folders[name], "perplexity") for name in ("awd_lstm-plain", "awd_lstm"))
+    cost = weight_drop_cost()
+    return [
+        Finding(
+            "weight-drop improves the held-out loss",
+            "below the same model without it",
+            f"perplexity {dropped:.1f} with, {plain:.1f} without",
+            dropped < plain,
+        ),
+        Finding(
+            "and costs little",
+            "at most 1.1 times a step without it",
+            f"{cost:.2f} times the processor time, medians of {SETTLED} steps in turn on one thread",
+            cost <= 1.1,
+        ),
+    ]
+
+
+def weight_drop_cost() -> float:
+    """Processor time of a training step with weight-drop over one without, taken in turn: other jobs don't count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tasks = [RECIPES["awd_lstm"].configure(change) for change in ({}, {"model.weight_drop": 0.0})]
+    tasks = [RECIPES["awd_lstm"].task(config) for config in tasks]
+    seconds: list[list[float]] = [[], []]
+    for step in range(2 + SETTLED):
+        for task, times in zip(tasks, seconds, strict=True):
+            start = time.process_time()
+            loss, tokens = task.loss(task.model, *task.batch(task.order(0)[step % task.pieces]))
+            (loss / tokens).backward()
+            times.append(time.process_time() - start)
+            task.model.zero_grad(set_to_none=True)
+    torch.set_num_threads(before)
+    with_drop, without = (statistics.median(times[2:]) for times in seconds)
+    return with_drop / without
+
+
+def attention_helps(folders: dict[str, Path]) -> list[Finding]:
+    attention, fixed = (
+        metric(folders[name], "accuracy_at_20") for name in ("bottleneck-attention", "bottleneck-fixed")
+    )
+    return [
+        Finding("attention reads 20 letters backwards", "at least 0.99 right", f"{attention:.3f}", attention >= 0.99),
+        Finding("the same model without attention can't", "at most 0.5 right", f"{fixed:.3f}", fixed <= 0.5),
+    ]
+
+
+def accuracies(folders: dict[str, Path]) -> str:
+    lines = {}
+    for name, folder in folders.items():
+        values = result(folder)["metrics"]
+        found = {int(k.rpartition("_")[2]): v for k, v in values.items() if k.startswith("accuracy_at_")}
+        lines[name.partition("-")[2]] = found
+    return curves(lines)
+
+
+def pretrains(folders: dict[str, Path]) -> list[Finding]:
+    loss = metric(folders["gpt"], "loss")
+    return [
+        Finding("a GPT learns a million characters", "held-out loss at most 1.90", f"{loss:.3f} nats per character",
+                loss <= 1.90)
+    ]  # fmt: skip
+
+
+def guesses(folders: dict[str, Path]) -> list[Finding]:
+    """Against a guess from frequencies alone: the cross entropy of the held-out tokens under those of training."""
+    task = RECIPES["bert_mlm"].task(RECIPES["bert_mlm"].configure())
+    counts, held = Counter(task.train_ids.tolist()), task.held_ids.tolist()
+    total = len(task.train_ids) + task.text_tokenizer.vocab_size
+    unigram = -sum(math.log((counts[token] + 1) / total) for token in held) / len(held)
+    loss = metric(folders["bert_mlm"], "loss")
+    evaluations = [r["evaluation"]["loss"] for r in read_log(folders["bert_mlm"] / "log.jsonl") if "evaluation" in r]
+    accuracy = metric(folders["bert_mlm"], "accuracy")
+    return [
+        Finding(
+            "a masked language model learns from context",
+            f"falling, and below the {unigram:.2f} of token frequencies alone",
+            f"{evaluations[0]:.2f} at the first evaluation, {loss:.2f} in the end, {accuracy:.1f}% right",
+            loss < min(evaluations[0], unigram),
+        )
+    ]
+
+
+def translates(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for arch in ("transformer", "rnn"):
+        value = metric(folders[f"overfit-{arch}"], "BLEU")
+        found.append(
+            Finding(f"{arch}: learns a tiny set by heart", "BLEU at least 95", f"{value:.1f}", float(value) >= 95)
+        )
+    values = result(folders["translate"])["metrics"]
+    bleu, chrf, pairs = values["BLEU"], values["chrF"], values["pairs"]
+    text = f"BLEU {bleu:.1f}, chrF {chrf:.1f} on {pairs} held-out pairs ({values['BLEU signature']})"
+    found.append(Finding("English to Italian, trained this shortly", "no bar", text, True))
+    return found
+
+
+CLAIMS = (
+    Claim("charlm", tuple(Run(f"charlm-{c}", "charlm", {"cell": c}) for c in ("rnn", "lstm", "gru")), gates, losses),
+    Claim(
+        "awd_lstm",
+        (Run("awd_lstm", "awd_lstm"), Run("awd_lstm-plain", "awd_lstm", {"model.weight_drop": 0})),
+        weight_drop,
+        losses,
+    ),
+    Claim(
+        "bottleneck",
+        (Run("bottleneck-attention", "bottleneck"), Run("bottleneck-fixed", "bottleneck", {"attention": None})),
+        attention_helps,
+        accuracies,
+    ),
+    Claim("gpt", (Run("gpt", "gpt"),), pretrains, losses),
+    Claim("bert_mlm", (Run("bert_mlm", "bert_mlm"),), guesses, losses),
+    Claim(
+        "translate",
+        (
+            Run("translate", "translate"),
+            *(
+                Run(
+                    f"overfit-{arch}",
+                    "translate",
+                    {
+                        "arch": arch,
+                        "overfit": True,
+                        "max_steps": 300,
+                        "batch_size": 25,
+                        "vocab": 600,
+                        "beams": 1,
+                        "evaluate_every": 100,
+                        "label_smoothing": 0,
+                        "optim.warmup": 30,
+                    },
+                    tiny=True,
+                )  # fmt: skip
+                for arch in ("transformer", "rnn")
+            ),
+        ),
+        translates,
+        losses,
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def tiny_pairs(path: Path) -> Path:
+    """50 pairs of English and Italian."""
+    rows = [(s, t) for s, t, _ in data.translations("it").rows if 4 <= len(s.split()) <= 12][:50]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.save_atomically(path, lambda part: part.write_text("".join(f"{s}\t{t}\n" for s, t in rows), encoding="utf-8"))
+    return path
+
+
+def command_of(run: Run, runs: Path) -> list[str]:
+    command = ["seqfuse", "train", run.recipe, "--out", str(runs / run.name)]
+    if run.tiny:
+        command += ["--data", str(runs / "tiny.tsv")]
+    for name, value in run.settings.items():
+        command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return command
+
+
+def train(run: Run, runs: Path) -> None:
+    if run.tiny and not (runs / "tiny.tsv").is_file():
+        tiny_pairs(runs / "tiny.tsv")
+    print(f"== {run.name}", flush=True)
+    subprocess.run([sys.executable, "-m", *command_of(run, runs)], check=True)
+
+
+def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
+    info = build_info()
+    lines = [
+        "# Claims of the recipes",
+        "",
+        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; plots are of these runs.",
+        "How long a step takes is not asked here, but in [benchmarks.md](benchmarks.md).",
+        "",
+        f"Machine: {info['cpu']}, {os.cpu_count()} logical cores; torch {info['torch']}, CPU kernels at {info['isa']}.",
+        "",
+        "| claim | bar | measured | holds |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {f.claim} | {f.bar} | {f.found} | {'yes' if f.holds else '**no**'} |" for _, _, found in done for f in found
+    ]
+    for claim, folders, _ in done:
+        lines += ["", f"## {claim.name}", "", f"![{claim.name}](claims/{claim.name}.svg)", ""]
+        lines += ["| run | finished | steps | parameters |", "| --- | --- | --- | --- |"]
+        for run in claim.runs:
+            path = folders[run.name] / "results.json"
+            values, when = result(folders[run.name]), datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            command = " ".join(command_of(run, Path("runs")))
+            lines.append(f"| `{command}` | {when:%Y-%m-%d} | {values['steps']:,} | {values['parameters']:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=[claim.name for claim in CLAIMS], help="one claim, and no page is written")
+    parser.add_argument("--finished", action="store_true", help="train nothing: the claims whose runs are all finished")
+    parser.add_argument("--runs", type=Path, default=Path("build/claims"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    done = []
+    for claim in CLAIMS:
+        folders = {run.name: options.runs / run.name for run in claim.runs}
+        if options.finished and not all((folder / "results.json").is_file() for folder in folders.values()):
+            print(f"left out: {claim.name} is not trained yet")
+        elif options.only in (None, claim.name):
+            if not options.finished:
+                for run in claim.runs:
+                    train(run, options.runs)
+            done.append((claim, folders, claim.judge(folders)))
+    for _, _, found in done:
+        for f in found:
+            print(f"{'holds' if f.holds else 'FAILS'}: {f.claim}: {f.found} ({f.bar})")
+    if options.only is None:
+        (options.docs / "claims").mkdir(parents=True, exist_ok=True)
+        for claim, folders, _ in done:
+            svg = report.standalone(claim.chart(folders))
+            (options.docs / "claims" / f"{claim.name}.svg").write_text(svg, encoding="utf-8")
+        (options.docs / "claims.md").write_text(page(done), encoding="utf-8")
+    return 0 if all(f.holds for _, _, found in done for f in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""How good a model's output is: error rates, perplexity, BLEU and chrF.
+
+BLEU and chrF are sacrebleu's (Post 2018, arXiv:1804.08771), with the signature that says how they were computed: it is
+installed by `pip install seqfuse[eval]` and needed by nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Levenshtein: the fewest insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def closest(output: Sequence[Any], references: Sequence[Sequence[Any]]) -> tuple[int, Sequence[Any]]:
+    """(edits, reference) of the reference that `output` is closest to, the first of equally close ones."""
+    return min(((edit_distance(output, r), r) for r in references), key=lambda pair: pair[0])
+
+
+def token_error_rate(outputs: Sequence[Sequence[Any]], references: Sequence[Sequence[Sequence[Any]]]) -> float:
+    """Percent: edits needed over all outputs / tokens in all references, each the closest to its output.
+
+    Of phonemes it is the phoneme error rate, of words the word error rate of speech recognition. references: one or
+    several for each output. Raises ValueError if there are not as many, or no token in them.
+    """
+    _as_many("token_error_rate", outputs, references)
+    found = [closest(output, several) for output, several in zip(outputs, references, strict=True)]
+    tokens = sum(len(reference) for _, reference in found)
+    if tokens == 0:
+        raise ValueError("token_error_rate: the references hold no tokens")
+    return 100 * sum(edits for edits, _ in found) / tokens
+
+
+def sequence_error_rate(outputs: Sequence[Sequence[Any]], references: Sequence[Sequence[Sequence[Any]]]) -> float:
+    """Percent of outputs that equal none of their references: of spelled words the word error rate."""
+    _as_many("sequence_error_rate", outputs, references)
+    wrong = sum(
+        all(list(output) != list(r) for r in several) for output, several in zip(outputs, references, strict=True)
+    )
+    return 100 * wrong / len(outputs)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of the mean cross entropy; infinite where that overflows."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """nats: the sum of the cross entropy over a text of so many bytes in UTF-8. Comparable across tokenizers."""
+    if text_bytes <= 0:
+        raise ValueError(f"bits_per_byte: text_bytes must be positive, got {text_bytes}")
+    return nats / math.log(2) / text_bytes
+
+
+@dataclass(frozen=True)
+class Score:
+    """value: 0 to 100. signature: how it was computed."""
+
+    value: float
+    signature: str
+
+
+def bleu(outputs: Sequence[str], references: Sequence[str]) -> Score:
+    """sacreBLEU of a corpus, one reference for each output. Raises ValueError if there are not as many."""
+    return _sacrebleu("BLEU", outputs, references)
+
+
+def chrf(outputs: Sequence[str], references: Sequence[str]) -> Score:
+    """chrF of a corpus (Popović 2015), one reference for each output. Raises ValueError if there are not as many."""
+    return _sacrebleu("CHRF", outputs, references)
+
+
+def bleu_by_length(
+    outputs: Sequence[str], references: Sequence[str], lengths: Sequence[int], edges: Sequence[int] = (10, 20, 30, 40)
+) -> list[tuple[str, int, float]]:
+    """(range of lengths, how many outputs, their BLEU) for sources of up to edges[0] tokens, from there to edges[1] and
+    so on, and longer ones; ranges without any are left out."""
+    _as_many("bleu_by_length", outputs, references)
+    _as_many("bleu_by_length", outputs, lengths)
+    rows, low = [], 1
+    for high in (*edges, None):
+        inside = [i for i, n in enumerate(lengths) if n >= low and (high is None or n <= high)]
+        if inside:
+            score = bleu([outputs[i] for i in inside], [references[i] for i in inside])
+            rows.append((f"{low} to {high}" if high else f"{low} and more", len(inside), score.value))
+        low = (high or 0) + 1
+    return rows
+
+
+def has_sacrebleu() -> bool:
+    """Whether bleu() and chrf() can be computed here."""
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _sacrebleu(name: str, outputs: Sequence[str], references: Sequence[str]) -> Score:
+    _as_many(name.lower(), outputs, references)
+    try:
+        from sacrebleu import metrics
+    except ImportError as error:
+        raise ImportError(f"{name.lower()} needs sacrebleu: pip install seqfuse[eval] ({error})") from error
+    metric = getattr(metrics, name)()
+    score = metric.corpus_score(list(outputs), [list(references)])
+    return Score(score.score, str(metric.get_signature()))
+
+
+def _as_many(who: str, outputs: Sequence, references: Sequence) -> None:
+    if not outputs or len(outputs) != len(references):
+        raise ValueError(
+            f"{who}: {len(outputs)} outputs and {len(references)} references: as many are wanted, one at least"
+        )

@@ -1,0 +1,122 @@
+"""What recipes over running text share: where it comes from, what is held out, how it becomes examples and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seqfuse import data, metrics
+from seqfuse.data import DataError
+from seqfuse.generate import generate
+from seqfuse.models.base import Model
+from seqfuse.models.config import MODELS
+from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
+from seqfuse.tokenizer import Tokenizer
+
+IGNORED = -100  # as a target: predict nothing here
+EVALUATED_ROWS = 64  # of a batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(RunConfig):
+    """text: without a file of your own, "gutenberg" (books: those whose name starts so), or "stdlib", the source code
+    of the running Python's standard library, which needs no network. limit: characters of it that are used. tokens:
+    the kind of tokenizer, trained on the training text; vocab: how many tokens it may have. length: tokens of one
+    example. prompt: what the sample in the report goes on from.
+    """
+
+    text: Literal["gutenberg", "stdlib"] = "gutenberg"
+    books: str = "austen"
+    limit: int = 1_000_000
+    tokens: Literal["characters", "bytes", "bpe"] = "characters"
+    vocab: int = 1000
+    length: int = 128
+    prompt: str = "The "
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.positive("limit", "vocab", "length")
+        self.require(self.prompt != "", "prompt must not be empty")
+
+
+class TextTask(Task):
+    """Text -> train_ids and held_ids, both [N] int64. Every twentieth piece of the text is held out.
+
+    A subclass may cut examples its own way; here they are pieces of `length` tokens, the targets the tokens behind.
+    """
+
+    def prepare(self) -> None:
+        config = self.config
+        text, name = self.read()
+        text = text[: config.limit]
+        train, held = data.hold_out(text)
+        self.said = f"{name}: {len(text):,} characters, of which {len(held):,} are held out"
+        self.unit = "characters" if config.tokens == "characters" else "tokens"
+        self.fingerprint = fingerprint(text)
+        self.text_tokenizer = self.tokenizer(lambda: self.train_tokenizer(train))
+        self.train_ids = torch.tensor(self.text_tokenizer.encode(train))
+        self.held_ids = torch.tensor(self.text_tokenizer.encode(held))
+        self.held_bytes = len(held.encode())
+        if len(self.train_ids) <= config.length or len(self.held_ids) < 2:
+            raise DataError(
+                f"{config.data or config.text}: {len(text)} characters are too few for examples of {config.length} "
+                "tokens"
+            )
+        self.examples = (len(self.train_ids) - 1) // config.length
+
+    def read(self) -> tuple[str, str]:
+        """The text, and what it is."""
+        config = self.config
+        if config.data:
+            return data.read_text(config.data), config.data
+        if config.text == "stdlib":
+            return data.standard_library(), "source code of Python's standard library"
+        item = data.SETS["gutenberg"]
+        return data.gutenberg(config.books), f"{item.source}, those called {config.books}*; {item.licence}"
+
+    def train_tokenizer(self, text: str) -> Tokenizer:
+        return Tokenizer.train([text], self.config.tokens, vocab=self.config.vocab)
+
+    def build(self) -> Model:
+        config = dataclasses.replace(self.config.model, **self.text_tokenizer.config())
+        model = MODELS[config.model](config)
+        model.tokenizer = self.text_tokenizer
+        return model
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """ids and targets, [B, length] each."""
+        places = torch.tensor(indices)[:, None] * self.config.length + torch.arange(self.config.length)
+        return self.train_ids[places], self.train_ids[places + 1]
+
+    def loss(self, model, ids, targets):
+        return model.loss(ids, targets, **self.loss_options(model)), (targets != IGNORED).sum()
+
+    def held_out(self):
+        """Pieces of almost `length` tokens."""
+        x, y = self.split_rows(-(-(len(self.held_ids) - 1) // self.config.length))
+        return zip(x.split(EVALUATED_ROWS), y.split(EVALUATED_ROWS), strict=True)
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        return self.named(super().evaluate(model)["loss"])
+
+    def named(self, loss: float) -> dict[str, float]:
+        """loss: the mean over the held-out tokens, in nats; and what it is in other units."""
+        bits = metrics.bits_per_byte(loss * (len(self.held_ids) - 1), self.held_bytes)
+        return {"loss": loss, "perplexity": metrics.perplexity(loss), "bits_per_byte": bits}
+
+    def split_rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        """All of the held-out text once as ids and targets, [rows, N] each; the end of the last row has targets that
+        don't count."""
+        ids = self.held_ids
+        width = -(-(len(ids) - 1) // rows)
+        missing = rows * width - (len(ids) - 1)
+        x = torch.cat([ids[:-1], ids.new_zeros(missing)]).view(rows, width)
+        y = torch.cat([ids[1:], ids.new_full((missing,), IGNORED)]).view(rows, width)
+        return x, y
+
+    def report(self, model: Model) -> Findings:
+        sample = generate(model, self.config.prompt, max_new_tokens=300, temperature=0.8, seed=self.config.seed)
+        return Findings(self.evaluate(model), text=sample)
