@@ -1,4 +1,4 @@
-"""How good a model's output is: error rates, perplexity, BLEU and chrF.
+"""How good a model's output is: error rates, perplexity, BLEU and chrF, F1 of classes and of spans.
 
 BLEU and chrF are sacrebleu's (Post 2018, arXiv:1804.08771), with the signature that says how they were computed: it is
 installed by `pip install seqfuse[eval]` and needed by nothing else.
@@ -7,9 +7,10 @@ installed by `pip install seqfuse[eval]` and needed by nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -63,6 +64,66 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
     if text_bytes <= 0:
         raise ValueError(f"bits_per_byte: text_bytes must be positive, got {text_bytes}")
     return nats / math.log(2) / text_bytes
+
+
+class F1(NamedTuple):
+    """precision, recall and f1 in [0, 1], 0 where nothing was to be found; support: how many there are in truth."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+    @classmethod
+    def of(cls, right: int, predicted: int, support: int) -> F1:
+        precision, recall = right / max(1, predicted), right / max(1, support)
+        return cls(precision, recall, 2 * precision * recall / (precision + recall) if right else 0.0, support)
+
+
+def class_scores(true: Sequence[str], predicted: Sequence[str]) -> dict[str, F1]:
+    """F1 of each class that stands in `true` or `predicted`, in alphabetical order. Raises ValueError if there are not
+    as many."""
+    _as_many("class_scores", predicted, true)
+    support, found = Counter(true), Counter(predicted)
+    right = Counter(a for a, b in zip(true, predicted, strict=True) if a == b)
+    return {name: F1.of(right[name], found[name], support[name]) for name in sorted({*support, *found})}
+
+
+def macro_f1(scores: Mapping[str, F1]) -> float:
+    """The mean of the classes' F1."""
+    return sum(score.f1 for score in scores.values()) / len(scores)
+
+
+def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(type, first, last) of the spans that tags like B-PER, I-PER, O mark; BIO and BIOES.
+
+    As conlleval reads them (Tjong Kim Sang and De Meulder 2003): a span also begins with an I- that continues nothing.
+    """
+    found: list[tuple[str, int, int]] = []
+    start, mark, kind = None, "O", ""
+    for i, tag in enumerate([*tags, "O"]):
+        mark_before, kind_before = mark, kind
+        mark, _, kind = tag.partition("-")
+        begins = mark in ("B", "S") or mark_before in ("O", "E", "S") or kind != kind_before
+        if start is not None and (begins or mark == "O"):
+            found.append((kind_before, start, i - 1))
+            start = None
+        if mark != "O" and begins:
+            start = i
+    return found
+
+
+def span_scores(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> tuple[F1, dict[str, F1]]:
+    """Of the spans of many sentences: F1 of all, and of each type. A span is right if its type and both ends are.
+
+    Raises ValueError if there are not as many sentences.
+    """
+    _as_many("span_scores", predicted, true)
+    theirs = {(i, *span) for i, tags in enumerate(true) for span in spans(tags)}
+    ours = {(i, *span) for i, tags in enumerate(predicted) for span in spans(tags)}
+    right, found, support = (Counter(span[1] for span in some) for some in (theirs & ours, ours, theirs))
+    by_type = {kind: F1.of(right[kind], found[kind], support[kind]) for kind in sorted({*support, *found})}
+    return F1.of(len(theirs & ours), len(ours), len(theirs)), by_type
 
 
 @dataclass(frozen=True)

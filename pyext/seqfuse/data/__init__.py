@@ -27,6 +27,7 @@ from seqfuse.data.sets import (
     translation_set,
     translations,
 )
+from seqfuse.data.tagged import addresses, brown
 
 __all__ = [
     "CMUDICT",
@@ -39,6 +40,8 @@ __all__ = [
     "Rated",
     "Records",
     "Sentence",
+    "addresses",
+    "brown",
     "cache_dir",
     "cached",
     "cmudict",
