@@ -27,7 +27,7 @@ from seqfuse.interrupts import CatchInterrupt
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
 from seqfuse.parallel import Group, Lost, load_shares, local, processes, save_shares
-from seqfuse.recipes.base import Optim, RunConfig, Task
+from seqfuse.recipes.base import RunConfig, Task
 from seqfuse.runlog import RunLog
 
 
@@ -65,14 +65,18 @@ def autocast(task: Task):
     return torch.autocast(task.device.type, torch.bfloat16, enabled=task.config.precision == "bf16")
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+def make_optimizer(task: Task) -> torch.optim.AdamW:
+    """Parameters by the task's groups, and matrices apart from the others, which have no weight decay."""
+    optim = task.config.optim
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in task.model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((task.group(name), p.dim() < 2), []).append(p)
+    settings = [
+        {"params": params, "weight_decay": 0.0 if small else optim.weight_decay, "group": group}
+        for (group, small), params in sorted(groups.items(), key=lambda item: item[0])
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 
 class Trainer:
@@ -84,7 +88,7 @@ class Trainer:
         self.console = console or Console(highlight=False, quiet=not self.group.first)
         self.loss = self.group.wrap(LossOfBatch(task), self.config.sharding)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.model, self.config.optim)
+        self.optimizer = make_optimizer(task)
         self.average = [p.detach().clone() for p in self.weights] if self.config.ema else []
         self.progress = Progress()
         self.order: list[list[int]] = []  # the batches of the current epoch
@@ -146,7 +150,7 @@ class Trainer:
         norm = self.scale_gradients(sums[1])
         factor = schedules.factor(config.optim.schedule, progress.step, config.optim.warmup, config.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * factor
+            group["lr"] = config.optim.lr * factor * self.task.rate(group["group"], progress.step)
         self.optimizer.step()
         if self.average:
             torch._foreach_lerp_([local(a) for a in self.average], self.local_weights(), 1 - config.ema)
@@ -340,7 +344,7 @@ class Trainer:
         self.swap_average()
         tensors = self.group.whole(self.model)
         if self.group.first:
-            self.model.save(folder, tensors)
+            self.model.save(folder, self.task.exported(tensors))
         self.swap_average()
 
     def finish(self) -> None:

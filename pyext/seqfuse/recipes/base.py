@@ -183,6 +183,18 @@ class Task:
         """
         return True
 
+    def group(self, name: str) -> int:
+        """The group that a parameter is in; rate() gives each its learning rate."""
+        return 0
+
+    def rate(self, group: int, step: int) -> float:
+        """What the learning rate of a group is multiplied by in a step, 0: it is frozen."""
+        return 1.0
+
+    def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model that is kept, from those of the model that is trained; by name."""
+        return tensors
+
     def finished(self, model: Model) -> Model:
         """What a finished run leaves of the model that was trained."""
         return model
