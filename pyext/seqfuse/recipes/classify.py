@@ -12,7 +12,7 @@ from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
 from seqfuse.recipes.labels import confusion, f1_table
-from seqfuse.recipes.texts import EVALUATED_ROWS, by_length
+from seqfuse.recipes.texts import EVALUATED_ROWS, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 
 SHOWN = 12  # texts in the report
@@ -32,6 +32,22 @@ class ClassifyConfig(RunConfig):
         self.positive("longest")
 
 
+def labelled_texts(path: str | None) -> tuple[list[tuple[str, str]], str]:
+    """(text, label) of each text once, and what was read: the user's file, or sentences of film reviews, "negative" or
+    "positive" by the sign of the mean rating that some twenty people gave them."""
+    if path:
+        records = data.read_records(path, ("text", "label"))
+        return list(dict(records.rows).items()), records.said
+    rated = {review.text: "positive" if review.rating > 0 else "negative" for review in data.rated_reviews()
+             if review.rating}  # fmt: skip
+    source = data.SETS["ratings"]
+    return list(rated.items()), f"{source.source}: negative or positive by their sign; licence: {source.licence}"
+
+
+def split_of(text: str) -> str:
+    return data.split_of(text, *SPLITS)
+
+
 class Classification(Task):
     """A subclass gives text_tokenizer() and build(). Nothing but the labelled examples decides what is learned: the
     last weights are kept, not the best ones of a larger validation split."""
@@ -40,27 +56,18 @@ class Classification(Task):
     higher = True
     unit = "texts"
 
-    def rows(self) -> list[tuple[str, str]]:
-        """(text, label): the user's file with those two columns, or sentences of film reviews, "negative" or "positive"
-        by the sign of the mean rating that some twenty people gave them."""
-        if self.config.data:
-            return data.read_records(self.config.data, ("text", "label")).rows
-        rated = [review for review in data.rated_reviews() if review.rating]
-        return [(review.text, "positive" if review.rating > 0 else "negative") for review in rated]
-
-    @staticmethod
-    def split(text: str) -> str:
-        return data.split_of(text, *SPLITS)
-
     def prepare(self) -> None:
-        config, rows = self.config, list(dict(self.rows()).items())
+        config = self.config
+        rows, what = labelled_texts(config.data)
         splits: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
         for row in rows:
-            splits[self.split(row[0])].append(row)
+            splits[split_of(row[0])].append(row)
         for name, part in splits.items():
             if not part:
                 raise DataError(f"{config.data}: the {name} split is empty, {len(rows)} texts are too few")
         self.fingerprint = fingerprint(repr(rows))
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
+        self.said = f"{what}\ntexts: {counts}"
         self.pool, self.valid, self.test = splits["train"], splits["valid"], splits["test"]
         drawn = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(config.seed))
         self.train = [self.pool[i] for i in drawn[: config.labelled or None].tolist()]
@@ -82,7 +89,7 @@ class Classification(Task):
         ]
 
     def order(self, epoch):
-        return by_length([len(ids) for ids, _ in self.encoded], self.config.batch_size, self.config.seed, epoch)
+        return sorted_batches([len(ids) for ids, _ in self.encoded], self.config.batch_size, self.config.seed, epoch)
 
     def batch(self, indices):
         return self.collate([self.encoded[i] for i in indices])

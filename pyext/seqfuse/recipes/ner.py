@@ -24,6 +24,8 @@ def ner(arch: str = "bilstm", start: str | None = None) -> TaggingConfig:
 class Entities(Tagging):
     objective = "f1"
 
+    source = data.SETS["addresses"]
+
     def sentences(self):
         return [(sentence, " ".join(sentence.words)) for sentence in data.addresses()]
 

@@ -22,6 +22,8 @@ def pos(arch: str = "bilstm", start: str | None = None) -> TaggingConfig:
 class PartsOfSpeech(Tagging):
     objective = "accuracy"
 
+    source = data.SETS["brown"]
+
     def sentences(self):
         return data.brown()
 

@@ -48,7 +48,9 @@ def sentiment(scratch: bool = False, lora: int = 0) -> SentimentConfig:
         evaluate_every=40,
         keep="last",
         optim=Optim(lr=3e-4 if scratch else 2e-3 if lora else 1e-4, warmup=20, schedule="linear"),
-        model=ClassifierConfig(body=EncoderConfig(vocab=30522, width=384, layers=6, heads=12), labels=2, pooling="mean", dropout=0.1),
+        model=ClassifierConfig(
+            body=EncoderConfig(vocab=30522, width=384, layers=6, heads=12), labels=2, pooling="mean", dropout=0.1
+        ),
     )
 
 

@@ -13,14 +13,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from seqfuse import data, report
-from seqfuse.data import DataError, Sentence
+from seqfuse.data import DataError, PackageFile, Sentence
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import Tagger, TaggerConfig
 from seqfuse.models.recurrent import RNNEncoderConfig
 from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
 from seqfuse.recipes.pretrained import load_body
-from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, by_length
+from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 
 WORD_PIECES = 6  # of a word at most: the longest example then fits into 512 positions
@@ -66,10 +66,11 @@ def tagging(recipe: str, arch: str, start: str | None, **options) -> TaggingConf
 
 
 class Tagging(Task):
-    """A subclass gives sentences() and scores(), and what its report shows."""
+    """A subclass gives sentences() and scores(), and what its report shows. source: of its sentences, for the user."""
 
     unit = "words"
     higher = True
+    source: PackageFile
 
     def sentences(self) -> list[tuple[Sentence, str]]:
         """(sentence, what decides its split), where the user gave no file."""
@@ -90,6 +91,8 @@ class Tagging(Task):
         for name, part in splits.items():
             if not part:
                 raise DataError(f"{config.data}: the {name} split is empty, there are too few sentences")
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
+        self.said = f"{self.what()}\nsentences: {counts}"
         self.fingerprint = fingerprint(repr(splits))
         self.train = [cut for s in splits["train"][: config.limit or None] for cut in self.cut(s)]
         self.valid, self.test = ([cut for s in splits[name] for cut in self.cut(s)] for name in ("valid", "test"))
@@ -105,6 +108,14 @@ class Tagging(Task):
             self.pieces = self.tokenizer(lambda: Tokenizer.train(words, "bpe", vocab=config.vocab))
         self.ids_of: dict[str, list[int]] = {}
         self.encoded = [self.encode(s) for s in self.train]
+
+    def what(self) -> str:
+        """What was read, for the user."""
+        if self.config.data:
+            column = "last" if self.config.column is None else f"{self.config.column + 1}."
+            column = "UPOS" if self.config.column is None and self.config.data.endswith(".conllu") else column
+            return f"{self.config.data}: a word and its tag, the {column} column"
+        return f"{self.source.source}; licence: {self.source.licence}"
 
     def read(self, path: str) -> list[tuple[Sentence, str]]:
         return [(s, " ".join(s.words)) for s in data.read_conll(path, self.config.column)]
@@ -135,7 +146,7 @@ class Tagging(Task):
         return model
 
     def order(self, epoch):
-        return by_length([len(ids) for ids, _ in self.encoded], self.config.batch_size, self.config.seed, epoch)
+        return sorted_batches([len(ids) for ids, _ in self.encoded], self.config.batch_size, self.config.seed, epoch)
 
     def batch(self, indices):
         return self.collate([self.encoded[i] for i in indices], [self.train[i] for i in indices])

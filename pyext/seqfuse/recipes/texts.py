@@ -22,7 +22,7 @@ EVALUATED_ROWS = 64  # of a batch
 POOL = 32  # batches that are sorted by length together, before they are shuffled
 
 
-def by_length(lengths: Sequence[Any], size: int, seed: int, epoch: int) -> list[list[int]]:
+def sorted_batches(lengths: Sequence[Any], size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch for examples of these lengths, which may be tuples: pools of shuffled examples are sorted
     by length before they are cut into batches of `size`, so little is padded."""
     random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -25,7 +25,7 @@ from seqfuse.models.config import MODELS
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
 from seqfuse.models.transformer import TransformerConfig
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
-from seqfuse.recipes.texts import IGNORED, by_length
+from seqfuse.recipes.texts import IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 
 TOKENIZED, EVALUATED = 20_000, 1_000  # pairs that the tokenizer is trained on; of the held-out ones, at most
@@ -125,7 +125,7 @@ class Translate(Task):
         return model
 
     def order(self, epoch: int) -> list[list[int]]:
-        return by_length(
+        return sorted_batches(
             [tuple(map(len, pair)) for pair in self.train], self.config.batch_size, self.config.seed, epoch
         )
 

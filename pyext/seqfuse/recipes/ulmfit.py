@@ -26,7 +26,7 @@ from seqfuse.models.heads import Classifier
 from seqfuse.models.recurrent import RNNLanguageModel, RNNLanguageModelConfig
 from seqfuse.recipes.awd_lstm import AWDLSTM
 from seqfuse.recipes.base import Optim, Recipe, Task
-from seqfuse.recipes.classify import Classification, ClassifyConfig
+from seqfuse.recipes.classify import Classification, ClassifyConfig, labelled_texts, split_of
 from seqfuse.recipes.texts import TextConfig
 from seqfuse.tokenizer import Tokenizer
 
@@ -92,8 +92,7 @@ class Stage(Task):
 
     def pool_of_texts(self) -> list[str]:
         """The task's texts, those of the test split left out."""
-        rows = dict(Classification.rows(self))
-        return [text for text in rows if Classification.split(text) != "test"]
+        return [text for text, _ in labelled_texts(self.config.data)[0] if split_of(text) != "test"]
 
     def train_tokenizer(self, text: str = "") -> Tokenizer:
         """The same in each stage, as it is learned from the same texts."""
@@ -137,15 +136,15 @@ class Stage(Task):
 
 
 class General(Stage, AWDLSTM):
-    def read(self) -> str:
-        return self.books()
+    def read(self):
+        return self.books(), f"general text ({self.config.text}, {self.config.books}*)"
 
 
 class Target(Stage, AWDLSTM):
     before = "general"
 
-    def read(self) -> str:
-        return "\n".join(self.pool_of_texts())
+    def read(self):
+        return "\n".join(self.pool_of_texts()), "the task's texts, without their labels"
 
 
 class ToClassifier(Stage, Classification):
