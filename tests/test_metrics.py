@@ -95,3 +95,34 @@ def test_class_scores():
     assert metrics.macro_f1(scores) == pytest.approx((2 / 3 + 4 / 5) / 4)
     with pytest.raises(ValueError, match="1 outputs and 2 references"):
         metrics.class_scores(["a", "b"], ["a"])
+
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.", "the fox, quick and brown, jumped over a dog", "", "A", "a an the",
+    "police killed the gunman", "the gunman killed police!", "x-ray of the U.S. in 1999", "Ünïcode cafe's é", "the",
+]  # fmt: skip
+
+
+def test_rouge_is_the_reference_implementations():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for output in TEXTS:
+        for reference in TEXTS:
+            theirs = {name: score.fmeasure for name, score in scorer.score(reference, output).items()}
+            assert metrics.rouge(output, reference) == pytest.approx(theirs), (output, reference)
+    assert metrics.mean_rouge(["a b", "c"], ["a b", "d"]) == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5}
+
+
+def test_answer_scores():
+    """What SQuAD's evaluation script gives for these, which was run on all pairs of TEXTS."""
+    for output, answer, exact, f1 in [
+        (TEXTS[1], TEXTS[0], 0, 5 / 7),
+        (TEXTS[6], TEXTS[5], 0, 1),
+        ("us xray", TEXTS[7], 0, 4 / 7),
+        ("cafes", TEXTS[8], 0, 1 / 2),
+        ("The Dog!", "dog", 1, 1),
+        ("dog", "the", 0, 0),
+    ]:
+        assert metrics.answer_scores(output, [answer]) == pytest.approx((exact, f1)), (output, answer)
+    assert metrics.answer_scores("the dog", ["cat", "dog"]) == (1, 1)
+    assert metrics.answer_scores("", []) == (1, 1) and metrics.answer_scores("dog", []) == (0, 0)
+    assert metrics.answer_scores("dog cat", ["cat", "dog dog"])[1] == pytest.approx(2 / 3)

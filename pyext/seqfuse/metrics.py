@@ -1,4 +1,4 @@
-"""How good a model's output is: error rates, perplexity, BLEU and chrF, F1 of classes and of spans.
+"""How good a model's output is: error rates, perplexity, BLEU and chrF, F1 of classes and spans, ROUGE, answers.
 
 BLEU and chrF are sacrebleu's (Post 2018, arXiv:1804.08771), with the signature that says how they were computed: it is
 installed by `pip install seqfuse[eval]` and needed by nothing else.
@@ -7,6 +7,8 @@ installed by `pip install seqfuse[eval]` and needed by nothing else.
 from __future__ import annotations
 
 import math
+import re
+import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +126,56 @@ def span_scores(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]
     right, found, support = (Counter(span[1] for span in some) for some in (theirs & ours, ours, theirs))
     by_type = {kind: F1.of(right[kind], found[kind], support[kind]) for kind in sorted({*support, *found})}
     return F1.of(len(theirs & ours), len(ours), len(theirs)), by_type
+
+
+def rouge(output: str, reference: str) -> dict[str, float]:
+    """F1 in [0, 1] of the words (ROUGE-1), pairs of words (ROUGE-2) and the longest common subsequence of words
+    (ROUGE-L) that a summary shares with its reference (Lin 2004). Words: runs of a-z and 0-9 in lower case, not
+    stemmed."""
+    ours, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (output, reference))
+    found = {}
+    for n in (1, 2):
+        a, b = (Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (ours, theirs))
+        found[f"rouge{n}"] = F1.of((a & b).total(), a.total(), b.total()).f1
+    found["rougeL"] = F1.of(_longest_common(ours, theirs), len(ours), len(theirs)).f1
+    return found
+
+
+def mean_rouge(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """ROUGE of many summaries: the mean of each. Raises ValueError if there are not as many references."""
+    _as_many("mean_rouge", outputs, references)
+    each = [rouge(output, reference) for output, reference in zip(outputs, references, strict=True)]
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+
+
+def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def answer_scores(output: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1 of the words) in [0, 1] with the answer that is closest, as SQuAD counts them (Rajpurkar et al.
+    2016, arXiv:1606.05250): without case, punctuation and articles. No answers: right is to say nothing."""
+    answers = [a for a in answers if _plain(a)] or [""]
+    ours = _plain(output)
+    exact = max(float(ours == _plain(answer)) for answer in answers)
+    return exact, max(_shared(ours.split(), _plain(answer).split()) for answer in answers)
+
+
+def _plain(answer: str) -> str:
+    kept = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def _shared(ours: list[str], theirs: list[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return F1.of((Counter(ours) & Counter(theirs)).total(), len(ours), len(theirs)).f1
 
 
 @dataclass(frozen=True)

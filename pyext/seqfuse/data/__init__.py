@@ -24,6 +24,7 @@ from seqfuse.data.sets import (
     read_lexicon,
     split_of,
     standard_library,
+    summaries,
     translation_set,
     translations,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "sha256_of",
     "split_of",
     "standard_library",
+    "summaries",
     "translation_set",
     "translations",
 ]

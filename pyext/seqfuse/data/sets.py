@@ -7,7 +7,7 @@ import re
 import sysconfig
 from pathlib import Path
 
-from seqfuse.data.apt import AptTranslations
+from seqfuse.data.apt import AptSummaries, AptTranslations
 from seqfuse.data.fetch import DataError, PackageFile, fetch, short
 from seqfuse.data.preferences import RATINGS
 from seqfuse.data.readers import Records, read_records
@@ -62,6 +62,7 @@ SETS = {
 }
 for _language, _size in (("it", 25_547_968), ("fr", 12_954_550), ("de", 8_111_810)):
     SETS[f"debian-en-{_language}"] = AptTranslations(_language, _size)
+SETS["debian-summaries"] = AptSummaries("en", 0)
 
 # A pronunciation lexicon: every word with all its pronunciations, each a tuple of phonemes, in the file's order.
 Lexicon = dict[str, list[tuple[str, ...]]]
@@ -127,6 +128,11 @@ def translation_set(language: str) -> AptTranslations:
 def translations(language: str) -> Records:
     """Rows of (English, its translation, the package they describe), from Debian's archive."""
     return read_records(fetch(translation_set(language)), ("source", "target", "package"))
+
+
+def summaries() -> Records:
+    """(text, its one-line summary, the package they describe) from Debian's archive."""
+    return read_records(fetch(SETS["debian-summaries"]), ("text", "summary", "package"))
 
 
 def split_of(key: str, test_percent: float = 5.0, valid_percent: float = 1.0) -> str:

@@ -13,14 +13,17 @@ from seqfuse.recipes import (
     gpt,
     ner,
     pos,
+    qa,
     sentiment,
+    summarize,
     translate,
     ulmfit,
 )
 from seqfuse.recipes.base import Recipe
 
 _MODULES = (
-    charlm, awd_lstm, bottleneck, translate, gpt, bert_mlm, pos, ner, sentiment, ulmfit, class_to_text, align,
+    charlm, awd_lstm, bottleneck, translate, gpt, bert_mlm, pos, ner, sentiment, ulmfit, summarize, qa, class_to_text,
+    align,
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in _MODULES}
