@@ -10,9 +10,10 @@ from rich.console import Console
 from seqfuse import data, models, trainer
 from seqfuse.checkpoints import RunFolder
 from seqfuse.parallel import pick_device
-from seqfuse.recipes import RECIPES
+from seqfuse.recipes import RECIPES, qa
 from seqfuse.recipes.texts import IGNORED
 from seqfuse.run_report import evaluate, findings_of
+from seqfuse.tokenizer import Tokenizer
 
 STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "batch_size": 8, "optim.warmup": 2}
 SMALL = {"model.body.embed": 16, "model.body.hidden": 16, "model.body.dropout_input": 0.0, "vocab": 280}
@@ -102,3 +103,193 @@ def test_a_bad_line_of_a_tagged_file_is_named(tmp_path):
     for name in ("pos", "ner"):
         with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: expected a word and its tag")):
             RECIPES[name].task(configure(name, {"data": str(path)}))
+
+
+# ------------------------------------------------------------------------------------------------------- text to text
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Texts and their last word; the same as passages, questions and answers."""
+    folder = tmp_path_factory.mktemp("pairs")
+    texts = [" ".join(f"{'abcd'[(i * j) % 4]}{(3 * i + j) % 7}" for j in range(1, 5 + i % 3)) for i in range(120)]
+    (folder / "summaries.tsv").write_text("\n".join(f"{text}\t{text.split()[-1]}" for text in texts))
+    (folder / "questions.tsv").write_text("\n".join(f"last?\t{text}\t{text.split()[-1]}" for text in texts))
+    return folder
+
+
+TINY = {"model.width": 16, "model.layers": 1, "model.heads": 2, "vocab": 280, "written": 4}
+ARCHS = {
+    "transformer": TINY,
+    "decoder": TINY,
+    "rnn": {"model.embed": 16, "model.hidden": 16, "vocab": 280, "written": 4},
+}
+FILES = {"summarize": "summaries.tsv", "qa": "questions.tsv"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", FILES)
+def test_text_to_text(name, arch, pairs, tmp_path):
+    found = run(configure(name, ARCHS[arch] | {"arch": arch, "data": str(pairs / FILES[name])}), tmp_path / "run")
+    assert {"summarize": "rougeL", "qa": "exact_match"}[name] in found["metrics"]
+
+
+def test_a_decoder_alone_is_asked_for_the_target_only(pairs):
+    task = RECIPES["summarize"].task(
+        configure("summarize", TINY | {"arch": "decoder", "data": str(pairs / "summaries.tsv")})
+    )
+    ids, targets = task.batch([0, 1])
+    for row, (source, target) in enumerate(task.train[:2]):
+        whole = [*source, task.pieces.bos_id, *target]
+        assert ids[row, : len(whole) - 1].tolist() == whole[:-1]
+        assert targets[row][targets[row] != IGNORED].tolist() == target
+        assert targets[row, len(source) : len(source) + len(target)].tolist() == target
+
+
+def test_a_decoder_alone_learns_few_pairs_by_heart(pairs, tmp_path):
+    """And writes them with generate, whatever the lengths of the prompts in a batch."""
+    size = TINY | {"model.width": 32, "model.dropout": 0.0, "limit": 8, "max_steps": 150, "batch_size": 8}
+    changes = {"arch": "decoder", "overfit": True, "data": str(pairs / "summaries.tsv"), "optim.lr": 0.01}
+    found = run(configure("summarize", size | changes), tmp_path / "run")
+    assert found["metrics"]["rouge1"] == 100
+
+
+def test_bad_lines_of_text_to_text(tmp_path):
+    path = tmp_path / "mine.tsv"
+    path.write_text("a\tb\tc\nalone\n")
+    for name, says in (("summarize", "expected text<TAB>summary"), ("qa", "expected question<TAB>passage<TAB>answer")):
+        with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: {says}")):
+            RECIPES[name].task(configure(name, {"data": str(path)}))
+
+
+def test_squad_files(tmp_path):
+    path = tmp_path / "squad.json"
+    asked = [
+        {"question": "who?", "answers": [{"text": "Ann"}, {"text": "Ann B."}]},
+        {"question": "when?", "answers": []},
+    ]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
+    assert qa.read_squad(path) == [("who?", "Ann came.", ("Ann", "Ann B.")), ("when?", "Ann came.", ())]
+    del asked[1]["question"]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
+    with pytest.raises(data.DataError, match=re.escape(f"{path}: data[0].paragraphs[0].qas[1]: the key 'question'")):
+        qa.read_squad(path)
+    path.write_text('{"data":\n [}')
+    with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: no JSON")):
+        qa.read_squad(path)
+
+
+def test_cloze_questions():
+    text = "Emma met Harriet there. They walked on. It rained. Then the tall Harriet, laughing, ran. All was well."
+    assert qa.cloze(text) == [
+        ("Then the tall _____, laughing, ran.", "Emma met Harriet there. They walked on. It rained.", ("Harriet",))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Texts with a good or a bad word in them."""
+    path = tmp_path_factory.mktemp("labelled") / "labelled.tsv"
+    rows = [(f"w{i % 9} {['bad', 'good'][i % 2]} v{i % 7} u{i}", ["neg", "pos"][i % 2]) for i in range(300)]
+    path.write_text("\n".join("\t".join(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, labelled):
+    """The folder of an Encoder with a tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer.train([labelled.read_text()], "bpe", vocab=300)
+    torch.manual_seed(0)
+    model = models.Encoder(models.EncoderConfig(width=16, layers=1, heads=2, **tokenizer.config()))
+    model.tokenizer = tokenizer
+    model.save(folder)
+    return folder
+
+
+def test_sentiment_is_learned(labelled, encoder, tmp_path):
+    changes = {"data": str(labelled), "start": str(encoder), "labelled": 100, "max_steps": 60, "optim.lr": 0.01}
+    found = run(configure("sentiment", changes), tmp_path / "run")
+    assert found["metrics"]["accuracy"] > 0.9 and found["metrics"]["labelled"] == 100
+    task = RECIPES["sentiment"].task(configure("sentiment", changes))
+    again, other = (RECIPES["sentiment"].task(configure("sentiment", changes | {"seed": s})) for s in (0, 1))
+    assert task.train == again.train != other.train and task.test == other.test
+    assert not {text for text, _ in task.test} & {text for text, _ in task.pool}
+
+
+def test_scratch_is_the_same_architecture(labelled, encoder):
+    changes = {"data": str(labelled), "start": str(encoder)}
+    one = RECIPES["sentiment"].task(configure("sentiment", changes)).model
+    two = RECIPES["sentiment"].task(configure("sentiment", changes | {"scratch": True})).model
+    assert one.config == two.config and one.tokenizer.vocab_size == two.tokenizer.vocab_size
+    old = models.load(encoder).stack.embedding.weight
+    assert torch.equal(one.body.stack.embedding.weight, old) and not torch.equal(two.body.stack.embedding.weight, old)
+
+
+def test_lora_trains_adapters_and_leaves_a_plain_model(labelled, encoder, tmp_path):
+    pytest.importorskip("peft")
+    changes = {"data": str(labelled), "start": str(encoder), "lora": 2, "optim.lr": 0.05, "max_steps": 6}
+    config = configure("sentiment", changes)
+    task = RECIPES["sentiment"].task(config)
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name or name.startswith("output.") for name in trained)
+    found = run(config, tmp_path / "run")
+    kept, old = models.load(tmp_path / "run"), models.load(encoder)
+    assert torch.equal(kept.body.stack.embedding.weight, old.stack.embedding.weight)
+    assert not torch.equal(kept.body.stack.blocks[0].mlp.up.weight, old.stack.blocks[0].mlp.up.weight)
+    last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1]["evaluation"]
+    assert task.evaluate(kept)["loss"] == pytest.approx(last["loss"], rel=1e-4)  # the merged one says the same
+    assert found["steps"] == 6
+
+
+def test_sentiment_refuses(labelled, tmp_path):
+    path = tmp_path / "mine.tsv"
+    path.write_text("good\tpos\nalone\n")
+    with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: expected text<TAB>label")):
+        RECIPES["ulmfit"].task(configure("ulmfit", {"data": str(path), "text": "stdlib"}))
+    with pytest.raises(ValueError, match="not for scratch"):
+        configure("sentiment", {"scratch": True, "lora": 4})
+
+
+ULMFIT = {"model.embed": 16, "model.hidden": 16, "vocab": 280, "limit": 20_000, "length": 10, "text": "stdlib",
+          "general_steps": 2, "target_steps": 2, "labelled": 40}  # fmt: skip
+
+
+def test_ulmfit_goes_through_its_stages(labelled, tmp_path, monkeypatch):
+    config = configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 2})
+    run(config, tmp_path / "run")
+    target, general = tmp_path / "run" / "target", tmp_path / "run" / "target" / "general"
+    assert all(RunFolder(folder).finished for folder in (target, general))
+    whole = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "run", target, general)]
+    assert whole[0] == whole[1] == whole[2]
+
+    task = RECIPES["ulmfit"].task(configure("ulmfit", ULMFIT | {"data": str(labelled), "start": str(target)}))
+    assert task.ready(tmp_path, None)
+    for name, tensor in models.load(target).state_dict().items():
+        assert torch.equal(task.model.body.state_dict()[name], tensor)
+
+
+def test_ulmfit_rates(labelled):
+    task = RECIPES["ulmfit"].task(configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 5}))
+    groups = {name: task.group(name) for name, _ in task.model.named_parameters()}
+    assert groups["output.weight"] == 0 and groups["body.body.layers.1.weight_hh_l0"] == 1
+    assert groups["body.body.layers.0.weight_ih_l0"] == 2 and groups["body.body.embedding.weight"] == 3
+    assert [task.rate(2, step) for step in (0, 9, 10)] == [0, 0, pytest.approx(2.6**-2)]
+    assert task.rate(0, 0) == 1
+
+
+def test_frozen_layers_stay_as_they_are(labelled, tmp_path):
+    config = configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 3, "max_steps": 4})
+    task = RECIPES["ulmfit"].task(config)
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    training = trainer.Trainer(task, tmp_path)
+    changed = []
+    for _ in range(4):
+        training.step(training.next_batch())
+        changed.append(
+            {task.group(name) for name, p in task.model.named_parameters() if not torch.equal(p, before[name])}
+        )
+    assert changed[2] == {0} and changed[3] == {0, 1}
