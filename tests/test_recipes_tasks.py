@@ -12,7 +12,7 @@ from seqfuse.checkpoints import RunFolder
 from seqfuse.parallel import pick_device
 from seqfuse.recipes import RECIPES, qa
 from seqfuse.recipes.texts import IGNORED
-from seqfuse.run_report import evaluate, findings_of
+from seqfuse.run_report import PastRun, by_setting, evaluate, findings_of
 from seqfuse.tokenizer import Tokenizer
 
 STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "batch_size": 8, "optim.warmup": 2}
@@ -218,6 +218,19 @@ def test_sentiment_is_learned(labelled, encoder, tmp_path):
     again, other = (RECIPES["sentiment"].task(configure("sentiment", changes | {"seed": s})) for s in (0, 1))
     assert task.train == again.train != other.train and task.test == other.test
     assert not {text for text, _ in task.test} & {text for text, _ in task.pool}
+
+
+def test_runs_that_differ_in_a_number_make_a_curve():
+    """The label-efficiency curve: a line for pretrained and one for scratch."""
+    past = [
+        PastRun(f"{n}-{scratch}", configure("sentiment", {"labelled": n, "scratch": scratch}).to_dict(), [],
+                {"metrics": {"accuracy": n / 1000 + scratch / 10}})
+        for n in (100, 50, 500) for scratch in (False, True)
+    ]  # fmt: skip
+    (chart,) = by_setting(past)
+    assert "accuracy by labelled" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 6
+    assert "scratch True" in chart and "scratch False" in chart
+    assert by_setting(past[:1]) == by_setting(past[:2]) == []
 
 
 def test_scratch_is_the_same_architecture(labelled, encoder):
