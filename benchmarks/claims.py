@@ -30,6 +30,7 @@ from seqfuse.recipes import RECIPES
 from seqfuse.recipes.bottleneck import curves
 from seqfuse.runlog import read_log
 
+RUNS = "RUNS"  # in a setting: the folder of the runs
 SETTLED = 20  # steps of each of two models that are timed in turn
 
 
@@ -218,6 +219,55 @@ def controls(folders: dict[str, Path]) -> list[Finding]:
     return [Finding("the class decides what is written", bar, found, accuracy > majority)]
 
 
+def tags(folders: dict[str, Path]) -> list[Finding]:
+    accuracy, f1 = metric(folders["pos"], "accuracy"), metric(folders["ner"], "f1")
+    found = f"{100 * accuracy:.1f}% of the words of the Brown corpus's test texts"
+    return [
+        Finding("a BiLSTM tags parts of speech", "at least 94.5% right", found, accuracy >= 0.945),
+        Finding("a BiLSTM finds the parts of addresses", "no bar", f"F1 of spans {100 * f1:.1f}%", True),
+    ]
+
+
+LABELLED = (100, 500)
+
+
+def transfers(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for n in LABELLED:
+        pretrained, scratch = (100 * metric(folders[f"{name}-{n}"], "accuracy") for name in ("minilm", "scratch"))
+        bar = "10 points above the same architecture from scratch" if n == 500 else "no bar"
+        text = f"{pretrained:.1f}% pretrained, {scratch:.1f}% from scratch"
+        found.append(Finding(f"MiniLM learns from {n} labels", bar, text, n != 500 or pretrained - scratch >= 10))
+    return found
+
+
+def efficiency(folders: dict[str, Path]) -> str:
+    return run_report.by_setting([run_report.PastRun.open(folder) for folder in folders.values()])[0]
+
+
+SEEDS = range(3)
+
+
+def language_model_helps(folders: dict[str, Path]) -> list[Finding]:
+    ulmfit, scratch = (
+        statistics.fmean(100 * metric(folders[f"{name}-{seed}"], "accuracy") for seed in SEEDS)
+        for name in ("ulmfit", "ulmfit-scratch")
+    )
+    text = f"{ulmfit:.1f}% from the language model, {scratch:.1f}% from scratch, means of {len(SEEDS)} seeds"
+    return [Finding("ULMFiT learns from 100 labels", "above the same model from scratch", text, ulmfit > scratch)]
+
+
+def answers(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for name, folder in folders.items():
+        recipe, _, arch = name.partition("-")
+        measure = "rougeL" if recipe == "summarize" else "exact_match"
+        value = metric(folder, measure)
+        claim = f"{recipe} with a {arch}: learns 50 pairs by heart"
+        found.append(Finding(claim, f"{measure} at least 95", f"{value:.1f}", value >= 95))
+    return found
+
+
 CLAIMS = (
     Claim("charlm", tuple(Run(f"charlm-{c}", "charlm", {"cell": c}) for c in ("rnn", "lstm", "gru")), gates, losses),
     Claim(
@@ -261,6 +311,37 @@ CLAIMS = (
         translates,
         losses,
     ),
+    Claim("tags", (Run("pos", "pos"), Run("ner", "ner")), tags, losses),
+    Claim(
+        "sentiment",
+        tuple(
+            Run(f"{name}-{n}", "sentiment", {"labelled": n, "scratch": name == "scratch"})
+            for n in LABELLED
+            for name in ("minilm", "scratch")
+        ),
+        transfers,
+        efficiency,
+    ),
+    Claim(
+        "ulmfit",
+        (
+            Run("ulmfit-0", "ulmfit"),
+            *(Run(f"ulmfit-{s}", "ulmfit", {"seed": s, "start": f"{RUNS}/ulmfit-0/target"}) for s in SEEDS[1:]),
+            *(Run(f"ulmfit-scratch-{s}", "ulmfit", {"seed": s, "scratch": True}) for s in SEEDS),
+        ),
+        language_model_helps,
+        losses,
+    ),
+    Claim(
+        "answers",
+        tuple(
+            Run(f"{recipe}-{arch}", recipe, {"arch": arch, "overfit": True})
+            for recipe in ("summarize", "qa")
+            for arch in ("transformer", "decoder")
+        ),
+        answers,
+        losses,
+    ),
     Claim("class_to_text", (Run("class_to_text", "class_to_text"),), controls, losses),
     Claim(
         "align",
@@ -292,7 +373,8 @@ def command_of(run: Run, runs: Path) -> list[str]:
         command += ["--data", str(runs / "tiny.tsv")]
     earlier = {"start": str(runs / run.after / "sft"), "reward": str(runs / run.after / "reward")} if run.after else {}
     for name, value in (run.settings | earlier).items():
-        command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        text = value.replace(RUNS, str(runs)) if isinstance(value, str) else json.dumps(value)
+        command += ["--set", f"{name}={text}"]
     return command
 
 
