@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqfuse import data, models, trainer
+from seqfuse import data, models, schedules, trainer
 from seqfuse.checkpoints import RunFolder
 from seqfuse.parallel import pick_device
 from seqfuse.recipes import RECIPES, qa
@@ -306,3 +306,9 @@ def test_frozen_layers_stay_as_they_are(labelled, tmp_path):
             {task.group(name) for name, p in task.model.named_parameters() if not torch.equal(p, before[name])}
         )
     assert changed[2] == {0} and changed[3] == {0, 1}
+
+
+def test_slanted_triangle():
+    """Up and down in straight lines, from 1/32 of the rate and back."""
+    factors = [schedules.factor("slanted", step, 10, 110) for step in (0, 5, 10, 60, 110)]
+    assert factors == pytest.approx([1 / 32, 33 / 64, 1, 33 / 64, 1 / 32])

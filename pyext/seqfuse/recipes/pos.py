@@ -16,7 +16,7 @@ from seqfuse.recipes.tagging import Tagging, TaggingConfig, flat, tagging
 
 def pos(arch: str = "bilstm", start: str | None = None) -> TaggingConfig:
     """arch: bilstm or transformer. start: a pretrained body instead of both, "minilm" or a folder."""
-    return tagging("pos", arch, start, max_steps=1500, batch_size=32, evaluate_every=500, checkpoint_every=500)
+    return tagging("pos", arch, start, max_steps=3000, batch_size=32, evaluate_every=500, checkpoint_every=500)
 
 
 class PartsOfSpeech(Tagging):
