@@ -126,8 +126,9 @@ class Tagging(Task):
 
     def encode(self, sentence: Sentence) -> tuple[list[int], list[int]]:
         """Ids of the pieces, and where each word starts."""
-        first, last = ([self.pieces.bos_id], [self.pieces.eos_id]) if self.config.start else ([], [])
-        ids, starts = list(first), []
+        around = (self.pieces.bos_id, self.pieces.eos_id) if self.config.start else (None, None)
+        first, last = ([] if token is None else [token] for token in around)
+        ids, starts = first, []
         for word in sentence.words:
             if word not in self.ids_of:  # the space makes byte pairs see that a word begins
                 found = self.pieces.inner.encode(f" {word}", add_special_tokens=False).ids
@@ -159,7 +160,7 @@ class Tagging(Task):
             target[starts] = torch.tensor([self.number.get(tag, IGNORED) for tag in sentence.tags])
             targets.append(target)
         lengths = torch.tensor([len(row) for row in rows])
-        return pad_sequence(rows, True, self.pieces.pad_id), pad_sequence(targets, True, IGNORED), lengths
+        return pad_sequence(rows, True, self.pieces.pad_id or 0), pad_sequence(targets, True, IGNORED), lengths
 
     def loss(self, model, ids, targets, lengths):
         return model.loss(ids, targets, lengths, **self.loss_options(model)), (targets != IGNORED).sum()
