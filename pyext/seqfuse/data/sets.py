@@ -62,7 +62,7 @@ SETS = {
 }
 for _language, _size in (("it", 25_547_968), ("fr", 12_954_550), ("de", 8_111_810)):
     SETS[f"debian-en-{_language}"] = AptTranslations(_language, _size)
-SETS["debian-summaries"] = AptSummaries("en", 0)
+SETS["debian-summaries"] = AptSummaries("en", 9_938_081)
 
 # A pronunciation lexicon: every word with all its pronunciations, each a tuple of phonemes, in the file's order.
 Lexicon = dict[str, list[tuple[str, ...]]]
