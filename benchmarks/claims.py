@@ -30,17 +30,20 @@ from seqfuse.recipes import RECIPES
 from seqfuse.recipes.bottleneck import curves
 from seqfuse.runlog import read_log
 
+RUNS = "RUNS"  # in a setting: the folder of the runs
 SETTLED = 20  # steps of each of two models that are timed in turn
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs()."""
+    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs(). after: the run of align whose
+    fine-tuned model and reward model this one takes."""
 
     name: str
     recipe: str
     settings: dict = field(default_factory=dict)
     tiny: bool = False
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,87 @@ def translates(folders: dict[str, Path]) -> list[Finding]:
     return found
 
 
+def aligns(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for name, folder in folders.items():
+        values = result(folder)["metrics"]
+        text = (
+            f"{values['reward_before']:.2f} before, {values['reward']:.2f} after, KL {values['kl']:.1f} nats, "
+            f"distinct-2 {values['distinct_2_before']:.2f} and {values['distinct_2']:.2f}"
+        )
+        holds = values["reward"] >= 2 * values["reward_before"] > 0 and values["within_bound"] == "yes"
+        bar = f"twice the fine-tuned model's reward at a KL of at most {values['kl_bound']:g}"
+        found.append(Finding(f"{name.partition('-')[2]} learns what people prefer", bar, text, holds))
+    return found
+
+
+def rewards(folders: dict[str, Path]) -> str:
+    lines = []
+    for name, folder in folders.items():
+        values = [record for record in read_log(folder / "log.jsonl") if "evaluation" in record]
+        before = metric(folder, "reward_before")
+        points = [(0, before), *((record["step"], record["evaluation"]["reward"]) for record in values)]
+        lines.append(report.Series(name.partition("-")[2], *zip(*points, strict=True), marks=True))
+    return report.line_chart(lines, "step", "reward of answers to held-out prompts", "reward by step")
+
+
+def controls(folders: dict[str, Path]) -> list[Finding]:
+    values = result(folders["class_to_text"])["metrics"]
+    accuracy, majority = values["class_accuracy"], values["majority_class"]
+    found = f"{accuracy:.3f}; the more frequent class alone {majority:.3f}"
+    bar = "the class of held-out texts by Bayes' rule better than the more frequent one"
+    return [Finding("the class decides what is written", bar, found, accuracy > majority)]
+
+
+def tags(folders: dict[str, Path]) -> list[Finding]:
+    accuracy, f1 = metric(folders["pos"], "accuracy"), metric(folders["ner"], "f1")
+    found = f"{100 * accuracy:.1f}% of the words of the Brown corpus's test texts"
+    return [
+        Finding("a BiLSTM tags parts of speech", "at least 94.5% right", found, accuracy >= 0.945),
+        Finding("a BiLSTM finds the parts of addresses", "no bar", f"F1 of spans {100 * f1:.1f}%", True),
+    ]
+
+
+LABELLED = (100, 500)
+
+
+def transfers(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for n in LABELLED:
+        pretrained, scratch = (100 * metric(folders[f"{name}-{n}"], "accuracy") for name in ("minilm", "scratch"))
+        bar = "10 points above the same architecture from scratch" if n == 500 else "no bar"
+        text = f"{pretrained:.1f}% pretrained, {scratch:.1f}% from scratch"
+        found.append(Finding(f"MiniLM learns from {n} labels", bar, text, n != 500 or pretrained - scratch >= 10))
+    return found
+
+
+def efficiency(folders: dict[str, Path]) -> str:
+    return run_report.by_setting([run_report.PastRun.open(folder) for folder in folders.values()])[0]
+
+
+SEEDS = range(3)
+
+
+def language_model_helps(folders: dict[str, Path]) -> list[Finding]:
+    ulmfit, scratch = (
+        statistics.fmean(100 * metric(folders[f"{name}-{seed}"], "accuracy") for seed in SEEDS)
+        for name in ("ulmfit", "ulmfit-scratch")
+    )
+    text = f"{ulmfit:.1f}% from the language model, {scratch:.1f}% from scratch, means of {len(SEEDS)} seeds"
+    return [Finding("ULMFiT learns from 100 labels", "above the same model from scratch", text, ulmfit > scratch)]
+
+
+def answers(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for name, folder in folders.items():
+        recipe, _, arch = name.partition("-")
+        measure = "rougeL" if recipe == "summarize" else "exact_match"
+        value = metric(folder, measure)
+        claim = f"{recipe} with a {arch}: learns 50 pairs by heart"
+        found.append(Finding(claim, f"{measure} at least 95", f"{value:.1f}", value >= 95))
+    return found
+
+
 CLAIMS = (
     Claim("charlm", tuple(Run(f"charlm-{c}", "charlm", {"cell": c}) for c in ("rnn", "lstm", "gru")), gates, losses),
     Claim(
@@ -227,6 +311,48 @@ CLAIMS = (
         translates,
         losses,
     ),
+    Claim("tags", (Run("pos", "pos"), Run("ner", "ner")), tags, losses),
+    Claim(
+        "sentiment",
+        tuple(
+            Run(f"{name}-{n}", "sentiment", {"labelled": n, "scratch": name == "scratch"})
+            for n in LABELLED
+            for name in ("minilm", "scratch")
+        ),
+        transfers,
+        efficiency,
+    ),
+    Claim(
+        "ulmfit",
+        (
+            Run("ulmfit-0", "ulmfit"),
+            *(Run(f"ulmfit-{s}", "ulmfit", {"seed": s, "start": f"{RUNS}/ulmfit-0/target"}) for s in SEEDS[1:]),
+            *(Run(f"ulmfit-scratch-{s}", "ulmfit", {"seed": s, "scratch": True}) for s in SEEDS),
+        ),
+        language_model_helps,
+        losses,
+    ),
+    Claim(
+        "answers",
+        tuple(
+            Run(f"{recipe}-{arch}", recipe, {"arch": arch, "overfit": True})
+            for recipe in ("summarize", "qa")
+            for arch in ("transformer", "decoder")
+        ),
+        answers,
+        losses,
+    ),
+    Claim("class_to_text", (Run("class_to_text", "class_to_text"),), controls, losses),
+    Claim(
+        "align",
+        (
+            Run("align-grpo", "align"),
+            Run("align-ppo", "align", {"stage": "ppo"}, after="align-grpo"),
+            Run("align-dpo", "align", {"stage": "dpo"}, after="align-grpo"),
+        ),
+        aligns,
+        rewards,
+    ),
 )
 
 
@@ -245,8 +371,10 @@ def command_of(run: Run, runs: Path) -> list[str]:
     command = ["seqfuse", "train", run.recipe, "--out", str(runs / run.name)]
     if run.tiny:
         command += ["--data", str(runs / "tiny.tsv")]
-    for name, value in run.settings.items():
-        command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    earlier = {"start": str(runs / run.after / "sft"), "reward": str(runs / run.after / "reward")} if run.after else {}
+    for name, value in (run.settings | earlier).items():
+        text = value.replace(RUNS, str(runs)) if isinstance(value, str) else json.dumps(value)
+        command += ["--set", f"{name}={text}"]
     return command
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from seqfuse import data
 from seqfuse.cli import app
-from seqfuse.data import apt
+from seqfuse.data import apt, tagged
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,40 @@ def test_conll_sentences(tmp_path):
     path.write_text("a b\n")
     with pytest.raises(data.DataError, match="there is no column 5, only 2"):
         data.read_conll(path, tag_column=5)
+    path.write_text("#\tO\n# O\n")  # words may begin with #, inside a sentence
+    assert data.read_conll(path) == [(("#", "#"), ("O", "O"))]
+
+
+def test_conllu_sentences(tmp_path):
+    path = tmp_path / "a.conllu"
+    lines = [
+        "# text = im Haus",
+        "1-2\tim\t_\t_",
+        "1\tin\tin\tADP",
+        "2\tdem\tder\tDET",
+        "2.1\tx\t_\t_",
+        "3\tHaus\t_\tNOUN",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert data.read_conll(path) == [(("in", "dem", "Haus"), ("ADP", "DET", "NOUN"))]
+    assert data.read_conll(path, tag_column=2)[0].tags == ("in", "der", "_")
+    path.write_text("x\tim\t_\tADP\n")
+    with pytest.raises(data.DataError, match=re.escape(f"{path}, line 1: expected the number of a word, found 'x'")):
+        data.read_conll(path)
+
+
+def test_tags_of_brown():
+    given = "at np$ nns-tl ppss+bem fw-jj md* cs wdt ber* to * -- `` hvd rb+bez-nc nil dod".split()
+    expected = "DET PROPN NOUN PRON X AUX SCONJ PRON AUX PART PART PUNCT PUNCT AUX ADV X AUX".split()
+    assert [tagged.universal(tag) for tag in given] == expected
+
+
+def test_files_of_a_folder_are_chosen_by_pattern():
+    item = data.SETS["brown"]
+    wanted = [name for name in ("ca01", "cr09", "README", "x/ca01", "cats.txt") if item._is_wanted(name)]
+    assert wanted == ["ca01", "cr09", "README"] and item.path.name == "files"
+    assert data.SETS["gutenberg"]._is_wanted(data.SETS["gutenberg"].member + "a.txt")
+    assert not data.SETS["gutenberg"]._is_wanted(data.SETS["gutenberg"].member + "a.csv")
 
 
 def test_held_out_text_comes_from_all_parts():

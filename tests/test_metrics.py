@@ -1,6 +1,7 @@
 """Metrics against values worked out by hand, and sacrebleu's own."""
 
 import math
+import random
 
 import pytest
 
@@ -59,3 +60,69 @@ def test_without_sacrebleu_one_sentence_says_how_to_get_it(monkeypatch):
     assert not metrics.has_sacrebleu()
     with pytest.raises(ImportError, match=r"bleu needs sacrebleu: pip install seqfuse\[eval\]"):
         metrics.bleu(["a"], ["a"])
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-LOC", "S-ORG", "E-PER", "I-ORG"]
+
+
+def test_spans():
+    assert metrics.spans(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-PER"]) == [
+        ("PER", 0, 1), ("LOC", 3, 3), ("LOC", 4, 4), ("PER", 5, 5),
+    ]  # fmt: skip
+    assert metrics.spans(["S-A", "B-A", "E-A", "I-A"]) == [("A", 0, 0), ("A", 1, 2), ("A", 3, 3)]
+    assert metrics.spans([]) == metrics.spans(["O"]) == []
+
+
+def test_span_scores_are_seqevals():
+    seqeval = pytest.importorskip("seqeval.metrics.sequence_labeling")
+    draw = random.Random(0)
+    for tags in (TAGS[:5], TAGS):  # BIO, and what marks ends as well
+        for _ in range(50):
+            true, predicted = ([draw.choices(tags, k=n) for n in (1, 7, 30)] for _ in range(2))
+            predicted[2][:20] = true[2][:20]
+            found, by_type = metrics.span_scores(true, predicted)
+            theirs = seqeval.precision_recall_fscore_support(true, predicted, average="micro", zero_division=0)
+            assert found == pytest.approx(tuple(theirs))
+            each = seqeval.classification_report(true, predicted, output_dict=True, zero_division=0)
+            for kind, score in by_type.items():
+                assert score == pytest.approx(tuple(each[kind].values()))
+
+
+def test_class_scores():
+    scores = metrics.class_scores(list("aabbc"), list("abbbd"))
+    assert scores["a"] == pytest.approx((1, 1 / 2, 2 / 3, 2)) and scores["b"] == pytest.approx((2 / 3, 1, 4 / 5, 2))
+    assert scores["c"] == (0, 0, 0, 1) and scores["d"] == (0, 0, 0, 0) and list(scores) == list("abcd")
+    assert metrics.macro_f1(scores) == pytest.approx((2 / 3 + 4 / 5) / 4)
+    with pytest.raises(ValueError, match="1 outputs and 2 references"):
+        metrics.class_scores(["a", "b"], ["a"])
+
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.", "the fox, quick and brown, jumped over a dog", "", "A", "a an the",
+    "police killed the gunman", "the gunman killed police!", "x-ray of the U.S. in 1999", "Ünïcode cafe's é", "the",
+]  # fmt: skip
+
+
+def test_rouge_is_the_reference_implementations():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for output in TEXTS:
+        for reference in TEXTS:
+            theirs = {name: score.fmeasure for name, score in scorer.score(reference, output).items()}
+            assert metrics.rouge(output, reference) == pytest.approx(theirs), (output, reference)
+    assert metrics.mean_rouge(["a b", "c"], ["a b", "d"]) == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5}
+
+
+def test_answer_scores():
+    """What SQuAD's evaluation script gives for these, which was run on all pairs of TEXTS."""
+    for output, answer, exact, f1 in [
+        (TEXTS[1], TEXTS[0], 0, 5 / 7),
+        (TEXTS[6], TEXTS[5], 0, 1),
+        ("us xray", TEXTS[7], 0, 4 / 7),
+        ("cafes", TEXTS[8], 0, 1 / 2),
+        ("The Dog!", "dog", 1, 1),
+        ("dog", "the", 0, 0),
+    ]:
+        assert metrics.answer_scores(output, [answer]) == pytest.approx((exact, f1)), (output, answer)
+    assert metrics.answer_scores("the dog", ["cat", "dog"]) == (1, 1)
+    assert metrics.answer_scores("", []) == (1, 1) and metrics.answer_scores("dog", []) == (0, 0)
+    assert metrics.answer_scores("dog cat", ["cat", "dog dog"])[1] == pytest.approx(2 / 3)

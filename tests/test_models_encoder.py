@@ -226,3 +226,15 @@ def test_real_weights(minilm):
     means = Classifier.on(ours, labels=1, pooling="mean").pool(x, lengths)
     alike = torch.nn.functional.cosine_similarity(means[:1], means)
     assert alike[1] > 0.4 > 0.2 > alike[2]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_autocast(norm_first):
+    """Branches in bfloat16, what they are added to in float32."""
+    torch.manual_seed(0)
+    model = models.Encoder(models.EncoderConfig(vocab=11, width=16, layers=2, heads=2, norm_first=norm_first))
+    ids = torch.arange(10)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model(ids)
+    x.sum().backward()
+    assert x.dtype == torch.float32 and torch.isfinite(model.stack.embedding.weight.grad).all()

@@ -158,12 +158,38 @@ def comparison(runs: Sequence[PastRun]) -> str:
             "Results",
             report.table(["run", "recipe", *metrics, *facts], rows, range(2, 2 + len(metrics) + len(facts))),
         ),
+        *([report.section("By setting", *map(report.figure, charts))] if (charts := by_setting(runs)) else []),
         report.section("Curves", *(report.figure(svg) for svg in curves(logs_of(runs)))),
         report.section(
             "Settings that differ",
             report.table(["", *(r.name for r in runs)], [(n, *(s.get(n, "") for s in settings)) for n in differing]),
         ),
     )
+
+
+def by_setting(runs: Sequence[PastRun]) -> list[str]:
+    """Charts of the runs' first metric against each number in which they differ, such as that of labelled examples: a
+    line for those that agree in all else, if there are several."""
+    done = [r for r in runs if isinstance(next(iter(r.results.get("metrics", {}).values()), None), float)]
+    settings = [dict(flat(r.config)) for r in done]
+    differing = [n for n in dict.fromkeys(n for s in settings for n in s) if len({s.get(n) for s in settings}) > 1]
+    charts = []
+    for name in differing:
+        lines: dict[tuple, list[tuple[float, float]]] = {}
+        for run, values in zip(done, settings, strict=True):
+            if values.get(name, "").replace(".", "", 1).isdigit():
+                others = tuple((n, values.get(n)) for n in differing if n != name)
+                x, y = float(values[name]), next(iter(run.results["metrics"].values()))
+                lines.setdefault(others, []).append((x, y))
+        series = []
+        for others, points in lines.items():
+            words = [f"{n} {v}" for n, v in others if v in ("True", "False")] or [f"{n} {v}" for n, v in others]
+            x, y = zip(*sorted(points), strict=True)
+            series += [report.Series(", ".join(words) or name, x, y, marks=True)] if len({*x}) > 1 else []
+        if series:
+            metric = next(iter(done[0].results["metrics"]))
+            charts.append(report.line_chart(series, name, metric, f"{metric} by {name}", from_zero=False))
+    return charts
 
 
 def logs_of(runs: Sequence[PastRun]) -> dict[str, list[dict]]:

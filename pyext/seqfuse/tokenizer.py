@@ -178,6 +178,10 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         return self._named("eos")
 
+    @property
+    def unk_id(self) -> int | None:
+        return self._named("unk")
+
     def config(self) -> dict[str, int | None]:
         """What a model's config says of tokens: vocab, bos_id, eos_id, pad_id."""
         return {"vocab": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}

@@ -27,7 +27,7 @@ from seqfuse.interrupts import CatchInterrupt
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
 from seqfuse.parallel import Group, Lost, load_shares, local, processes, save_shares
-from seqfuse.recipes.base import Optim, RunConfig, Task
+from seqfuse.recipes.base import RunConfig, Task
 from seqfuse.runlog import RunLog
 
 
@@ -65,14 +65,18 @@ def autocast(task: Task):
     return torch.autocast(task.device.type, torch.bfloat16, enabled=task.config.precision == "bf16")
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+def make_optimizer(task: Task) -> torch.optim.AdamW:
+    """Parameters by the task's groups, and matrices apart from the others, which have no weight decay."""
+    optim = task.config.optim
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in task.model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((task.group(name), p.dim() < 2), []).append(p)
+    settings = [
+        {"params": params, "weight_decay": 0.0 if small else optim.weight_decay, "group": group}
+        for (group, small), params in sorted(groups.items(), key=lambda item: item[0])
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
 
 class Trainer:
@@ -84,7 +88,7 @@ class Trainer:
         self.console = console or Console(highlight=False, quiet=not self.group.first)
         self.loss = self.group.wrap(LossOfBatch(task), self.config.sharding)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.model, self.config.optim)
+        self.optimizer = make_optimizer(task)
         self.average = [p.detach().clone() for p in self.weights] if self.config.ema else []
         self.progress = Progress()
         self.order: list[list[int]] = []  # the batches of the current epoch
@@ -146,7 +150,7 @@ class Trainer:
         norm = self.scale_gradients(sums[1])
         factor = schedules.factor(config.optim.schedule, progress.step, config.optim.warmup, config.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * factor
+            group["lr"] = config.optim.lr * factor * self.task.rate(group["group"], progress.step)
         self.optimizer.step()
         if self.average:
             torch._foreach_lerp_([local(a) for a in self.average], self.local_weights(), 1 - config.ema)
@@ -340,18 +344,18 @@ class Trainer:
         self.swap_average()
         tensors = self.group.whole(self.model)
         if self.group.first:
-            self.model.save(folder, tensors)
+            self.model.save(folder, self.task.exported(tensors))
         self.swap_average()
 
     def finish(self) -> None:
         """The finished model, its results and the report, in the run's folder."""
-        best = self.folder.newest("best")
-        if self.config.keep == "best" and best:
-            if self.group.first:
-                with checkpoints.writing(self.folder.path / "model.safetensors"):
-                    models.load(best[0]).save(self.folder.path)
-        else:
-            self.write_model(self.folder.path)
+        kind = "best" if self.config.keep == "best" and self.folder.newest("best") else "last"
+        if kind == "last":
+            self.folder.save("last", self.progress.step, self.write_model, self.group)
+        if self.group.first:
+            model = self.task.finished(models.load(self.folder.newest(kind)[0], device=self.task.device))
+            with checkpoints.writing(self.folder.path / "model.safetensors"):
+                model.save(self.folder.path)
         self.group.wait()
         if self.group.first:
             findings = run_report.finish(self.task, self.folder, self.progress)
@@ -375,14 +379,24 @@ def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Con
 
     Under torchrun every process calls it. Raises DataError, CheckpointError or TrainError with one sentence.
     """
+    folder = Path(folder)
+    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
+        return train_in(group, where, config, folder, console)
+
+
+def train_in(group: Group, device: torch.device, config: RunConfig, folder: Path, console: Console | None) -> bool:
+    """train() in a group of processes that is there already; all of them call it."""
     from seqfuse.recipes import RECIPES
 
-    folder, recipe = Path(folder), RECIPES[config.recipe]
-    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
-        if not group.first:
-            group.wait()  # the first one makes the folder, so that all have the same tokenizers
-        task = recipe.task(config, where, folder if RunFolder(folder).exists else None)
-        if group.first:
-            RunFolder(folder).begin(config.to_dict(), task.fingerprint, task.model.save_tokenizers)
-            group.wait()
-        return Trainer(task, folder, group=group, console=console).run()
+    recipe = RECIPES[config.recipe]
+    if not group.first:
+        group.wait()  # the first one makes the folder, so that all have the same tokenizers
+    task = recipe.task(config, device, folder if RunFolder(folder).exists else None)
+    if group.first:
+        RunFolder(folder).begin(config.to_dict(), task.fingerprint, task.model.save_tokenizers)
+        group.wait()
+
+    def train_first(config: RunConfig, name: str) -> bool:
+        return RunFolder(folder / name).finished or train_in(group, device, config, folder / name, console)
+
+    return task.ready(folder, train_first) and Trainer(task, folder, group=group, console=console).run()

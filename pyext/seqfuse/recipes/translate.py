@@ -25,10 +25,9 @@ from seqfuse.models.config import MODELS
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
 from seqfuse.models.transformer import TransformerConfig
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
-from seqfuse.recipes.texts import IGNORED
+from seqfuse.recipes.texts import IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 
-POOL = 32  # batches that are sorted by length together, before they are shuffled
 TOKENIZED, EVALUATED = 20_000, 1_000  # pairs that the tokenizer is trained on; of the held-out ones, at most
 SHOWN = 8  # translations in the report
 DECODED_ROWS = 64
@@ -126,14 +125,9 @@ class Translate(Task):
         return model
 
     def order(self, epoch: int) -> list[list[int]]:
-        """Pools of shuffled pairs are sorted by length before they are cut into batches: little is padded."""
-        random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        shuffled, size = torch.randperm(self.examples, generator=random).tolist(), self.config.batch_size
-        batches = []
-        for start in range(0, self.examples, POOL * size):
-            pool = sorted(shuffled[start : start + POOL * size], key=lambda i: tuple(map(len, self.train[i])))
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+        return sorted_batches(
+            [tuple(map(len, pair)) for pair in self.train], self.config.batch_size, self.config.seed, epoch
+        )
 
     def batch(self, indices):
         return self.collate([self.train[i] for i in indices])

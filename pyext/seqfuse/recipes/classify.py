@@ -1,0 +1,144 @@
+"""What recipes that give a text one label share: few labelled examples, a test split, and what the report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from seqfuse import data, metrics, ops, report
+from seqfuse.data import DataError
+from seqfuse.models.base import Model
+from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
+from seqfuse.recipes.labels import confusion, f1_table
+from seqfuse.recipes.texts import EVALUATED_ROWS, sorted_batches
+from seqfuse.tokenizer import Tokenizer
+
+SHOWN = 12  # texts in the report
+SPLITS = 20.0, 5.0  # percent of the texts to test and to validate on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(RunConfig):
+    """labelled: examples that are trained on, drawn by the seed from the training split; 0: all of it. longest: tokens
+    of a text; longer ones are cut."""
+
+    labelled: int = 500
+    longest: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.positive("longest")
+
+
+def labelled_texts(path: str | None) -> tuple[list[tuple[str, str]], str]:
+    """(text, label) of each text once, and what was read: the user's file, or sentences of film reviews, "negative" or
+    "positive" by the sign of the mean rating that some twenty people gave them."""
+    if path:
+        records = data.read_records(path, ("text", "label"))
+        return list(dict(records.rows).items()), records.said
+    rated = {review.text: "positive" if review.rating > 0 else "negative" for review in data.rated_reviews()
+             if review.rating}  # fmt: skip
+    source = data.SETS["ratings"]
+    return list(rated.items()), f"{source.source}: negative or positive by their sign; licence: {source.licence}"
+
+
+def split_of(text: str) -> str:
+    return data.split_of(text, *SPLITS)
+
+
+class Classification(Task):
+    """A subclass gives text_tokenizer() and build(). Nothing but the labelled examples decides what is learned: the
+    last weights are kept, not the best ones of a larger validation split."""
+
+    objective = "accuracy"
+    higher = True
+    unit = "texts"
+
+    def prepare(self) -> None:
+        config = self.config
+        rows, what = labelled_texts(config.data)
+        splits: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
+        for row in rows:
+            splits[split_of(row[0])].append(row)
+        for name, part in splits.items():
+            if not part:
+                raise DataError(f"{config.data}: the {name} split is empty, {len(rows)} texts are too few")
+        self.fingerprint = fingerprint(repr(rows))
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
+        self.said = f"{what}\ntexts: {counts}"
+        self.pool, self.valid, self.test = splits["train"], splits["valid"], splits["test"]
+        drawn = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(config.seed))
+        self.train = [self.pool[i] for i in drawn[: config.labelled or None].tolist()]
+        self.examples = len(self.train)
+        self.names = sorted({label for _, label in rows})
+        self.pieces = self.text_tokenizer()
+        self.encoded = self.encode(self.train)
+
+    def text_tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    def encode(self, rows: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """(ids, number of the label)."""
+        texts = self.pieces.encode_batch([text for text, _ in rows])
+        empty = [self.pieces.unk_id or 0]
+        return [
+            (ids[: self.config.longest] or empty, self.names.index(label))
+            for ids, (_, label) in zip(texts, rows, strict=True)
+        ]
+
+    def order(self, epoch):
+        return sorted_batches([len(ids) for ids, _ in self.encoded], self.config.batch_size, self.config.seed, epoch)
+
+    def batch(self, indices):
+        return self.collate([self.encoded[i] for i in indices])
+
+    def collate(self, encoded):
+        """ids [B, T], labels [B] and lengths [B]."""
+        rows = [torch.tensor(ids) for ids, _ in encoded]
+        ids = pad_sequence(rows, True, self.pieces.pad_id or 0)
+        return ids, torch.tensor([label for _, label in encoded]), torch.tensor([len(row) for row in rows])
+
+    def loss(self, model, ids, labels, lengths):
+        return ops.cross_entropy(model(ids, lengths), labels, **self.loss_options(model)), len(labels)
+
+    def classify(self, model: Model, rows: list[tuple[str, str]]) -> tuple[list[str], list[float], float]:
+        """(label that the model gives, how probable it finds it) of each text, and the mean loss."""
+        encoded = self.encode(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
+        found, sure, total = [""] * len(rows), [0.0] * len(rows), 0.0
+        for start in range(0, len(order), EVALUATED_ROWS):
+            some = order[start : start + EVALUATED_ROWS]
+            ids, labels, lengths = self.to_device(self.collate([encoded[i] for i in some]))
+            logs = model(ids, lengths).float().log_softmax(-1)  # (B, labels)
+            total -= float(logs.gather(1, labels[:, None]).sum())
+            for i, log, label in zip(some, *(t.tolist() for t in logs.exp().max(-1)), strict=True):
+                found[i], sure[i] = self.names[label], log
+        return found, sure, total / len(rows)
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        found, _, loss = self.classify(model, self.valid)
+        return {"accuracy": accuracy([label for _, label in self.valid], found), "loss": loss}
+
+    def report(self, model: Model) -> Findings:
+        """Accuracy and F1 on the test split, which class is taken for which, and texts it was surely wrong about."""
+        found, sure, loss = self.classify(model, self.test)
+        true = [label for _, label in self.test]
+        scores = metrics.class_scores(true, found)
+        values = {"accuracy": accuracy(true, found), "macro_f1": metrics.macro_f1(scores), "loss": loss,
+                  "labelled": self.examples, "tested": len(true)}  # fmt: skip
+        wrong = sorted((i for i in range(len(true)) if found[i] != true[i]), key=lambda i: -sure[i])[:SHOWN]
+        rows = [(self.test[i][0], true[i], f"{found[i]} ({sure[i]:.2f})") for i in wrong]
+        return Findings(
+            values,
+            [
+                f1_table("Classes", scores),
+                confusion(true, found),
+                report.section("Surest mistakes", report.table(["text", "is", "taken for"], rows)),
+            ],
+        )
+
+
+def accuracy(true: list[str], found: list[str]) -> float:
+    return sum(a == b for a, b in zip(true, found, strict=True)) / len(true)

@@ -1,0 +1,25 @@
+"""Trained bodies to start from: MiniLM's BERT weights, or the folder of any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from seqfuse import data, models
+from seqfuse.data import DataError
+from seqfuse.models.base import Model
+from seqfuse.models.heads import Head
+
+
+def load_body(start: str) -> Model:
+    """The body of a trained model, its head left off. start: "minilm", or a folder that models.load takes.
+
+    Raises DataError if it has no tokenizer.
+    """
+    folder = data.fetch(data.SETS["minilm"]) if start == "minilm" else Path(start)
+    model = models.load(folder)
+    if model.tokenizer is None:
+        raise DataError(f"{folder / 'tokenizer.json'}: there is no such file, and the model needs its own tokenizer")
+    if isinstance(model, Head):
+        model.body.tokenizer = model.tokenizer
+        return model.body
+    return model

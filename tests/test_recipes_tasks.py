@@ -1,0 +1,315 @@
+"""Recipes of tasks for a few steps on small data: tags, classes, answers."""
+
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from seqfuse import data, models, schedules, trainer
+from seqfuse.checkpoints import RunFolder
+from seqfuse.parallel import pick_device
+from seqfuse.recipes import RECIPES, qa
+from seqfuse.recipes.texts import IGNORED
+from seqfuse.run_report import PastRun, by_setting, evaluate, findings_of
+from seqfuse.tokenizer import Tokenizer
+
+STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "batch_size": 8, "optim.warmup": 2}
+SMALL = {"model.body.embed": 16, "model.body.hidden": 16, "model.body.dropout_input": 0.0, "vocab": 280}
+ENCODER = {"arch": "transformer", "model.body.width": 16, "model.body.layers": 1, "model.body.heads": 2, "vocab": 280}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """Sentences in which a word's first letter is its tag."""
+    path = tmp_path_factory.mktemp("data") / "tagged.conll"
+    lines = []
+    for i in range(200):
+        words = [f"{'abc'[(i * j) % 3]}{(7 * i + j) % 10}" for j in range(1 + i % 7)]
+        lines += [f"{word}\tB-{word[0].upper()}" for word in words] + [""]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def configure(name, changes):
+    return RECIPES[name].configure(STEPS | changes)
+
+
+def run(config, folder) -> dict:
+    assert trainer.train(config, folder, device="cpu", console=Console(quiet=True))
+    found = json.loads((folder / "results.json").read_text())
+    task = RECIPES[config.recipe].task(config, pick_device("cpu"), folder)
+    assert evaluate(task, RunFolder(folder))[0].metrics == found["metrics"]  # as `seqfuse eval` says it
+    assert (folder / "report.html").stat().st_size > 1000
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- tags
+
+
+@pytest.mark.parametrize("name", ["pos", "ner"])
+@pytest.mark.parametrize("size", [SMALL, ENCODER], ids=["bilstm", "transformer"])
+def test_tags_are_learned(name, size, tagged, tmp_path):
+    config = configure(name, size | {"data": str(tagged), "max_steps": 60, "evaluate_every": 30, "optim.lr": 0.02})
+    found = run(config, tmp_path / "run")
+    assert found["metrics"][found["objective"]] > 0.9
+    assert isinstance(models.load(tmp_path / "run"), models.Tagger)
+
+
+def test_a_tagger_starts_from_any_folder(tagged, tmp_path):
+    first = run(configure("pos", ENCODER | {"data": str(tagged), "max_steps": 40, "optim.lr": 0.02}), tmp_path / "a")
+    config = configure("pos", {"data": str(tagged), "start": str(tmp_path / "a"), "max_steps": 1})
+    task = RECIPES["pos"].task(config)
+    old, new = models.load(tmp_path / "a"), task.model
+    for name, tensor in old.body.state_dict().items():
+        assert torch.equal(new.body.state_dict()[name], tensor)
+    assert first["metrics"]["accuracy"] > 0.9 and new.tokenizer.vocab_size == old.tokenizer.vocab_size
+    assert task.encoded[0][0][0] == new.tokenizer.bos_id and task.encoded[0][1][0] == 1
+
+
+def test_first_pieces_have_the_tags(tagged):
+    task = RECIPES["pos"].task(configure("pos", SMALL | {"data": str(tagged), "longest": 3}))
+    assert max(len(s.words) for s in task.train) == 3 and len(task.train) > 200
+    ids, targets, lengths = task.batch([0, 1, 2])
+    for row, sentence in enumerate(task.train[:3]):
+        counted = targets[row] != IGNORED
+        assert [task.names[i] for i in targets[row][counted]] == list(sentence.tags)
+        assert task.pieces.decode(ids[row, : lengths[row]]).split() == list(sentence.words)
+    sums = [task.loss(task.model.eval(), *task.batch([i])) for i in range(3)]
+    together, count = task.loss(task.model, ids, targets, lengths)
+    assert count == sum(int(n) for _, n in sums) and torch.allclose(together, sum(value for value, _ in sums))
+
+
+def test_a_tag_that_training_has_not_counts_as_wrong(tagged, tmp_path):
+    other = tmp_path / "test.conll"
+    other.write_text("a1\tB-NEW\nb2\tB-B\n")
+    task = RECIPES["pos"].task(configure("pos", SMALL | {"data": str(tagged), "test": str(other)}))
+    findings = findings_of(task, task.model)
+    assert findings.metrics["words"] == 2 and findings.metrics["accuracy"] <= 0.5
+
+
+def test_a_bad_line_of_a_tagged_file_is_named(tmp_path):
+    path = tmp_path / "mine.conll"
+    path.write_text("EU B-ORG\nrejects\n")
+    for name in ("pos", "ner"):
+        with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: expected a word and its tag")):
+            RECIPES[name].task(configure(name, {"data": str(path)}))
+
+
+# ------------------------------------------------------------------------------------------------------- text to text
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Texts and their last word; the same as passages, questions and answers."""
+    folder = tmp_path_factory.mktemp("pairs")
+    texts = [" ".join(f"{'abcd'[(i * j) % 4]}{(3 * i + j) % 7}" for j in range(1, 5 + i % 3)) for i in range(120)]
+    (folder / "summaries.tsv").write_text("\n".join(f"{text}\t{text.split()[-1]}" for text in texts))
+    (folder / "questions.tsv").write_text("\n".join(f"last?\t{text}\t{text.split()[-1]}" for text in texts))
+    return folder
+
+
+TINY = {"model.width": 16, "model.layers": 1, "model.heads": 2, "vocab": 280, "written": 4}
+ARCHS = {
+    "transformer": TINY,
+    "decoder": TINY,
+    "rnn": {"model.embed": 16, "model.hidden": 16, "vocab": 280, "written": 4},
+}
+FILES = {"summarize": "summaries.tsv", "qa": "questions.tsv"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", FILES)
+def test_text_to_text(name, arch, pairs, tmp_path):
+    found = run(configure(name, ARCHS[arch] | {"arch": arch, "data": str(pairs / FILES[name])}), tmp_path / "run")
+    assert {"summarize": "rougeL", "qa": "exact_match"}[name] in found["metrics"]
+
+
+def test_a_decoder_alone_is_asked_for_the_target_only(pairs):
+    task = RECIPES["summarize"].task(
+        configure("summarize", TINY | {"arch": "decoder", "data": str(pairs / "summaries.tsv")})
+    )
+    ids, targets = task.batch([0, 1])
+    for row, (source, target) in enumerate(task.train[:2]):
+        whole = [*source, task.pieces.bos_id, *target]
+        assert ids[row, : len(whole) - 1].tolist() == whole[:-1]
+        assert targets[row][targets[row] != IGNORED].tolist() == target
+        assert targets[row, len(source) : len(source) + len(target)].tolist() == target
+
+
+def test_a_decoder_alone_learns_few_pairs_by_heart(pairs, tmp_path):
+    """And writes them with generate, whatever the lengths of the prompts in a batch."""
+    size = TINY | {"model.width": 32, "model.dropout": 0.0, "limit": 8, "max_steps": 150, "batch_size": 8}
+    changes = {"arch": "decoder", "overfit": True, "data": str(pairs / "summaries.tsv"), "optim.lr": 0.01}
+    found = run(configure("summarize", size | changes), tmp_path / "run")
+    assert found["metrics"]["rouge1"] == 100
+
+
+def test_bad_lines_of_text_to_text(tmp_path):
+    path = tmp_path / "mine.tsv"
+    path.write_text("a\tb\tc\nalone\n")
+    for name, says in (("summarize", "expected text<TAB>summary"), ("qa", "expected question<TAB>passage<TAB>answer")):
+        with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: {says}")):
+            RECIPES[name].task(configure(name, {"data": str(path)}))
+
+
+def test_squad_files(tmp_path):
+    path = tmp_path / "squad.json"
+    asked = [
+        {"question": "who?", "answers": [{"text": "Ann"}, {"text": "Ann B."}]},
+        {"question": "when?", "answers": []},
+    ]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
+    assert qa.read_squad(path) == [("who?", "Ann came.", ("Ann", "Ann B.")), ("when?", "Ann came.", ())]
+    del asked[1]["question"]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
+    with pytest.raises(data.DataError, match=re.escape(f"{path}: data[0].paragraphs[0].qas[1]: the key 'question'")):
+        qa.read_squad(path)
+    path.write_text('{"data":\n [}')
+    with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: no JSON")):
+        qa.read_squad(path)
+
+
+def test_cloze_questions():
+    text = "Emma met Harriet there. They walked on. It rained. Then the tall Harriet, laughing, ran. All was well."
+    assert qa.cloze(text) == [
+        ("Then the tall _____, laughing, ran.", "Emma met Harriet there. They walked on. It rained.", ("Harriet",))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Texts with a good or a bad word in them."""
+    path = tmp_path_factory.mktemp("labelled") / "labelled.tsv"
+    rows = [(f"w{i % 9} {['bad', 'good'][i % 2]} v{i % 7} u{i}", ["neg", "pos"][i % 2]) for i in range(300)]
+    path.write_text("\n".join("\t".join(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, labelled):
+    """The folder of an Encoder with a tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer.train([labelled.read_text()], "bpe", vocab=300)
+    torch.manual_seed(1)  # not that of a run
+    model = models.Encoder(models.EncoderConfig(width=16, layers=1, heads=2, **tokenizer.config()))
+    model.tokenizer = tokenizer
+    model.save(folder)
+    return folder
+
+
+def test_sentiment_is_learned(labelled, encoder, tmp_path):
+    changes = {"data": str(labelled), "start": str(encoder), "labelled": 100, "max_steps": 60, "optim.lr": 0.01}
+    found = run(configure("sentiment", changes), tmp_path / "run")
+    assert found["metrics"]["accuracy"] > 0.9 and found["metrics"]["labelled"] == 100
+    task = RECIPES["sentiment"].task(configure("sentiment", changes))
+    again, other = (RECIPES["sentiment"].task(configure("sentiment", changes | {"seed": s})) for s in (0, 1))
+    assert task.train == again.train != other.train and task.test == other.test
+    assert not {text for text, _ in task.test} & {text for text, _ in task.pool}
+
+
+def test_runs_that_differ_in_a_number_make_a_curve():
+    """The label-efficiency curve: a line for pretrained and one for scratch."""
+    past = [
+        PastRun(f"{n}-{scratch}", configure("sentiment", {"labelled": n, "scratch": scratch}).to_dict(), [],
+                {"metrics": {"accuracy": n / 1000 + scratch / 10}})
+        for n in (100, 50, 500) for scratch in (False, True)
+    ]  # fmt: skip
+    (chart,) = by_setting(past)
+    assert "accuracy by labelled" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 6
+    assert "scratch True" in chart and "scratch False" in chart
+    assert by_setting(past[:1]) == by_setting(past[:2]) == []
+
+
+def test_scratch_is_the_same_architecture(labelled, encoder):
+    changes = {"data": str(labelled), "start": str(encoder)}
+    one = RECIPES["sentiment"].task(configure("sentiment", changes)).model
+    two = RECIPES["sentiment"].task(configure("sentiment", changes | {"scratch": True})).model
+    assert one.config == two.config and one.tokenizer.vocab_size == two.tokenizer.vocab_size
+    old = models.load(encoder).stack.embedding.weight
+    assert torch.equal(one.body.stack.embedding.weight, old) and not torch.equal(two.body.stack.embedding.weight, old)
+
+
+def test_lora_trains_adapters_and_leaves_a_plain_model(labelled, encoder, tmp_path):
+    pytest.importorskip("peft")
+    changes = {"data": str(labelled), "start": str(encoder), "lora": 2, "optim.lr": 0.05, "max_steps": 6}
+    config = configure("sentiment", changes)
+    task = RECIPES["sentiment"].task(config)
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name or name.startswith("output.") for name in trained)
+    found = run(config, tmp_path / "run")
+    kept, old = models.load(tmp_path / "run"), models.load(encoder)
+    assert torch.equal(kept.body.stack.embedding.weight, old.stack.embedding.weight)
+    assert not torch.equal(kept.body.stack.blocks[0].mlp.up.weight, old.stack.blocks[0].mlp.up.weight)
+    last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1]["evaluation"]
+    with torch.no_grad():  # the merged one says the same
+        assert task.evaluate(kept)["loss"] == pytest.approx(last["loss"], rel=1e-4)
+    assert found["steps"] == 6
+
+
+def test_sentiment_refuses(labelled, tmp_path):
+    path = tmp_path / "mine.tsv"
+    path.write_text("good\tpos\nalone\n")
+    with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: expected text<TAB>label")):
+        RECIPES["ulmfit"].task(configure("ulmfit", {"data": str(path), "text": "stdlib"}))
+    with pytest.raises(ValueError, match="not for scratch"):
+        configure("sentiment", {"scratch": True, "lora": 4})
+
+
+ULMFIT = {"model.embed": 16, "model.hidden": 16, "vocab": 280, "limit": 20_000, "length": 10, "text": "stdlib",
+          "general_steps": 2, "target_steps": 2, "labelled": 40}  # fmt: skip
+
+
+def test_ulmfit_goes_through_its_stages(labelled, tmp_path, monkeypatch):
+    config = configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 2})
+    run(config, tmp_path / "run")
+    target, general = tmp_path / "run" / "target", tmp_path / "run" / "target" / "general"
+    assert all(RunFolder(folder).finished for folder in (target, general))
+    whole = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "run", target, general)]
+    assert whole[0] == whole[1] == whole[2]
+
+    task = RECIPES["ulmfit"].task(configure("ulmfit", ULMFIT | {"data": str(labelled), "start": str(target)}))
+    assert task.ready(tmp_path, None)
+    for name, tensor in models.load(target).state_dict().items():
+        assert torch.equal(task.model.body.state_dict()[name], tensor)
+
+
+def test_ulmfit_rates(labelled):
+    task = RECIPES["ulmfit"].task(configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 5}))
+    groups = {name: task.group(name) for name, _ in task.model.named_parameters()}
+    assert groups["output.weight"] == 0 and groups["body.body.layers.1.weight_hh_l0"] == 1
+    assert groups["body.body.layers.0.weight_ih_l0"] == 2 and groups["body.body.embedding.weight"] == 3
+    assert [task.rate(2, step) for step in (0, 9, 10)] == [0, 0, pytest.approx(2.6**-2)]
+    assert task.rate(0, 0) == 1
+
+
+def test_frozen_layers_stay_as_they_are(labelled, tmp_path):
+    config = configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 3, "max_steps": 4})
+    task = RECIPES["ulmfit"].task(config)
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    training = trainer.Trainer(task, tmp_path)
+    changed = []
+    for _ in range(4):
+        training.step(training.next_batch())
+        changed.append(
+            {task.group(name) for name, p in task.model.named_parameters() if not torch.equal(p, before[name])}
+        )
+    assert changed[2] == {0} and changed[3] == {0, 1}
+
+
+def test_slanted_triangle():
+    """Up and down in straight lines, from 1/32 of the rate and back."""
+    factors = [schedules.factor("slanted", step, 10, 110) for step in (0, 5, 10, 60, 110)]
+    assert factors == pytest.approx([1 / 32, 33 / 64, 1, 33 / 64, 1 / 32])
