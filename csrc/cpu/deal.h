@@ -1,4 +1,5 @@
-// Rows dealt out in portions, so that a thread that wakes late, or whose core is busy elsewhere, does less. For kernels whose rows don't meet, so that a result depends neither on threads nor on their timing.
+// Rows dealt out in portions, so that a thread that wakes late, or whose core is busy elsewhere, does less. For kernels
+// whose rows don't meet, so that a result depends neither on threads nor on their timing.
 #pragma once
 #include "seqfuse/types.h"
 

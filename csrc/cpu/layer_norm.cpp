@@ -100,7 +100,7 @@ SEQFUSE_INLINE Statistics measure_row(const ForwardRow<T, B, Stream> r, int64_t 
   auto read = [=](int64_t i, int n) {
     if constexpr (!Stream) prefetch_pair_to_write(r.y + i);
     const vp s = r.add(i, n);
-    if constexpr (r.keeps_sum) give_pair(r.added + i, s, n);
+    if constexpr (r.keeps_sum) give_rounded_pair(r.added + i, s, n);
     return s;
   };
   return statistics<T>(N, rms, read, [=](int64_t i, int n) { return r.again(i, n); });
@@ -138,10 +138,9 @@ void forward(const LayerNormForward& a, const Parallel& parallel) {
     float* const mine = factor + portion * factors(N);
     auto row = [=](int64_t r) {
       const int64_t at = r * N;
-      return ForwardRow<T, B, Stream>{static_cast<const T*>(a.x) + at,
-                                      a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
-                                      B == Before::nothing ? nullptr : static_cast<T*>(a.sum) + at,
-                                      static_cast<T*>(a.y) + at, mine};
+      return ForwardRow<T, B, Stream>{
+          static_cast<const T*>(a.x) + at, a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
+          B == Before::nothing ? nullptr : static_cast<T*>(a.sum) + at, static_cast<T*>(a.y) + at, mine};
     };
     auto measure = [=](int64_t r) {
       if constexpr (B == Before::dropped) row_of_factors(dropout, r, N, mine);
@@ -308,11 +307,13 @@ void backward(const LayerNormBackward& a, const Parallel& p) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
+  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
 }
 
 void layer_norm_backward(const LayerNormBackward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return backward<bf16>(a, p);
+  if constexpr (!has_dot) backward<float>(a, p);
 }
 
 }  // namespace SEQFUSE_ISA

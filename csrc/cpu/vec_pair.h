@@ -51,8 +51,15 @@ SEQFUSE_INLINE vp load_pair(const bf16* p) {
 // Two vectors as bf16 words. A NaN must have zeros in its lower half, as every NaN has that came from a bf16 or from
 // arithmetic: then rounding can't carry it into an infinity, and needs no second look.
 SEQFUSE_INLINE vu narrow_pair(vp x) {
+#if defined(__AVX512BF16__)
+  const vu halves = (vu)_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a);
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(*(const __m512i*)order, (__m512i)halves);
+#else
   const vu a = as_bits(x.a), b = as_bits(x.b);
   return (a + 0x7fffu + ((a >> 16) & 1u)) >> 16 | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+#endif
 }
 
 SEQFUSE_INLINE void store_pair(float* p, vp x) {
@@ -60,6 +67,14 @@ SEQFUSE_INLINE void store_pair(float* p, vp x) {
 }
 SEQFUSE_INLINE void store_pair(bf16* p, vp x) {
   *(vu_any*)p = narrow_pair(x);
+}
+
+// what rounded<bf16> returned: nothing is left to round
+SEQFUSE_INLINE void store_rounded_pair(bf16* p, vp x) {
+  *(vu_any*)p = as_bits(x.a) >> 16 | as_bits(x.b);
+}
+SEQFUSE_INLINE void store_rounded_pair(float* p, vp x) {
+  store_pair(p, x);
 }
 
 // x as it reads back after store_pair
@@ -177,6 +192,11 @@ template <class T>
 SEQFUSE_INLINE void prefetch_pair_to_write(T* p) {
   prefetch_to_write(p);
   if constexpr (PL * sizeof(T) > 64) prefetch_to_write(p + VL);
+}
+
+template <class T>
+SEQFUSE_INLINE void give_rounded_pair(T* p, vp x, int n) {
+  n == PL ? store_rounded_pair(p, x) : give_pair(p, x, n);
 }
 
 // f(i, n) for the n elements from i on; n is PL in the loop over whole pairs and less in its tail (see for_vectors).
