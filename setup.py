@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 RUN_ONCE = {"caches.cpp", "dispatch.cpp", "isa.cpp"}
 # they multiply pairs of bf16 or narrow to it
-WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "layer_norm.cpp", "linear.cpp"}
+WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}
+WITH_DOTS |= {"cross_entropy.cpp", "gated.cpp", "layer_norm.cpp"}
 WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
