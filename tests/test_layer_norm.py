@@ -326,12 +326,12 @@ class TestNode:
             pytest.skip(native.nodes_missing())
 
     @staticmethod
-    def _run(function, wanted, residual, dtype, use, create_graph=False):
+    def _run(function, wanted, residual, dtype, use, create_graph, rms):
         torch.manual_seed(0)
         tensors = {"x": torch.randn(7, 40), "residual": torch.randn(7, 40) if residual else None,
-                   "weight": torch.randn(40), "bias": torch.randn(40)}  # fmt: skip
+                   "weight": torch.randn(40), "bias": None if rms else torch.randn(40)}  # fmt: skip
         tensors = {n: t if t is None else t.to(dtype).requires_grad_(n in wanted) for n, t in tensors.items()}
-        y, s = function(*tensors.values(), 1e-5)[:2]
+        y, s = function(*tensors.values(), 1e-5, rms)[:2]
         assert y.requires_grad
         assert s.requires_grad == residual
         out = [y] * ("y" in use) + [s] * ("s" in use)
@@ -348,18 +348,22 @@ class TestNode:
 
     @staticmethod
     def _python(*args):
-        return LayerNormFunction.apply(*args, "cpu", *NormOptions())
+        *args, rms = args
+        return LayerNormFunction.apply(*args, "cpu", *NormOptions(rms=rms))
 
     @pytest.mark.parametrize("create_graph", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
     @pytest.mark.parametrize(("residual", "use"), ((False, "y"), (True, "ys"), (True, "y"), (True, "s")))
     @pytest.mark.parametrize("wanted", (("x", "residual", "weight", "bias"), ("x",), ("weight",), ("residual", "bias")),
                              ids="-".join)  # fmt: skip
-    def test_is_the_function_in_python(self, wanted, residual, use, dtype, create_graph):
-        wanted = set(wanted) if residual else set(wanted) - {"residual"}
+    @pytest.mark.parametrize("rms", (False, True), ids=("layer_norm", "rms_norm"))
+    def test_is_the_function_in_python(self, rms, wanted, residual, use, dtype, create_graph):
+        wanted = set(wanted) - ({"bias"} if rms else set()) - (set() if residual else {"residual"})
+        if not wanted:
+            pytest.skip("nothing is left that wants a gradient")
         if use == "s" and (create_graph or wanted.isdisjoint({"x", "residual"})):
             pytest.skip("a sum has no second gradient, and none for the parameters")
-        args = wanted, residual, dtype, use, create_graph
+        args = wanted, residual, dtype, use, create_graph, rms
         ours = self._run(torch.ops.seqfuse.layer_norm.default, *args)
         for a, b in zip(ours, self._run(self._python, *args), strict=True):
             if a is None or b is None:  # no second gradient, or one of zeros

@@ -6,11 +6,7 @@
 // built with (seqfuse.native.nodes_missing), and everything works without it.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/mean.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/native_layer_norm_backward.h>
-#include <ATen/ops/rsqrt.h>
-#include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -94,11 +90,11 @@ struct LayerNormNode : Node {
   // the same of rms_norm, which has no such op on every torch: written out
   variable_list differentiable_rms(const Tensor& dy, const Tensor& dsum, const Tensor& in, const Tensor& w) {
     const Tensor x = in.to(at::kFloat), d = dy.to(at::kFloat);
-    const Tensor scale = at::rsqrt(at::mean(x * x, {-1}, true) + eps), xhat = x * scale;
-    const Tensor g = w.defined() ? d * w.to(at::kFloat) : d;
-    const Tensor dx = (g - xhat * at::mean(g * xhat, {-1}, true)) * scale;
+    const Tensor scale = x.square().mean({-1}, true).add(eps).rsqrt(), xhat = x.mul(scale);
+    const Tensor g = w.defined() ? d.mul(w.to(at::kFloat)) : d;
+    const Tensor dx = g.sub(xhat.mul(g.mul(xhat).mean({-1}, true))).mul(scale);
     Tensor dw;
-    if (want_weight) dw = (d * xhat).reshape({-1, in.size(-1)}).sum(0).to(w.scalar_type());
+    if (want_weight) dw = d.mul(xhat).reshape({-1, in.size(-1)}).sum(0).to(w.scalar_type());
     const Tensor narrow = dx.to(in.scalar_type());
     return results(dsum.defined() ? at::add(narrow, dsum) : narrow, dw, {});
   }
