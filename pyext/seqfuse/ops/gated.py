@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from seqfuse import dispatch, native, reference
+from seqfuse import dispatch, reference
 from seqfuse.ops import checks, handover, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
 from seqfuse.reference.gated import ACTIVATIONS
@@ -122,8 +122,6 @@ _WORTH_IT = {SILU: 1 << 18, GELU: 1 << 17, GELU_TANH: 1 << 16}
 
 
 def _cpu_prefers(case: GatedCase) -> str | None:
-    if case.activation == GELU and case.dtype == torch.bfloat16 and not case.grad and native.isa().startswith("avx512"):
-        return "PyTorch's two calls were measured as fast or faster where there is AVX-512 and no gradient is wanted"
     if case.elements >= _WORTH_IT[case.activation]:
         return None
     return "at this size PyTorch's own calls cost less than ours does to reach its kernel"
