@@ -128,6 +128,14 @@ def test_large_offset_does_not_cancel(isa, odd):
     assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (257,)), dims=(0,))
 
 
+def test_squares_beyond_float32(isa):
+    """Elements whose squares overflow, but not their variance."""
+    x = torch.randn(3, 100) * 1e15 + 1e20
+    with seqfuse.backend("cpu"):
+        y = seqfuse.ops.layer_norm(x)
+    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (100,)), dims=(0,))
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("cols,dtype", [(1024, torch.float32), (1001, torch.float32), (1024, torch.bfloat16)])
 def test_large_results_go_past_the_caches(isa, cols, dtype, residual):

@@ -47,7 +47,8 @@ SEQFUSE_INLINE Statistics statistics(int64_t N, bool rms, F read, G again) {
   if (i < N) add(i, int(N - i), sum1, square1);
   const float mean = sum(sum0 + sum1) / float(N), squares = sum(square0 + square1) / float(N);
   if (rms) return {0.0f, squares};
-  if (!(mean * mean > 0.5f * squares)) return {mean, squares - mean * mean};
+  // not where both sides are infinite: squares may overflow where the variance does not
+  if (mean * mean < 0.5f * squares || squares == 0.0f) return {mean, squares - mean * mean};
   vp q{};
   for_pairs(N, [&](int64_t i, int n) {
     const vp d = existing<T>(again(i, n) - splat(mean), n);
