@@ -5,7 +5,7 @@ build into an isolated environment, gigabytes and the wrong ABI), then `pip inst
 
 The build is one generated ninja file, so an edit recompiles only what it touches:
 
-    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (dispatch.cpp and isa.cpp: once; avx512_bf16: WITH_DOTS;
+    csrc/cpu/*.cpp       -> one object per level in CPU_LEVELS (RUN_ONCE: once; avx512_bf16: WITH_DOTS;
                             amx: WITH_TILES)
     csrc/cuda/*.cu       -> fat objects: sm_80, sm_90a, and compute_80 PTX for everything else (HOPPER_ONLY: sm_90a)
     pyext/bindings/*.cpp -> seqfuse._C, on LibTorch's stable ABI: one build serves torch >= 2.11
@@ -30,8 +30,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
-RUN_ONCE = {"dispatch.cpp", "isa.cpp"}
-WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}  # they multiply pairs of bf16
+RUN_ONCE = {"caches.cpp", "dispatch.cpp", "isa.cpp"}
+# they multiply pairs of bf16 or narrow to it
+WITH_DOTS = {"attention_backward.cpp", "attention_forward.cpp", "linear.cpp"}
+WITH_DOTS |= {"cross_entropy.cpp", "gated.cpp", "layer_norm.cpp"}
 WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 WITH_TILES = {"attention_backward.cpp", "attention_forward.cpp"}  # they multiply tiles of bf16
 WITH_TILES |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}

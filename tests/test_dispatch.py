@@ -152,6 +152,16 @@ def test_isa_limit():
         pass
 
 
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_what_the_caches_keep():
+    """At least 8 MiB, and what was found comes back after a limit."""
+    facts = native.build_facts()
+    assert facts["cached_bytes"] == max(8 << 20, facts["last_level_cache"] // 4)
+    with native.cached_bytes(5):
+        assert native.build_facts()["cached_bytes"] == 5
+    assert native.build_facts() == facts
+
+
 def test_build_info_names_what_a_report_needs():
     info = seqfuse.build_info()
     for key in ("seqfuse", "torch", "python", "triton", "cpu", "threads", "isa", "gpu", "extension"):

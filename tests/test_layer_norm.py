@@ -119,7 +119,7 @@ def test_non_contiguous_input_and_more_dimensions():
 
 @pytest.mark.parametrize("odd", [None, 0, 100], ids=["even", "odd-first", "odd-later"])
 def test_large_offset_does_not_cancel(isa, odd):
-    """Also where the first elements, around whose mean the variance is summed, lie far from the others."""
+    """Also where the first or later elements lie far from the others."""
     x = torch.randn(4, 257) + 1000.0
     if odd is not None:
         x[:, odd : odd + 40] -= 1e5
@@ -128,21 +128,26 @@ def test_large_offset_does_not_cancel(isa, odd):
     assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (257,)), dims=(0,))
 
 
+def test_squares_beyond_float32(isa):
+    """Elements whose squares overflow, but not their variance."""
+    x = torch.randn(3, 100) * 1e15 + 1e20
+    with seqfuse.backend("cpu"):
+        y = seqfuse.ops.layer_norm(x)
+    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (100,)), dims=(0,))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("cols,dtype", [(1024, torch.float32), (1001, torch.float32), (1024, torch.bfloat16)])
-def test_large_results_go_past_the_caches(isa, cols, dtype):
-    """What exceeds the caches takes stores of its own: rows that fill whole vectors, and rows that do not. The same
-    kernels on a few of the rows give the same bits by ordinary stores, and are held against the truth elsewhere."""
-    rows = (27 << 20) // (4 * cols * dtype.itemsize)
-    x, r, dy, ds = (torch.randn(rows, cols, dtype=dtype) for _ in range(4))
-    w, b = torch.randn(cols, dtype=dtype), torch.randn(cols, dtype=dtype)
-    fwd, bwd = torch.ops.seqfuse.layer_norm_fwd, torch.ops.seqfuse.layer_norm_bwd
-    y, s, mean, rstd = fwd(x, r, w, b, 1e-5)
-    dx, *_ = bwd(dy, ds, s, w, mean, rstd, True, True)
-    for part in (slice(0, 50), slice(rows - 50, rows)):
-        few = fwd(x[part], r[part], w, b, 1e-5)
-        for a, got in zip(few, (y, s, mean, rstd), strict=True):
-            assert torch.equal(a, got[part])
-        assert torch.equal(bwd(dy[part], ds[part], few[1], w, *few[2:], True, True)[0], dx[part])
+def test_large_results_go_past_the_caches(isa, cols, dtype, residual):
+    """What exceeds the caches takes stores of its own: rows that fill whole vectors, and rows that do not. The bits are
+    those of ordinary stores, which are held against the truth elsewhere."""
+    tensors, grads = sample(150, cols, dtype, residual=residual)
+    with seqfuse.backend("cpu"):
+        with native.cached_bytes(0):
+            past = run(ours, tensors, grads)
+        with native.cached_bytes(1 << 40):
+            kept = run(ours, tensors, grads)
+    assert all(torch.equal(a, b) for a, b in zip(past, kept, strict=True))
 
 
 def test_a_module_remembers_the_route_of_its_last_call():
@@ -329,12 +334,12 @@ class TestNode:
             pytest.skip(native.nodes_missing())
 
     @staticmethod
-    def _run(function, wanted, residual, dtype, use, create_graph=False):
+    def _run(function, wanted, residual, dtype, use, create_graph, rms):
         torch.manual_seed(0)
         tensors = {"x": torch.randn(7, 40), "residual": torch.randn(7, 40) if residual else None,
-                   "weight": torch.randn(40), "bias": torch.randn(40)}  # fmt: skip
+                   "weight": torch.randn(40), "bias": None if rms else torch.randn(40)}  # fmt: skip
         tensors = {n: t if t is None else t.to(dtype).requires_grad_(n in wanted) for n, t in tensors.items()}
-        y, s = function(*tensors.values(), 1e-5)[:2]
+        y, s = function(*tensors.values(), 1e-5, rms)[:2]
         assert y.requires_grad
         assert s.requires_grad == residual
         out = [y] * ("y" in use) + [s] * ("s" in use)
@@ -351,18 +356,22 @@ class TestNode:
 
     @staticmethod
     def _python(*args):
-        return LayerNormFunction.apply(*args, "cpu", *NormOptions())
+        *args, rms = args
+        return LayerNormFunction.apply(*args, "cpu", *NormOptions(rms=rms))
 
     @pytest.mark.parametrize("create_graph", (False, True))
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
     @pytest.mark.parametrize(("residual", "use"), ((False, "y"), (True, "ys"), (True, "y"), (True, "s")))
     @pytest.mark.parametrize("wanted", (("x", "residual", "weight", "bias"), ("x",), ("weight",), ("residual", "bias")),
                              ids="-".join)  # fmt: skip
-    def test_is_the_function_in_python(self, wanted, residual, use, dtype, create_graph):
-        wanted = set(wanted) if residual else set(wanted) - {"residual"}
+    @pytest.mark.parametrize("rms", (False, True), ids=("layer_norm", "rms_norm"))
+    def test_is_the_function_in_python(self, rms, wanted, residual, use, dtype, create_graph):
+        wanted = set(wanted) - ({"bias"} if rms else set()) - (set() if residual else {"residual"})
+        if not wanted:
+            pytest.skip("nothing is left that wants a gradient")
         if use == "s" and (create_graph or wanted.isdisjoint({"x", "residual"})):
             pytest.skip("a sum has no second gradient, and none for the parameters")
-        args = wanted, residual, dtype, use, create_graph
+        args = wanted, residual, dtype, use, create_graph, rms
         ours = self._run(torch.ops.seqfuse.layer_norm.default, *args)
         for a, b in zip(ours, self._run(self._python, *args), strict=True):
             if a is None or b is None:  # no second gradient, or one of zeros

@@ -218,12 +218,13 @@ void kl(const KlRows& a, const Parallel& parallel) {
 
 void cross_entropy_rows(const CrossEntropyRows& a, const Parallel& p) {
   const bool capped = a.softcap > 0.0f;
-  if (a.dtype == DType::f32) return capped ? rows<float, true>(a, p) : rows<float, false>(a, p);
-  capped ? rows<bf16, true>(a, p) : rows<bf16, false>(a, p);
+  if (a.dtype == DType::bf16) return capped ? rows<bf16, true>(a, p) : rows<bf16, false>(a, p);
+  if constexpr (!has_dot) capped ? rows<float, true>(a, p) : rows<float, false>(a, p);  // see dispatch.cpp
 }
 
 void kl_rows(const KlRows& a, const Parallel& p) {
-  a.dtype == DType::f32 ? kl<float>(a, p) : kl<bf16>(a, p);
+  if (a.dtype == DType::bf16) return kl<bf16>(a, p);
+  if constexpr (!has_dot) kl<float>(a, p);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -1,5 +1,5 @@
-// Rows dealt out in portions to whichever worker is free: a thread that wakes late, or whose core is busy elsewhere,
-// does less. For kernels whose rows don't meet, so that a result depends neither on threads nor on their timing.
+// Rows dealt out in portions, so that a thread that wakes late, or whose core is busy elsewhere, does less. For kernels
+// whose rows don't meet, so that a result depends neither on threads nor on their timing.
 #pragma once
 #include "seqfuse/types.h"
 
@@ -16,13 +16,22 @@ inline int64_t useful_workers(const Parallel& parallel, int64_t rows, int64_t co
   return n < 1 ? 1 : n;
 }
 
-// f(portion, begin, end): called for each of `portions` of the rows, by one worker.
+// f(portion, begin, end): called for each of `portions` of the rows, by one worker. Each worker begins with a range of
+// its own, the one that torch's ops deal it, whose rows its core's private cache may hold; then it helps the others.
 template <class F>
 void deal_portions(const Parallel& parallel, int64_t workers, int64_t rows, int64_t portions, F f) {
-  int64_t next = 0;
-  auto job = [&](int64_t, int64_t) {
-    for (int64_t p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < portions;)
-      f(p, rows * p / portions, rows * (p + 1) / portions);
+  constexpr int64_t most = 64;
+  struct alignas(64) {
+    int64_t next;
+  } ranges[most];
+  const int64_t n = workers < most ? workers : most;
+  for (int64_t i = 0; i < n; i++) ranges[i].next = portions * i / n;
+  auto job = [&](int64_t worker, int64_t) {
+    for (int64_t k = 0; k < n; k++) {
+      const int64_t i = (worker + k) % n, end = portions * (i + 1) / n;
+      for (int64_t p; (p = __atomic_fetch_add(&ranges[i].next, 1, __ATOMIC_RELAXED)) < end;)
+        f(p, rows * p / portions, rows * (p + 1) / portions);
+    }
   };
   parallel(workers, job);
 }

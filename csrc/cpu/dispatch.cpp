@@ -18,19 +18,13 @@
   }
 
 // one line an op: entry point, kernel, arguments
-#define SEQFUSE_CPU_OPS(X)                                           \
-  X(attention_decode_cpu, attention_decode, AttentionDecode)         \
-  X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
-  X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
-  X(gated_forward_cpu, gated_forward, GatedForward)                  \
-  X(gated_backward_cpu, gated_backward, GatedBackward)               \
-  X(kl_rows_cpu, kl_rows, KlRows)                                    \
-  X(rope_cpu, rope, Rope)                                            \
-  X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
-  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
-  X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)          \
-  X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward)       \
-  X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)                \
+#define SEQFUSE_CPU_OPS(X)                                     \
+  X(attention_decode_cpu, attention_decode, AttentionDecode)   \
+  X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)       \
+  X(rope_cpu, rope, Rope)                                      \
+  X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)    \
+  X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward) \
+  X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)          \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)
 
 // those whose bf16 calls multiply tiles where the processor does, and pairs as below
@@ -42,8 +36,16 @@
   X(rnn_cell_step_cpu, rnn_cell_step, RnnCellStep)                 \
   X(rnn_cell_products_cpu, rnn_cell_products, RnnCellProducts)
 
-// those whose bf16 calls multiply pairs where the processor does; the others, and fp32, run there as on AVX-512
-#define SEQFUSE_CPU_OPS_WITH_DOTS(X) X(linear_forward_cpu, linear_forward, LinearForward)
+// those whose bf16 calls use what AVX512-BF16 adds: products of pairs, narrowing; the others, and fp32, run there as on
+// AVX-512
+#define SEQFUSE_CPU_OPS_WITH_DOTS(X)                                 \
+  X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
+  X(kl_rows_cpu, kl_rows, KlRows)                                    \
+  X(gated_forward_cpu, gated_forward, GatedForward)                  \
+  X(gated_backward_cpu, gated_backward, GatedBackward)               \
+  X(layer_norm_forward_cpu, layer_norm_forward, LayerNormForward)    \
+  X(layer_norm_backward_cpu, layer_norm_backward, LayerNormBackward) \
+  X(linear_forward_cpu, linear_forward, LinearForward)
 
 namespace seqfuse {
 

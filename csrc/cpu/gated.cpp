@@ -23,7 +23,7 @@ SEQFUSE_INLINE Value activate(vf g) {
   } else if constexpr (A == Activation::gelu) {
     // Phi(g) = erfc(-g / sqrt 2) / 2, from erfc(z) = t poly(t) exp(-z^2), z >= 0 (Abramowitz and Stegun 7.1.26, 1.5e-7)
     const vf z = as_float(as_bits(g) & 0x7fffffffu) * 0.70710678118654752f;
-    const vf t = 1.0f / (1.0f + 0.3275911f * z), e = exp(-z * z);
+    const vf t = reciprocal(1.0f + 0.3275911f * z), e = exp(-z * z);
     vf p = splat(1.061405429f);
     p = p * t - 1.453152027f;
     p = p * t + 1.421413741f;
@@ -98,11 +98,13 @@ void backward(const GatedBackward& a, const Parallel& p) {
 }  // namespace
 
 void gated_forward(const GatedForward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
+  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
 }
 
 void gated_backward(const GatedBackward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return backward<bf16>(a, p);
+  if constexpr (!has_dot) backward<float>(a, p);
 }
 
 }  // namespace SEQFUSE_ISA

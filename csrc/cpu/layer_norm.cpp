@@ -20,9 +20,10 @@ namespace {
 
 // How many portions rows are dealt out in: enough to even out two uneven workers, few enough that their sums cost
 // nothing. It must not depend on the workers.
+constexpr int64_t kPortions = 16;
 int64_t portions_of(int64_t rows, int64_t cols) {
   int64_t n = rows * cols / kGrain;
-  n = n < 1 ? 1 : n > 16 ? 16 : n;
+  n = n < 1 ? 1 : n > kPortions ? kPortions : n;
   return n > rows ? rows : n;
 }
 
@@ -30,25 +31,24 @@ struct Statistics {
   float mean, variance;
 };
 
-// Mean and variance of a row in one pass, around the mean of its first pair: of two large sums that would be subtracted
-// from each other only a small part is left. Where that guess was far off (the first elements are outliers), a second
-// pass around the mean itself. read(i, n): the n elements from i on; again(i, n): the same, after read() was done.
+// Mean and variance of a row (rms: 0 and the mean square) in one pass around 0. Where the mean is large against the
+// spread, so that two large sums would be subtracted from each other, a second pass is made around the mean.
+// read(i, n): the n elements from i on; again(i, n): the same, after read() was done.
 template <class T, class F, class G>
-SEQFUSE_INLINE Statistics statistics(int64_t N, F read, G again) {
-  const int first = N < PL ? int(N) : PL;
-  const float guess = sum(read(0, first)) / float(first);
+SEQFUSE_INLINE Statistics statistics(int64_t N, bool rms, F read, G again) {
   vp sum0{}, sum1{}, square0{}, square1{};
   auto add = [=](int64_t i, int n, vp& s, vp& q) {
-    const vp d = existing<T>(read(i, n) - splat(guess), n);
-    s = s + d, q = q + d * d;
+    const vp x = read(i, n);
+    s = s + x, q = q + x * x;
   };
   int64_t i = 0;
   for (; i + 2 * PL <= N; i += 2 * PL) add(i, PL, sum0, square0), add(i + PL, PL, sum1, square1);
   for (; i + PL <= N; i += PL) add(i, PL, sum0, square0);
   if (i < N) add(i, int(N - i), sum1, square1);
-  const float shift = sum(sum0 + sum1) / float(N), squares = sum(square0 + square1) / float(N);
-  const float mean = guess + shift;
-  if (!(shift * shift > 0.25f * squares)) return {mean, squares - shift * shift};
+  const float mean = sum(sum0 + sum1) / float(N), squares = sum(square0 + square1) / float(N);
+  if (rms) return {0.0f, squares};
+  // not where both sides are infinite: squares may overflow where the variance does not
+  if (mean * mean < 0.5f * squares || squares == 0.0f) return {mean, squares - mean * mean};
   vp q{};
   for_pairs(N, [&](int64_t i, int n) {
     const vp d = existing<T>(again(i, n) - splat(mean), n);
@@ -57,26 +57,11 @@ SEQFUSE_INLINE Statistics statistics(int64_t N, F read, G again) {
   return {mean, sum(q) / float(N)};
 }
 
-// Of a row around 0: nothing cancels.
-template <class F>
-SEQFUSE_INLINE float mean_square(int64_t N, F read) {
-  vp sum0{}, sum1{};
-  auto add = [=](int64_t i, int n, vp& sum) {
-    const vp x = read(i, n);
-    sum = sum + x * x;
-  };
-  int64_t i = 0;
-  for (; i + 2 * PL <= N; i += 2 * PL) add(i, PL, sum0), add(i + PL, PL, sum1);
-  for (; i + PL <= N; i += PL) add(i, PL, sum0);
-  if (i < N) add(i, int(N - i), sum1);
-  return sum(sum0 + sum1) / float(N);
-}
-
 // weight or bias as floats in the order of T's pairs; without one all `fill`. `origin` is added to what is stored.
 template <class T>
 void read_parameter(DType type, const void* p, float* out, int64_t N, float fill, float origin = 0.0f) {
-  type == DType::f32 ? Paired<T>::read(static_cast<const float*>(p), out, N, fill, origin)
-                     : Paired<T>::read(static_cast<const bf16*>(p), out, N, fill, origin);
+  if (sizeof(T) == 4 || type == DType::f32) return Paired<T>::read(static_cast<const float*>(p), out, N, fill, origin);
+  if constexpr (sizeof(T) == 2) Paired<T>::read(static_cast<const bf16*>(p), out, N, fill, origin);
 }
 
 // floats that a row of factors takes (Dropout::row writes whole vectors)
@@ -87,49 +72,52 @@ void row_of_factors(const Dropout& dropout, int64_t row, int64_t N, float* out) 
   dropout.row(0, row >> 32, row & 0xffffffff, 0, N, out);
 }
 
-template <class T>
-struct ForwardRow {
-  const T *x, *residual;
-  T *added, *y;
-  const float* factor;  // of dropout: what each element is multiplied by
-  int64_t next;         // from this row to the next one, which is asked for while this one is in the first-level cache
-};
-
 // What comes before the norm. `dropped` is dropout and a residual or none, told apart at run time: drawing the mask
 // takes longer than that does.
 enum class Before { nothing, residual, dropped };
 
 template <class T, Before B, bool Stream>
-void forward_row(const ForwardRow<T> r, int64_t N, const float* __restrict weight, const float* __restrict bias,
-                 float eps, float* mean_out, float* rstd_out) {
-  constexpr bool has_sum = B != Before::nothing;
+struct ForwardRow {
+  const T *x, *residual;
+  T *added, *y;
+  const float* factor;  // of dropout: what each element is multiplied by
+
+  static constexpr bool has_sum = B != Before::nothing;
   // a large fp32 sum is added up twice and goes straight to memory; of bf16 the second rounding would cost more
-  constexpr bool keeps_sum = has_sum && !(Stream && sizeof(T) == 4);
-  auto add = [=](int64_t i, int n) {
-    vp x = take_pair(r.x + i, n);
-    if constexpr (B == Before::dropped) x = x * pair_in_order<T>(r.factor + i);
-    if (B == Before::residual || (B == Before::dropped && r.residual)) x = x + take_pair(r.residual + i, n);
-    if constexpr (has_sum) return rounded<T>(x);  // statistics are of the rounded sum
-    return x;
-  };
+  static constexpr bool keeps_sum = has_sum && !(Stream && sizeof(T) == 4);
+
+  SEQFUSE_INLINE vp add(int64_t i, int n) const {
+    vp s = take_pair(x + i, n);
+    if constexpr (B == Before::dropped) s = s * pair_in_order<T>(factor + i);
+    if (B == Before::residual || (B == Before::dropped && residual)) s = s + take_pair(residual + i, n);
+    if constexpr (has_sum) return rounded<T>(s);  // statistics are of the rounded sum
+    return s;
+  }
+  SEQFUSE_INLINE vp again(int64_t i, int n) const { return keeps_sum ? take_pair(added + i, n) : add(i, n); }
+};
+
+template <class T, Before B, bool Stream>
+SEQFUSE_INLINE Statistics measure_row(const ForwardRow<T, B, Stream> r, int64_t N, bool rms) {
   auto read = [=](int64_t i, int n) {
-    if constexpr (!Stream) prefetch_to_write(r.y + i);
-    const vp x = add(i, n);
-    if constexpr (keeps_sum) give_pair(r.added + i, x, n);
-    return x;
+    if constexpr (!Stream) prefetch_pair_to_write(r.y + i);
+    const vp s = r.add(i, n);
+    if constexpr (r.keeps_sum) give_rounded_pair(r.added + i, s, n);
+    return s;
   };
-  auto again = [=](int64_t i, int n) { return keeps_sum ? take_pair(r.added + i, n) : add(i, n); };
-  const Statistics of = mean_out ? statistics<T>(N, read, again) : Statistics{0.0f, mean_square(N, read)};
-  const float rstd = 1.0f / std::sqrt(of.variance + eps);
-  if (mean_out) *mean_out = of.mean;
-  *rstd_out = rstd;
-  const vf mean = splat(of.mean), scale = splat(rstd);
+  return statistics<T>(N, rms, read, [=](int64_t i, int n) { return r.again(i, n); });
+}
+
+// ahead: from this row to one that is asked for meanwhile
+template <class T, Before B, bool Stream>
+SEQFUSE_INLINE void normalise_row(const ForwardRow<T, B, Stream> r, int64_t N, const float* __restrict weight,
+                                  const float* __restrict bias, float mean, float rstd, int64_t ahead) {
+  const vf origin = splat(mean), scale = splat(rstd);
   for_pairs(N, [=](int64_t i, int n) {
-    prefetch(r.x + r.next + i);
-    if constexpr (B == Before::residual) prefetch(r.residual + r.next + i);
-    const vp x = again(i, n);
-    if constexpr (has_sum && !keeps_sum) give_pair<true>(r.added + i, x, n);
-    give_pair<Stream>(r.y + i, (x - mean) * scale * load_pair(weight + i) + load_pair(bias + i), n);
+    prefetch_pair(r.x + ahead + i);
+    if constexpr (B == Before::residual) prefetch_pair(r.residual + ahead + i);
+    const vp s = r.again(i, n);
+    if constexpr (r.has_sum && !r.keeps_sum) give_pair<true>(r.added + i, s, n);
+    give_pair<Stream>(r.y + i, (s - origin) * scale * load_pair(weight + i) + load_pair(bias + i), n);
   });
 }
 
@@ -149,16 +137,25 @@ void forward(const LayerNormForward& a, const Parallel& parallel) {
   const Dropout dropout(a.options.seed, a.options.dropout_p);
   auto share = [&](int64_t portion, int64_t begin, int64_t end) {
     float* const mine = factor + portion * factors(N);
-    for (int64_t r = begin; r < end; r++) {
+    auto row = [=](int64_t r) {
       const int64_t at = r * N;
+      return ForwardRow<T, B, Stream>{
+          static_cast<const T*>(a.x) + at, a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
+          B == Before::nothing ? nullptr : static_cast<T*>(a.sum) + at, static_cast<T*>(a.y) + at, mine};
+    };
+    auto measure = [=](int64_t r) {
       if constexpr (B == Before::dropped) row_of_factors(dropout, r, N, mine);
-      const ForwardRow<T> row{static_cast<const T*>(a.x) + at,
-                              a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
-                              B == Before::nothing ? nullptr : static_cast<T*>(a.sum) + at,
-                              static_cast<T*>(a.y) + at,
-                              mine,
-                              r + 1 < a.rows ? N : 0};
-      forward_row<T, B, Stream>(row, N, weight, bias, a.eps, a.options.rms ? nullptr : a.mean + r, a.rstd + r);
+      const Statistics of = measure_row(row(r), N, a.options.rms);
+      if (!a.options.rms) a.mean[r] = of.mean;
+      a.rstd[r] = 1.0f / std::sqrt(of.variance + a.eps);
+    };
+    // A row is measured before the one before it is normalised: the processor does that while it adds up lanes, divides
+    // and takes the root.
+    for (int64_t r = begin; r <= end; r++) {
+      if (r < end) measure(r);
+      if (r == begin) continue;
+      const float mean = a.options.rms ? 0.0f : a.mean[r - 1];
+      normalise_row(row(r - 1), N, weight, bias, mean, a.rstd[r - 1], r + 1 < a.rows ? 2 * N : 0);
     }
     if constexpr (Stream) fence_streams();
   };
@@ -171,21 +168,23 @@ struct BackwardRow {
   T *dx, *dresidual;
   const float* factor;
   float mean, rstd;
-  int64_t next;  // from this row to the next one
-  bool rms;
+};
+
+struct Means {
+  float g, gx;  // mean(g), mean(g * xhat)
 };
 
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,  g = dy * weight,  xhat = (s - mean) * rstd
 // rms: mean(g) and mean count as 0. Drop: that is the residual's gradient, and x's is a factor times it.
 // dw, db: this worker's sums of dy * xhat and dy.
-template <class T, bool Params, bool Drop, bool Stream>
-void backward_row(const BackwardRow<T> r, int64_t N, const float* __restrict weight, float* __restrict dw,
-                  float* __restrict db) {
+template <class T, bool Params, bool Stream>
+SEQFUSE_INLINE Means measure_row(const BackwardRow<T> r, int64_t N, bool rms, const float* __restrict weight,
+                                 float* __restrict dw, float* __restrict db) {
   const vf mean = splat(r.mean), rstd = splat(r.rstd);
   vp g_sum{}, gx_sum{};
-  for_pairs(N, [&](int64_t i, int n) {
+  for_pairs(N, [&](int64_t i, int n) __attribute__((always_inline)) {  // or the sums would live in memory
     const vp d = take_pair(r.dy + i, n), xhat = existing<T>(take_pair(r.s + i, n) - mean, n) * rstd;
-    if constexpr (!Stream) prefetch_to_write(r.dx + i);
+    if constexpr (!Stream) prefetch_pair_to_write(r.dx + i);
     const vp g = unfused(d * load_pair(weight + i));
     g_sum = g_sum + g, gx_sum = gx_sum + g * xhat;
     if constexpr (Params) {
@@ -193,9 +192,16 @@ void backward_row(const BackwardRow<T> r, int64_t N, const float* __restrict wei
       store_pair(db + i, load_pair(db + i) + d);
     }
   });
-  const vf mg = splat(r.rms ? 0.0f : sum(g_sum) / float(N)), slope = splat(r.rstd * sum(gx_sum) / float(N));
+  return {rms ? 0.0f : sum(g_sum) / float(N), sum(gx_sum) / float(N)};
+}
+
+// ahead: from this row to one that is asked for meanwhile
+template <class T, bool Drop, bool Stream>
+SEQFUSE_INLINE void differentiate_row(const BackwardRow<T> r, int64_t N, Means of, const float* __restrict weight,
+                                      int64_t ahead) {
+  const vf mean = splat(r.mean), rstd = splat(r.rstd), mg = splat(of.g), slope = splat(r.rstd * of.gx);
   for_pairs(N, [=](int64_t i, int n) {
-    prefetch(r.dy + r.next + i), prefetch(r.s + r.next + i);
+    prefetch_pair(r.dy + ahead + i), prefetch_pair(r.s + ahead + i);
     const vp g = unfused(take_pair(r.dy + i, n) * load_pair(weight + i));
     vp d = (g - mg - (take_pair(r.s + i, n) - mean) * slope) * rstd;
     if (r.dsum) d = d + take_pair(r.dsum + i, n);
@@ -206,6 +212,27 @@ void backward_row(const BackwardRow<T> r, int64_t N, const float* __restrict wei
     give_pair<Stream>(r.dx + i, d, n);
   });
 }
+
+// The portions' sums of dweight and dbias added up to those of the first: neighbours, then pairs of neighbours, by
+// whichever worker finishes the second of two. So the order is always the same and no worker waits.
+class AddUp {
+ public:
+  AddUp(float* sums, int64_t size, int64_t portions) : sums_(sums), size_(size), portions_(portions) {}
+  void done(int64_t portion) {
+    for (int64_t step = 1; step < portions_; step *= 2) {
+      const int64_t left = portion / (2 * step) * (2 * step), right = left + step;
+      if (right >= portions_) continue;
+      if (__atomic_fetch_add(&arrived_[right], 1, __ATOMIC_ACQ_REL) == 0) return;
+      float *const to = sums_ + left * size_, *const from = sums_ + right * size_;
+      for_vectors(0, size_, [=](int64_t i, int) { store(to + i, load(to + i) + load(from + i)); });
+    }
+  }
+
+ private:
+  float* sums_;
+  int64_t size_, portions_;
+  int arrived_[kPortions] = {};
+};
 
 template <class T, bool Params, bool Drop, bool Stream>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
@@ -220,35 +247,38 @@ void backward(const LayerNormBackward& a, const Parallel& parallel) {
   }
   read_parameter<T>(a.param_dtype, a.weight, weight, N, 1.0f, a.options.zero_centered);
   const Dropout dropout(a.options.seed, a.options.dropout_p);
+  AddUp add_up(partial, 2 * padded, portions);
   auto share = [&](int64_t portion, int64_t begin, int64_t end) {
     float *const dw = partial + 2 * portion * padded, *const mine = factor + portion * factors(N);
     if constexpr (Params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
-    for (int64_t r = begin; r < end; r++) {
+    const bool rms = a.options.rms;
+    auto row = [=](int64_t r) {
       const int64_t at = r * N;
-      if constexpr (Drop) row_of_factors(dropout, r, N, mine);
-      const BackwardRow<T> row{static_cast<const T*>(a.dy) + at,
-                               static_cast<const T*>(a.s) + at,
-                               a.dsum ? static_cast<const T*>(a.dsum) + at : nullptr,
-                               static_cast<T*>(a.dx) + at,
-                               a.dresidual ? static_cast<T*>(a.dresidual) + at : nullptr,
-                               mine,
-                               a.options.rms ? 0.0f : a.mean[r],
-                               a.rstd[r],
-                               r + 1 < end ? N : 0,
-                               a.options.rms};
-      backward_row<T, Params, Drop, Stream>(row, N, weight, dw, dw + padded);
+      return BackwardRow<T>{static_cast<const T*>(a.dy) + at,
+                            static_cast<const T*>(a.s) + at,
+                            a.dsum ? static_cast<const T*>(a.dsum) + at : nullptr,
+                            static_cast<T*>(a.dx) + at,
+                            a.dresidual ? static_cast<T*>(a.dresidual) + at : nullptr,
+                            mine,
+                            rms ? 0.0f : a.mean[r],
+                            a.rstd[r]};
+    };
+    Means of{}, next{};
+    for (int64_t r = begin; r <= end; r++, of = next) {  // a row is measured ahead, as in forward()
+      if (r < end) next = measure_row<T, Params, Stream>(row(r), N, rms, weight, dw, dw + padded);
+      if (r == begin) continue;
+      if constexpr (Drop) row_of_factors(dropout, r - 1, N, mine);
+      differentiate_row<T, Drop, Stream>(row(r - 1), N, of, weight, r + 1 < end ? 2 * N : 0);
     }
+    if constexpr (Params) add_up.done(portion);
     if constexpr (Stream) fence_streams();
   };
   deal_portions(parallel, useful_workers(parallel, a.rows, N), a.rows, portions, share);
   if constexpr (Params) {
-    for (int64_t p = 1; p < portions; p++)
-      for_vectors(0, 2 * padded,
-                  [=](int64_t i, int) { store(partial + i, load(partial + i) + load(partial + 2 * p * padded + i)); });
     auto write = [&](const float* sum, void* out) {
       if (!out) return;
-      a.param_dtype == DType::f32 ? Paired<T>::write(sum, static_cast<float*>(out), N)
-                                  : Paired<T>::write(sum, static_cast<bf16*>(out), N);
+      if (sizeof(T) == 4 || a.param_dtype == DType::f32) return Paired<T>::write(sum, static_cast<float*>(out), N);
+      if constexpr (sizeof(T) == 2) Paired<T>::write(sum, static_cast<bf16*>(out), N);
     };
     write(partial, a.dweight), write(partial + padded, a.dbias);
   }
@@ -278,11 +308,13 @@ void backward(const LayerNormBackward& a, const Parallel& p) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? forward<float>(a, p) : forward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
+  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
 }
 
 void layer_norm_backward(const LayerNormBackward& a, const Parallel& p) {
-  a.dtype == DType::f32 ? backward<float>(a, p) : backward<bf16>(a, p);
+  if (a.dtype == DType::bf16) return backward<bf16>(a, p);
+  if constexpr (!has_dot) backward<float>(a, p);
 }
 
 }  // namespace SEQFUSE_ISA

@@ -222,13 +222,17 @@ SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
   return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
-// e^x = scale * (1 + rest), for x from -87.3 to 88.3: range reduction to |r| <= ln2 / 2 and a degree-6 polynomial.
+// e^x = 2^n * (1 + rest), for x from -87.3 to 88.3: range reduction to |r| <= ln2 / 2 and a degree-6 polynomial.
 struct Power {
-  vf scale, rest;
+  vf n, rest;
 };
 SEQFUSE_INLINE Power power(vf x) {
+#if defined(__AVX512F__)
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0);
+#else
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = (x * 1.44269504088896341f + magic) - magic;
+#endif
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -236,21 +240,38 @@ SEQFUSE_INLINE Power power(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
-  return {as_float((vu)e), p * r * r + r};
+  return {n, p * r * r + r};
+}
+
+// 2^n of an integer n from -126 to 127
+SEQFUSE_INLINE vf power_of_two(vf n) {
+  return as_float((vu)((__builtin_convertvector(n, vi) + 127) << 23));
+}
+
+SEQFUSE_INLINE vf clamp(vf x, float low, float high) {
+#if defined(__AVX512F__)  // these two return their second operand if either is a NaN
+  return (vf)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#else
+  return min(max(x, splat(low)), splat(high));
+#endif
 }
 
 // About 1 ulp. Saturates instead of overflowing to a trap value: 0 below -87.3, inf is never reached (88.3 is the
 // largest argument).
 SEQFUSE_INLINE vf exp(vf x) {
-  const Power p = power(min(max(x, splat(-87.3f)), splat(88.3f)));
-  return (p.rest + 1.0f) * p.scale;
+  const Power p = power(clamp(x, -87.3f, 88.3f));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)(p.rest + 1.0f), (__m512)p.n);
+#else
+  return (p.rest + 1.0f) * power_of_two(p.n);
+#endif
 }
 
-// 1 / x of a finite x. AVX-512: an estimate of 14 bits and one step of Newton's, 1 ulp, where a division of 16 floats
-// keeps its port busy for 16 cycles.
+// 1 / x for x from 1 on. AVX-512: an estimate of 14 bits and one step of Newton's method, 1 ulp, where a division of 16
+// floats keeps its port busy for 16 cycles.
 SEQFUSE_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
+  x = (vf)_mm512_min_ps((__m512)splat(1e30f), (__m512)x);  // of inf the step would make a NaN
   const vf y = (vf)_mm512_rcp14_ps((__m512)x);
   return y + y * (1.0f - x * y);
 #else
@@ -264,8 +285,9 @@ SEQFUSE_INLINE vf sigmoid(vf x) {
 
 // With e = exp(2x) - 1, in which nothing cancels near zero: e / (e + 2). Beyond 9.02 it is 1.
 SEQFUSE_INLINE vf tanh(vf x) {
-  const Power p = power(min(max(2.0f * x, splat(-18.04f)), splat(18.04f)));
-  const vf e = p.scale * p.rest + (p.scale - 1.0f);
+  const Power p = power(clamp(2.0f * x, -18.04f, 18.04f));
+  const vf scale = power_of_two(p.n);
+  const vf e = scale * p.rest + (scale - 1.0f);
   return e * reciprocal(e + 2.0f);
 }
 

@@ -51,8 +51,15 @@ SEQFUSE_INLINE vp load_pair(const bf16* p) {
 // Two vectors as bf16 words. A NaN must have zeros in its lower half, as every NaN has that came from a bf16 or from
 // arithmetic: then rounding can't carry it into an infinity, and needs no second look.
 SEQFUSE_INLINE vu narrow_pair(vp x) {
+#if defined(__AVX512BF16__)
+  const vu halves = (vu)_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a);
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(*(const __m512i*)order, (__m512i)halves);
+#else
   const vu a = as_bits(x.a), b = as_bits(x.b);
   return (a + 0x7fffu + ((a >> 16) & 1u)) >> 16 | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+#endif
 }
 
 SEQFUSE_INLINE void store_pair(float* p, vp x) {
@@ -60,6 +67,14 @@ SEQFUSE_INLINE void store_pair(float* p, vp x) {
 }
 SEQFUSE_INLINE void store_pair(bf16* p, vp x) {
   *(vu_any*)p = narrow_pair(x);
+}
+
+// what rounded<bf16> returned: nothing is left to round
+SEQFUSE_INLINE void store_rounded_pair(bf16* p, vp x) {
+  *(vu_any*)p = as_bits(x.a) >> 16 | as_bits(x.b);
+}
+SEQFUSE_INLINE void store_rounded_pair(float* p, vp x) {
+  store_pair(p, x);
 }
 
 // x as it reads back after store_pair
@@ -98,14 +113,12 @@ SEQFUSE_INLINE bool can_stream(const void* p, int64_t row_bytes) {
   return uintptr_t(p) % SEQFUSE_VBYTES == 0 && row_bytes % SEQFUSE_VBYTES == 0;
 }
 
-constexpr int64_t kCached = 8 << 20;  // bytes that a usual third-level cache keeps from one call to the next
-
 // Whether a result goes past the caches: where a call's `tensors` [rows, cols] together would not stay there anyway, so
 // that fetching lines only to overwrite them, and driving out what is still wanted, is for nothing.
 template <class T>
 bool streams(const void* out, int tensors, int64_t rows, int64_t cols) {
   const int64_t row = cols * int64_t(sizeof(T));
-  return tensors * rows * row > kCached && can_stream(out, row);
+  return tensors * rows * row > cached_bytes() && can_stream(out, row);
 }
 
 // n elements, fewer than PL at a row's end; the others read as zero and are not touched in memory.
@@ -118,8 +131,8 @@ SEQFUSE_INLINE vp take_pair(const T* p, int n) {
 }
 // Floats that lie in memory as their row does, in the order of a pair of T.
 template <class T>
-SEQFUSE_INLINE vp pair_in_order(const float* p) {
-  const vf x = load(p), y = load(p + VL);
+SEQFUSE_INLINE vp pair_in_order(vp row) {
+  const vf x = row.a, y = row.b;
   if constexpr (sizeof(T) == 4) return {x, y};
 #if SEQFUSE_VBYTES == 64
   return {__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
@@ -129,6 +142,22 @@ SEQFUSE_INLINE vp pair_in_order(const float* p) {
           __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15)};
 #else
   return {__builtin_shufflevector(x, y, 0, 2, 4, 6), __builtin_shufflevector(x, y, 1, 3, 5, 7)};
+#endif
+}
+template <class T>
+SEQFUSE_INLINE vp pair_in_order(const float* row) {
+  return pair_in_order<T>(load_pair(row));
+}
+// the even and the odd elements as they lie in memory
+SEQFUSE_INLINE vp out_of_order(vp x) {
+#if SEQFUSE_VBYTES == 64
+  return {__builtin_shufflevector(x.a, x.b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+          __builtin_shufflevector(x.a, x.b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+#elif SEQFUSE_VBYTES == 32
+  return {__builtin_shufflevector(x.a, x.b, 0, 8, 1, 9, 2, 10, 3, 11),
+          __builtin_shufflevector(x.a, x.b, 4, 12, 5, 13, 6, 14, 7, 15)};
+#else
+  return {__builtin_shufflevector(x.a, x.b, 0, 4, 1, 5), __builtin_shufflevector(x.a, x.b, 2, 6, 3, 7)};
 #endif
 }
 // x where an element exists, 0 where take_pair made one up
@@ -153,6 +182,23 @@ SEQFUSE_INLINE void give_pair(T* p, vp x, int n) {
   for (int i = 0; i < PL && i < n; i++) p[i] = t[i];
 }
 
+// Asks for the lines of a pair: both, where it has two. The processor brings the second along only sometimes.
+template <class T>
+SEQFUSE_INLINE void prefetch_pair(const T* p) {
+  prefetch(p);
+  if constexpr (PL * sizeof(T) > 64) prefetch(p + VL);
+}
+template <class T>
+SEQFUSE_INLINE void prefetch_pair_to_write(T* p) {
+  prefetch_to_write(p);
+  if constexpr (PL * sizeof(T) > 64) prefetch_to_write(p + VL);
+}
+
+template <class T>
+SEQFUSE_INLINE void give_rounded_pair(T* p, vp x, int n) {
+  n == PL ? store_rounded_pair(p, x) : give_pair(p, x, n);
+}
+
 // f(i, n) for the n elements from i on; n is PL in the loop over whole pairs and less in its tail (see for_vectors).
 template <class F>
 SEQFUSE_INLINE void for_pairs(int64_t N, F f) {
@@ -168,22 +214,29 @@ struct Paired {
   // p + origin as floats; without p all `fill`. A NaN becomes the usual one (see narrow_pair).
   template <class P>
   static void read(const P* p, float* out, int64_t N, float fill, float origin) {
-    for (int64_t i = 0; i < size(N); i++) {
-      float x = p ? (i < N ? widen(p[i]) + origin : 0.0f) : fill;
-      if (x != x) x = __builtin_nanf("");
-      out[place(i)] = x;
-    }
+    for_pairs(N, [=](int64_t i, int n) {
+      vp x{splat(fill), splat(fill)};
+      if (p) x = in_order(p + i, n) + vp{splat(origin), splat(origin)};
+      const vf nan = splat(__builtin_nanf(""));
+      store_pair(out + i, vp{select(x.a != x.a, nan, x.a), select(x.b != x.b, nan, x.b)});
+    });
   }
   template <class P>
   static void write(const float* in, P* p, int64_t N) {
-    for (int64_t i = 0; i < N; i++) put(p + i, in[place(i)]);
+    for_pairs(N, [=](int64_t i, int n) {
+      if constexpr (sizeof(T) == sizeof(P))
+        give_pair(p + i, load_pair(in + i), n);
+      else
+        give_pair(p + i, out_of_order(load_pair(in + i)), n);
+    });
   }
 
  private:
-  static SEQFUSE_INLINE int64_t place(int64_t i) {
-    if constexpr (sizeof(T) == 4) return i;
-    const int64_t first = i / PL * PL, k = i - first;
-    return first + k / 2 + (k & 1) * VL;
+  template <class P>
+  static SEQFUSE_INLINE vp in_order(const P* p, int n) {
+    const vp x = take_pair(p, n);
+    if constexpr (sizeof(T) == sizeof(P)) return x;
+    return pair_in_order<T>(x);
   }
 };
 

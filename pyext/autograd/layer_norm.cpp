@@ -1,4 +1,5 @@
-// seqfuse::layer_norm: the LayerNormFunction of ops/layer_norm.py as a node of C++.
+// seqfuse::layer_norm: the LayerNormFunction of ops/layer_norm.py, without dropout and zero-centred weights, as a node
+// of C++.
 //
 // The same ops inside (seqfuse::layer_norm_fwd and _bwd); only the 30 us are gone that a Python autograd.Function costs
 // a call. It needs torch's C++ autograd, which has no stable ABI: the library is used only under the torch that it was
@@ -47,7 +48,8 @@ Optional defined(Tensor t) {
 // Inputs: x, residual (or nothing), weight, bias. Outputs: y and, with a residual, the sum.
 struct LayerNormNode : Node {
   SavedVariable s, weight, bias, mean, rstd;
-  bool residual = false, want_weight = false, want_bias = false, released = false;
+  bool residual = false, want_weight = false, want_bias = false, rms = false, released = false;
+  double eps = 0.0;
 
   std::string name() const override { return "SeqfuseLayerNormBackward"; }
 
@@ -62,10 +64,12 @@ struct LayerNormNode : Node {
     if (!dy.defined()) return results(dsum, {}, {});  // only the sum was used
     const auto self = getptr();
     const Tensor in = s.unpack(self), w = weight.unpack(), b = bias.unpack(), m = mean.unpack(), r = rstd.unpack();
-    if (at::GradMode::is_enabled()) return differentiable(dy, dsum, in, w, b, m, r);
+    if (at::GradMode::is_enabled()) {
+      return rms ? differentiable_rms(dy, dsum, in, w) : differentiable(dy, dsum, in, w, b, m, r);
+    }
     static const auto op = find<Backward>("seqfuse::layer_norm_bwd");
     auto [dx, same, dw, db] =
-        op.call(dy, defined(dsum), in, defined(w), m, r, want_weight, want_bias, false, {}, 0.0, false, false);
+        op.call(dy, defined(dsum), in, defined(w), m, r, want_weight, want_bias, false, {}, 0.0, rms, false);
     return results(std::move(dx), std::move(dw), std::move(db));
   }
 
@@ -83,6 +87,18 @@ struct LayerNormNode : Node {
                    want_bias ? db.to(b.scalar_type()) : Tensor());
   }
 
+  // the same of rms_norm, which has no such op on every torch: written out
+  variable_list differentiable_rms(const Tensor& dy, const Tensor& dsum, const Tensor& in, const Tensor& w) {
+    const Tensor x = in.to(at::kFloat), d = dy.to(at::kFloat);
+    const Tensor scale = x.square().mean({-1}, true).add(eps).rsqrt(), xhat = x.mul(scale);
+    const Tensor g = w.defined() ? d.mul(w.to(at::kFloat)) : d;
+    const Tensor dx = g.sub(xhat.mul(g.mul(xhat).mean({-1}, true))).mul(scale);
+    Tensor dw;
+    if (want_weight) dw = d.mul(xhat).reshape({-1, in.size(-1)}).sum(0).to(w.scalar_type());
+    const Tensor narrow = dx.to(in.scalar_type());
+    return results(dsum.defined() ? at::add(narrow, dsum) : narrow, dw, {});
+  }
+
   variable_list results(Tensor dx, Tensor dw, Tensor db) const {
     return {dx, residual ? dx : Tensor(), want_weight ? dw : Tensor(), want_bias ? db : Tensor()};
   }
@@ -97,7 +113,7 @@ Tensor or_undefined(const Optional& t) {
 }
 
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual, const Optional& weight,
-                                      const Optional& bias, double eps) {
+                                      const Optional& bias, double eps, bool rms) {
   static const auto op = find<Forward>("seqfuse::layer_norm_fwd");
   decltype(make_node<LayerNormNode>()) node;
   if (at::GradMode::is_enabled() && (x.requires_grad() || wants(residual) || wants(weight) || wants(bias))) {
@@ -108,10 +124,10 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual,
   Tensor y, sum, mean, rstd;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(y, sum, mean, rstd) = op.call(x, residual, weight, bias, eps, {}, 0.0, false, false);
+    std::tie(y, sum, mean, rstd) = op.call(x, residual, weight, bias, eps, {}, 0.0, rms, false);
   }
   if (!node) return {y, sum};
-  node->residual = residual.has_value();
+  node->residual = residual.has_value(), node->rms = rms, node->eps = eps;
   node->want_weight = wants(weight), node->want_bias = wants(bias);
   torch::autograd::create_gradient_edge(y, node);
   if (node->residual) torch::autograd::create_gradient_edge(sum, node);
@@ -124,6 +140,8 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
-  m.def("layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor sum)",
-        layer_norm);
+  m.def(
+      "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms=False) "
+      "-> (Tensor y, Tensor sum)",
+      layer_norm);
 }

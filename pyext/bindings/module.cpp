@@ -36,8 +36,11 @@ PYBIND11_MODULE(_C, m) {
 #else
     facts["cuda"] = false;
 #endif
+    facts["last_level_cache"] = last_level_cache();
+    facts["cached_bytes"] = cached_bytes();
     return facts;
   });
+  m.def("set_cached_bytes", &set_cached_bytes, "What the caches are taken to keep from one call to the next; negative: as found");
   m.def("isa_detected", [] { return isa_name(isa_detected()); });
   m.def("isa_active", [] { return isa_name(isa_active()); });
   m.def("isa_limit", [](const std::string& top) {

@@ -19,6 +19,11 @@ def entering(module: torch.nn.Module) -> None:
         _current = weakref.ref(module)
 
 
+def nobody_is_running() -> bool:
+    """Whether no fused module waits for the dispatcher's choice of its op: an op called by itself need not tell one."""
+    return _current is None
+
+
 def handed_over(module: torch.nn.Module, reason: str) -> None:
     """A fused module tells that it calls PyTorch's own op without asking the dispatcher."""
     if not torch.compiler.is_compiling():

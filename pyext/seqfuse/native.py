@@ -86,3 +86,16 @@ def isa_limit(level: str) -> Iterator[None]:
     finally:
         _C.isa_limit(before)
         dispatch.forget()
+
+
+@contextlib.contextmanager
+def cached_bytes(limit: int) -> Iterator[None]:
+    """Inside the block, results of calls whose tensors exceed `limit` bytes together are stored past the caches (for
+    tests and benchmarks). Otherwise the limit follows from this machine's last-level cache."""
+    if _C is None:
+        raise RuntimeError(_why_not)
+    _C.set_cached_bytes(limit)
+    try:
+        yield
+    finally:
+        _C.set_cached_bytes(-1)

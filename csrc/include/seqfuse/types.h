@@ -34,4 +34,8 @@ Isa isa_active();         // what kernels use: min(detected, limit)
 void isa_limit(Isa top);  // for tests and benchmarks: never use a level above `top`
 const char* isa_name(Isa);
 
+int64_t last_level_cache();            // bytes; 0 where the system does not say
+int64_t cached_bytes();                // what the caches are taken to keep from one call to the next
+void set_cached_bytes(int64_t bytes);  // for tests and benchmarks; negative: as found
+
 }  // namespace seqfuse

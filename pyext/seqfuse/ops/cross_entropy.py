@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
-from seqfuse.ops import checks, library, loss_blocks
+from seqfuse.ops import checks, handover, library, loss_blocks
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
 from seqfuse.reference import LossOptions
 
@@ -62,6 +62,9 @@ def linear_cross_entropy(
     (arXiv:2204.02311).
     """
     op = "linear_cross_entropy"
+    usual = bias is class_weight is softcap is None and z_loss == label_smoothing == 0.0 and reduction == "mean"
+    if usual and _is_small(x, weight, target) and not torch.is_autocast_enabled("cpu"):
+        return _torch_cross_entropy(x, weight, None, target, None, LossOptions(ignore_index), reduction)
     checks.tensor(op, "x", x)
     checks.tensor(op, "weight", weight, (2,))
     x, weight, bias = _autocast(x, weight, bias)
@@ -103,6 +106,19 @@ def cross_entropy(
     _check_targets(op, logits, logits.shape[:-1], logits.shape[-1], target, class_weight, reduction)
     rows = logits.reshape(-1, logits.shape[-1])
     return _loss(op, rows, None, None, target, class_weight, options, reduction)
+
+
+def _is_small(x, weight, target):
+    """Whether these are good arguments of a linear_cross_entropy that goes to PyTorch without another look."""
+    return (
+        all(isinstance(t, torch.Tensor) for t in (x, weight, target))
+        and x.dim() == weight.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and target.dtype is torch.int64
+        and target.shape == x.shape[:1]
+        and target.is_cpu
+        and handover.is_certain(x.shape[0] * weight.shape[0], _WORTH_IT, x, weight)
+    )
 
 
 def _loss(op, x, weight, bias, target, class_weight, options, reduction):
@@ -269,9 +285,12 @@ library.register_composed(
 )
 
 
+# Logits from which ours was measured no slower (two threads, AVX2: docs/losses.md); given ones, where they are.
+_WORTH_IT, _WORTH_IT_GIVEN = 500_000, 1 << 20
+
+
 def _cpu_prefers(case: LossCase) -> str | None:
-    # logits from which ours was measured no slower (two threads, AVX2: docs/losses.md)
-    if case.tokens * case.vocabulary >= (500_000 if case.width else 1 << 20):
+    if case.tokens * case.vocabulary >= (_WORTH_IT if case.width else _WORTH_IT_GIVEN):
         return None
     return "at this size PyTorch's own call costs less than ours does to reach its kernel"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
-from seqfuse.ops import checks, library
+from seqfuse.ops import checks, handover, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
 from seqfuse.reference.gated import ACTIVATIONS
 
@@ -46,6 +46,13 @@ def geglu(gate, up, *, approximate="none"):
 
 
 def _gated(op, gate, up, activation):
+    if (
+        isinstance(gate, torch.Tensor)
+        and isinstance(up, torch.Tensor)
+        and gate.is_same_size(up)
+        and handover.is_certain(gate.numel(), _WORTH_IT[activation], gate, up)
+    ):
+        return _torch_gated(gate, up, activation)
     checks.tensor(op, "gate", gate)
     checks.tensor(op, "up", up)
     checks.shape(op, "up", up, gate.shape)

@@ -106,8 +106,11 @@ def run(name, x, residual, weight, bias, eps, grad, options=_PLAIN):
     backend = dispatch.get("rms_norm" if options.rms else "layer_norm", name)
     if backend.bwd is None or not grad:
         return backend.fwd(x, residual, weight, bias, eps, *options)[:2]
-    if options is _PLAIN and name in ("cpu", "cuda") and not traced() and not native.nodes_missing():
-        return torch.ops.seqfuse.layer_norm.default(x, residual, weight, bias, eps)  # pyext/autograd/layer_norm.cpp
+    plain = not options.dropout_p and not options.zero_centered
+    if (
+        plain and name in ("cpu", "cuda") and not traced() and not native.nodes_missing()
+    ):  # pyext/autograd/layer_norm.cpp
+        return torch.ops.seqfuse.layer_norm.default(x, residual, weight, bias, eps, options.rms)
     return apply(LayerNormFunction, x, residual, weight, bias, eps, name, *options)[:2]
 
 

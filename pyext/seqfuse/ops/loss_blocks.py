@@ -23,9 +23,12 @@ def tokens_in_a_block(tokens: int, vocabulary: int, device: str) -> int:
 
 
 def _block(x, tokens, vocabulary):
-    """[tokens, vocabulary], uninitialised, its rows apart by whole cache lines."""
+    """[tokens, vocabulary], uninitialised, its rows apart by whole cache lines, with zeros between them: oneDNN's bf16
+    products on AMX multiply what lies behind a row's end by zero, and a NaN there stays one."""
     line = _LINE // x.element_size()
-    return x.new_empty(tokens, -(-vocabulary // line) * line)[:, :vocabulary]
+    whole = x.new_empty(tokens, -(-vocabulary // line) * line)
+    whole[:, vocabulary:] = 0
+    return whole[:, :vocabulary]
 
 
 def rows_kernel(backend):
