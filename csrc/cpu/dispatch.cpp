@@ -1,5 +1,6 @@
 // The public CPU entry points: each call goes to the copy of the kernel compiled for the active instruction set.
 #include "seqfuse/attention.h"
+#include "seqfuse/beam.h"
 #include "seqfuse/cross_entropy.h"
 #include "seqfuse/gated.h"
 #include "seqfuse/layer_norm.h"
@@ -21,6 +22,7 @@
 #define SEQFUSE_CPU_OPS(X)                                           \
   X(attention_decode_cpu, attention_decode, AttentionDecode)         \
   X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
+  X(beam_step_cpu, beam_step, BeamStep)                              \
   X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
   X(gated_forward_cpu, gated_forward, GatedForward)                  \
   X(gated_backward_cpu, gated_backward, GatedBackward)               \

@@ -221,6 +221,12 @@ SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
   return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
+SEQFUSE_INLINE float largest(vf x) {
+  float m = x[0];
+  for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m;
+  return m;
+}
+
 // exp by range reduction to |r| <= ln2 / 2 and a degree-6 polynomial: about 1 ulp. Saturates instead of overflowing
 // to a trap value: 0 below -87.3, inf is never reached (88.3 is the largest argument).
 SEQFUSE_INLINE vf exp(vf x) {

@@ -2,7 +2,7 @@
 
     logits, cache = model.begin(ids [B, T], lengths [B] | None, capacity)   the prompt or the source in; logits [B, V]
     logits = model.step(ids [B], cache)                                     one token for each row; cache moves on
-    cache.reorder(index [B'])                                               rows gathered, for beam search
+    cache.reorder(index [B'], grouped)                                      rows gathered, for beam search (cache.py)
 
 where the cache is whatever the model needs: keys and values of a Transformer, the state of a recurrent network.
 """
@@ -68,7 +68,7 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
     likeliest; top_p (None): from the likeliest that together have probability p; repetition_penalty (1.0): logits of
     tokens said before are divided by it, or multiplied where negative; no_repeat_ngram (0): no n-gram of this length
     twice in a row of tokens; num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is
-    divided by its length to this power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none),
+    divided by its length to this power; stop (None: the model's eos_ids): ids, which take their place (() for none),
     and strings, which also end a row; seed (None: torch's own generator). A decoder's prompt counts as said, an
     encoder's source does not.
 
@@ -301,7 +301,7 @@ def _in_vocabulary(model, ids: Tensor) -> Tensor:
 
 def _stops(model, options: Options) -> tuple[list[str], Tensor]:
     """(strings, ids [S] int64) that end a row."""
-    eos = [] if model.config.eos_id is None else [model.config.eos_id]
+    eos = list(model.config.eos_ids)
     stop = options.stop
     if stop is None:
         stop = eos

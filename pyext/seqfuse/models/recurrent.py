@@ -34,14 +34,13 @@ State = tuple[Tensor, ...]  # of one layer in one direction: (h,) or, of an LSTM
 
 
 class RecurrentState:
-    """What a recurrent model remembers between steps: the state of each layer, and how much each row has seen."""
+    """What a recurrent model remembers between steps: the state of each layer."""
 
-    def __init__(self, layers: list[State], lengths: Tensor):
-        self.layers, self.lengths = layers, lengths
+    def __init__(self, layers: list[State]):
+        self.layers = layers
 
-    def reorder(self, index: Tensor) -> None:
-        self.layers = [tuple(s.index_select(0, index) for s in state) for state in self.layers]
-        self.lengths = self.lengths.index_select(0, index)
+    def reorder(self, index: Tensor, grouped: bool = False) -> None:
+        self.layers = [tuple([s.index_select(0, index) for s in state]) for state in self.layers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +154,10 @@ class Generating:
         everything: capacity says nothing here."""
         check_ids(self, ids, lengths)
         x, state, _ = self.body(ids, lengths)
-        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
-        return self._logits(last_valid(x, lengths)), RecurrentState(state, lengths)
+        return self._logits(last_valid(x, lengths)), RecurrentState(state)
 
     def step(self, ids: Tensor, cache: RecurrentState) -> Tensor:
         """ids: [B] int64, what was chosen -> logits [B, V] float32 of the next token."""
-        cache.lengths = cache.lengths + 1
         return self._logits(self.body.step(ids, cache.layers))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -356,5 +353,5 @@ class ClassToText(Generating, Model):
 
     def begin(self, ids, lengths, capacity):
         first = torch.full((len(ids),), self.config.bos_id, device=ids.device)
-        cache = RecurrentState(self.first_state(ids, lengths), torch.zeros_like(first))
+        cache = RecurrentState(self.first_state(ids, lengths))
         return self.step(first, cache), cache

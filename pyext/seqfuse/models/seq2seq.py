@@ -75,25 +75,19 @@ class Memory(NamedTuple):
 class Seq2SeqState(RecurrentState):
     """The decoder's state, and the memory, which the beams of a source share: it has `beams` rows of state each."""
 
-    def __init__(self, layers: list[State], lengths: Tensor, memory: Memory | None):
-        super().__init__(layers, lengths)
+    def __init__(self, layers: list[State], memory: Memory | None):
+        super().__init__(layers)
         self.memory, self.beams = memory, 1
-        self._in_order = None  # the source of each row while beams stay with theirs
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, index: Tensor, grouped: bool = False) -> None:
         super().reorder(index)
         if self.memory is None:
             return
-        sources, source = len(self.memory.keys), index // self.beams  # of which source each row is now
-        if len(index) % sources == 0:
-            beams = len(index) // sources
-            if self._in_order is None or len(self._in_order) != len(index):
-                self._in_order = torch.arange(sources, device=index.device).repeat_interleave(beams)
-            if torch.equal(source, self._in_order):
-                self.beams = beams  # still one group of rows for each source, in order: nothing has to move
-                return
+        if grouped:
+            self.beams = len(index) // len(self.memory.keys)
+            return
+        source = index // self.beams
         self.memory, self.beams = Memory(*(None if t is None else t[source] for t in self.memory)), 1
-        self._in_order = None
 
 
 class RNNSeq2Seq(Model):
@@ -206,7 +200,7 @@ class RNNSeq2Seq(Model):
         """The source in, [B, T] int64: (logits [B, V] float32 of the first token, the state)."""
         memory, state = self.encode(ids, lengths)
         first = torch.full((len(ids),), self.config.bos_id, device=ids.device)
-        cache = Seq2SeqState(state, torch.zeros_like(first), memory)
+        cache = Seq2SeqState(state, memory)
         return self.step(first, cache), cache
 
     def step(self, ids, cache):
@@ -220,7 +214,6 @@ class RNNSeq2Seq(Model):
             if memory is not None:
                 hidden = hidden.view(len(memory.keys), cache.beams, -1)  # (sources, beams, H)
             weights = None if memory is None else self.weights(hidden, memory)
-        cache.lengths = cache.lengths + 1
         hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
         return multiply(hidden, *self.output_weights()).float()
 

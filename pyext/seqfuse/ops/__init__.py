@@ -2,6 +2,7 @@
 
 from seqfuse.ops.attention import attention, scaled_dot_product_attention, varlen_attention
 from seqfuse.ops.attention_cache import attention_with_kv_cache
+from seqfuse.ops.beam import beam_step
 from seqfuse.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from seqfuse.ops.distillation import kl_loss
 from seqfuse.ops.gated import geglu, swiglu
@@ -17,6 +18,7 @@ __all__ = [
     "RecurrentOptions",
     "attention",
     "attention_with_kv_cache",
+    "beam_step",
     "cross_entropy",
     "dpo_loss",
     "geglu",

@@ -1,6 +1,7 @@
 """Plain PyTorch, one small file per op: the numerical truth (in float64), differentiable twice."""
 
 from seqfuse.reference.attention import AttentionOptions, attention, attention_decode, dropout_keep, kv_cache_append
+from seqfuse.reference.beam import beam_step
 from seqfuse.reference.cross_entropy import LossOptions, cross_entropy, linear_cross_entropy, loss_scale
 from seqfuse.reference.distillation import kl
 from seqfuse.reference.gated import gated
@@ -17,6 +18,7 @@ __all__ = [
     "ScanOptions",
     "attention",
     "attention_decode",
+    "beam_step",
     "cross_entropy",
     "dropout_keep",
     "gated",
