@@ -16,23 +16,30 @@ import torch
 from torch import Tensor
 
 from seqfuse import ops
-from seqfuse.generate import Report, capacity, evaluating, padding
+from seqfuse.generate import Report, capacity, evaluating, padding, stepper
 from seqfuse.sampling import Options, Rules
 
 
 def beam_search(
-    model, ids: Tensor, lengths: Tensor | None, options: Options, stops: Tensor, report: Report | None = None
+    model,
+    ids: Tensor,
+    lengths: Tensor | None,
+    options: Options,
+    stops: Tensor,
+    report: Report | None = None,
+    cuda_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The best sequence of new tokens of each row.
 
     model: anything with begin, step and reorder (see generate.py). ids: [B, T] int64, lengths: [B] int64 or None.
-    stops: [S] int64, tokens that end a sequence.
+    stops: [S] int64, tokens that end a sequence. cuda_graph: see generate.
     Returns (tokens [B, N] int64, padded behind the token that ended each; scores [B] float32).
     """
     report = report or Report()
     with evaluating(model):
         start = time.perf_counter()
         logits, cache = model.begin(ids, lengths, capacity(model, ids, options))  # (B, V)
+        step = stepper(model, cache, cuda_graph)
         clock = time.perf_counter()
         report.prompt_seconds = clock - start
         rules = Rules(options, None if model.config.encoder_decoder else ids, lengths, len(ids), ids.device)
@@ -45,7 +52,7 @@ def beam_search(
             rules.reorder(parents)
             cache.reorder(parents, grouped=True)
             rules.push(tokens)
-            logits = model.step(tokens, cache)  # (B * K, V)
+            logits = step(tokens)  # (B * K, V)
             report.steps += 1
         report.step_seconds = time.perf_counter() - clock
     rows = beams.best()

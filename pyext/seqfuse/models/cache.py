@@ -3,6 +3,8 @@
 Every cache has `reorder(index, grouped=False)`: row i becomes what row index[i] was. index: int64 [B'], B' may differ
 from B. grouped: a promise that rows of one source or prompt stand together, as many of each and in the order of these,
 before and after, as the beams of a search do: what they share need not move. Beam search needs no more, of any model.
+For a CUDA graph (captured.py) a cache also gives its tensors(), takes others of their shapes by put(), and hears by
+replayed() of a step that ran without the model.
 """
 
 import torch
@@ -52,6 +54,16 @@ class KVCache:
         self.values = [self._gathered(t, index) for t in self.values]
         self.lengths = self.lengths[index]
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.keys, *self.values, self.lengths]
+
+    def put(self, tensors: list[torch.Tensor]) -> None:
+        n = len(self.keys)
+        self.keys, self.values, self.lengths = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
+
+    def replayed(self) -> None:
+        self.used += 1
+
     def _gathered(self, t, index):
         rows = t[:, :, : self.used].index_select(0, index)  # only what has been written
         if len(index) != len(t):
@@ -85,3 +97,12 @@ class CrossCache(KVCache):
             return
         self.sources = [(k.index_select(0, of), v.index_select(0, of)) for k, v in self.sources]
         self.source_lengths = self.source_lengths[of]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors(), *(t for pair in self.sources for t in pair), self.source_lengths]
+
+    def put(self, tensors: list[torch.Tensor]) -> None:
+        own = 2 * len(self.keys) + 1
+        super().put(tensors[:own])
+        *sources, self.source_lengths = tensors[own:]
+        self.sources = list(zip(sources[::2], sources[1::2], strict=True))

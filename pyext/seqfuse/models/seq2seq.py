@@ -29,6 +29,7 @@ from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
 from seqfuse.models.projections import multiply
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
+from seqfuse.ops.rnn_cell import StepCell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,8 @@ class Memory(NamedTuple):
 class Seq2SeqState(RecurrentState):
     """The decoder's state, and the memory, which the beams of a source share: it has `beams` rows of state each."""
 
-    def __init__(self, layers: list[State], memory: Memory | None):
-        super().__init__(layers)
+    def __init__(self, layers: list[State], cells: list[StepCell], memory: Memory | None):
+        super().__init__(layers, cells)
         self.memory, self.beams = memory, 1
 
     def reorder(self, index: Tensor, grouped: bool = False) -> None:
@@ -88,6 +89,16 @@ class Seq2SeqState(RecurrentState):
             return
         source = index // self.beams
         self.memory, self.beams = Memory(*(None if t is None else t[source] for t in self.memory)), 1
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *(t for t in self.memory or () if t is not None)]
+
+    def put(self, tensors: list[Tensor]) -> None:
+        own = sum(map(len, self.layers))
+        super().put(tensors[:own])
+        rest = iter(tensors[own:])
+        if self.memory is not None:
+            self.memory = Memory(*(None if t is None else next(rest) for t in self.memory))
 
 
 class RNNSeq2Seq(Model):
@@ -142,7 +153,7 @@ class RNNSeq2Seq(Model):
         """[B, U, H] of the decoder's layers and [B, U, T] -> [B, U, H], what the output projection reads."""
         if memory is None:
             return hidden
-        return torch.tanh(self.read_hidden(hidden) + weights @ memory.values)
+        return torch.tanh(torch.baddbmm(self.read_hidden(hidden), weights, memory.values))
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -175,21 +186,21 @@ class RNNSeq2Seq(Model):
         return self.readout(hidden, weights, memory), weights
 
     def _decode_in_steps(self, tgt, state, memory):
-        inputs, outputs, weights = self.decoder.embed(tgt), [], []
+        inputs, outputs, weights, cells = self.decoder.embed(tgt), [], [], self.decoder.cells()
         for x in inputs.unbind(1):
-            hidden, a = self._additive_step(x, state, memory)
+            hidden, a = self._additive_step(x, state, cells, memory)
             outputs.append(hidden)
             weights.append(a)
         hidden = self._normed(self.decoder.locked(torch.cat(outputs, 1), self.config.dropout_output))
         weights = torch.cat(weights, 1)
         return self.readout(hidden, weights, memory), weights
 
-    def _additive_step(self, x, state, memory, beams=1):
+    def _additive_step(self, x, state, cells, memory, beams=1):
         """x: [B * beams, E]. Returns (the layers' output, the weights), [B, beams, H] and [B, beams, T]."""
         B = len(memory.keys)
         weights = self.weights(state[-1][0].view(B, beams, -1), memory)
         context = (weights @ memory.context).flatten(0, 1)
-        return step_layers(self.decoder.layers, torch.cat([x, context], -1), state).view(B, beams, -1), weights
+        return step_layers(cells, torch.cat([x, context], -1), state).view(B, beams, -1), weights
 
     def _normed(self, hidden):
         return self.decoder_norm(hidden) if self.config.norm else hidden
@@ -200,20 +211,21 @@ class RNNSeq2Seq(Model):
         """The source in, [B, T] int64: (logits [B, V] float32 of the first token, the state)."""
         memory, state = self.encode(ids, lengths)
         first = torch.full((len(ids),), self.config.bos_id, device=ids.device)
-        cache = Seq2SeqState(state, memory)
+        cache = Seq2SeqState(state, self.decoder.cells(), memory)
         return self.step(first, cache), cache
 
     def step(self, ids, cache):
         """ids: [B] int64, what was chosen -> logits [B, V] float32 of the next token."""
-        memory = cache.memory
+        memory, weights = cache.memory, None
         if self.config.attention == "additive":
-            hidden, weights = self._additive_step(self.decoder.embedding(ids), cache.layers, memory, cache.beams)
+            x = self.decoder.embedding(ids)
+            hidden, weights = self._additive_step(x, cache.layers, cache.cells, memory, cache.beams)
             hidden = self._normed(hidden)
         else:
-            hidden = self._normed(self.decoder.step(ids, cache.layers))
+            hidden = self._normed(self.decoder.step(ids, cache))
             if memory is not None:
                 hidden = hidden.view(len(memory.keys), cache.beams, -1)  # (sources, beams, H)
-            weights = None if memory is None else self.weights(hidden, memory)
+                weights = self.weights(hidden, memory)
         hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
         return multiply(hidden, *self.output_weights()).float()
 
