@@ -157,14 +157,16 @@ class evaluating:
         self.model = model
 
     def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
+        self.training = [module for module in self.model.modules() if module.training]
+        for module in self.training:
+            module.training = False
         self.grad = torch.no_grad()
         self.grad.__enter__()
 
     def __exit__(self, *error):
         self.grad.__exit__(*error)
-        self.model.train(self.training)
+        for module in self.training:
+            module.training = True
 
 
 def stepper(model, cache, cuda_graph: bool):

@@ -27,7 +27,7 @@ from torch.nn import Linear
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
-from seqfuse.models.projections import multiply
+from seqfuse.models.projections import multiply, project
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
 from seqfuse.ops.rnn_cell import StepCell
 
@@ -85,7 +85,7 @@ class Seq2SeqState(RecurrentState):
         if self.memory is None:
             return
         if grouped:
-            self.beams = len(index) // len(self.memory.keys)
+            self.beams = index.shape[0] // self.memory.keys.shape[0]
             return
         source = index // self.beams
         self.memory, self.beams = Memory(*(None if t is None else t[source] for t in self.memory)), 1
@@ -144,7 +144,7 @@ class RNNSeq2Seq(Model):
             mixed = torch.tanh(self.query(hidden)[:, :, None] + memory.keys[:, None])  # (B, U, T, H)
             scores = self.score(mixed)[..., 0]
         else:
-            scores = hidden @ memory.keys.transpose(1, 2)
+            scores = torch.bmm(hidden, memory.keys.transpose(1, 2))
         if memory.padding is not None:
             scores = scores.masked_fill(memory.padding, -torch.inf)
         return scores.softmax(-1)
@@ -153,7 +153,8 @@ class RNNSeq2Seq(Model):
         """[B, U, H] of the decoder's layers and [B, U, T] -> [B, U, H], what the output projection reads."""
         if memory is None:
             return hidden
-        return torch.tanh(torch.baddbmm(self.read_hidden(hidden), weights, memory.values))
+        read = project(self.read_hidden, hidden)
+        return torch.tanh(torch.baddbmm(read, weights, memory.values))
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -224,9 +225,9 @@ class RNNSeq2Seq(Model):
         else:
             hidden = self._normed(self.decoder.step(ids, cache))
             if memory is not None:
-                hidden = hidden.view(len(memory.keys), cache.beams, -1)  # (sources, beams, H)
+                hidden = hidden.view(memory.keys.shape[0], cache.beams, -1)  # (sources, beams, H)
                 weights = self.weights(hidden, memory)
-        hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
+        hidden = self.readout(hidden, weights, memory).view(ids.shape[0], -1)
         return multiply(hidden, *self.output_weights()).float()
 
     def output_weights(self):
