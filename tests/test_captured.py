@@ -11,6 +11,7 @@ import seqfuse
 import seqfuse.beam
 from seqfuse import models
 from seqfuse.captured import CapturedSteps
+from seqfuse.models.cache import KVCache
 from seqfuse.ops import attention_cache
 
 SIZES = dict(vocab=11, bos_id=1, eos_id=2, pad_id=0)
@@ -96,6 +97,8 @@ def test_captured_steps_say_what_the_model_says(name, beams, graphs, monkeypatch
     calls, step = [], type(model).step
     monkeypatch.setattr(type(model), "step", lambda self, *args: (calls.append(1), step(self, *args))[1])
     assert torch.equal(seqfuse.generate(model, prompts, **options), found)
+    if isinstance(graphs[1].cache, KVCache):
+        assert graphs[1].cache.used == int(graphs[1].cache.lengths.max())
     assert len(calls) <= 3 and graphs[1].replay is not None  # begin's own, the first, and the captured one
     monkeypatch.undo()
     assert torch.equal(seqfuse.generate(model, prompts, **options), found)
