@@ -32,9 +32,8 @@ class Settings:
             self.require(value is None or value > 0, f"{name} must be positive, got {value!r}")
 
     def to_dict(self) -> dict:
-        """Plain values that from_dict takes."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v.to_dict() if isinstance(v, Settings) else v for k, v in values.items()}
+        """Plain values that from_dict takes, as JSON gives them back."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
@@ -103,6 +102,12 @@ class Config(Settings):
 def _hints(cls) -> dict:
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
+
+
+def _plain(value):
+    if isinstance(value, Settings):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _read(hint, value):
