@@ -362,7 +362,7 @@ def test_the_repository_command_line_obeys_ctrl_c(lexicon_file, tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    giving_up = threading.Timer(90, program.kill)
+    giving_up = threading.Timer(300, program.kill)  # of a machine with much else to do
     giving_up.start()
     lines = []
     for line in program.stdout:
