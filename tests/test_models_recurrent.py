@@ -5,7 +5,7 @@ import torch
 from generating import every_sequence, log_probability
 
 import seqfuse
-from seqfuse import models, testing
+from seqfuse import models, native, ops, testing
 from seqfuse.beam import beam_search
 from seqfuse.sampling import Options
 
@@ -385,3 +385,25 @@ def test_wrong_configs_get_one_sentence(values, sentence):
 def test_without_attention_there_is_no_alignment():
     with pytest.raises(ValueError, match="attention is None"):
         seq2seq(None).alignment(*inputs(2))
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 7, 4]], ids=["whole", "ragged"])
+@pytest.mark.parametrize("width", [1, 20, 64, 130])
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_the_kernel_of_a_readout_is_as_accurate_as_pytorchs_ops(level, width, lengths):
+    if native.missing() or native.LEVELS.index(level) > native.LEVELS.index(native.isa()):
+        pytest.skip(f"no {level} here")
+    draw = torch.Generator().manual_seed(width)
+    query, added = (torch.randn(3 * 4, width, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(3, 7, width, generator=draw) for _ in range(2))
+    lengths = None if lengths is None else torch.tensor(lengths)
+    if lengths is not None:
+        keys[torch.arange(7) >= lengths[:, None]] = torch.nan  # nobody reads the padding
+        values[torch.arange(7) >= lengths[:, None]] = torch.nan
+    tensors = query, keys, values, added
+    whole = [t.nan_to_num() for t in tensors]
+    with seqfuse.backend("torch"):
+        truth, plain = (ops.luong_readout(*map(to, whole), lengths) for to in (torch.Tensor.double, torch.Tensor.float))
+    with seqfuse.backend("cpu"), native.isa_limit(level):
+        found = ops.luong_readout(*tensors, lengths)
+    testing.assert_accurate(found, truth, plain, dims=(0,))

@@ -5,6 +5,7 @@
 #include "seqfuse/gated.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/linear.h"
+#include "seqfuse/luong.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
@@ -23,6 +24,7 @@
   X(attention_decode_cpu, attention_decode, AttentionDecode)         \
   X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)             \
   X(beam_step_cpu, beam_step, BeamStep)                              \
+  X(luong_readout_cpu, luong_readout, LuongReadout)                  \
   X(cross_entropy_rows_cpu, cross_entropy_rows, CrossEntropyRows)    \
   X(gated_forward_cpu, gated_forward, GatedForward)                  \
   X(gated_backward_cpu, gated_backward, GatedBackward)               \

@@ -64,13 +64,13 @@ class Memory(NamedTuple):
     """A source, as the decoder's steps read it.
 
     keys: [B, T, H] and values: [B, T, H] of the attention. context: [B, T, H], what is fed back into the layers, of the
-    additive attention alone. padding: [B, 1, T] bool, true where there is no source, or None where there is no padding.
+    additive attention alone. lengths: int64 [B], or None where no source is padded.
     """
 
     keys: Tensor
     values: Tensor
     context: Tensor | None
-    padding: Tensor | None
+    lengths: Tensor | None
 
 
 class Seq2SeqState(RecurrentState):
@@ -132,11 +132,8 @@ class RNNSeq2Seq(Model):
         if self.config.norm:
             states = self.memory_norm(states)
         keys = states if self.config.attention == "dot" else self.keys(states)
-        padding = None
-        if lengths is not None:
-            padding = (torch.arange(src.shape[1], device=src.device) >= lengths[:, None])[:, None]
         context = states if self.config.attention == "additive" else None
-        return Memory(keys, self.read_context(states), context, padding), last
+        return Memory(keys, self.read_context(states), context, lengths), last
 
     def weights(self, hidden: Tensor, memory: Memory) -> Tensor:
         """hidden: [B, U, H] of the decoder -> [B, U, T], how much of each place in the source each of them reads."""
@@ -145,8 +142,9 @@ class RNNSeq2Seq(Model):
             scores = self.score(mixed)[..., 0]
         else:
             scores = torch.bmm(hidden, memory.keys.transpose(1, 2))
-        if memory.padding is not None:
-            scores = scores.masked_fill(memory.padding, -torch.inf)
+        if memory.lengths is not None:
+            padding = torch.arange(scores.shape[-1], device=scores.device) >= memory.lengths[:, None]  # (B, T)
+            scores = scores.masked_fill(padding[:, None], -torch.inf)
         return scores.softmax(-1)
 
     def readout(self, hidden: Tensor, weights: Tensor | None, memory: Memory | None) -> Tensor:
@@ -217,17 +215,16 @@ class RNNSeq2Seq(Model):
 
     def step(self, ids, cache):
         """ids: [B] int64, what was chosen -> logits [B, V] float32 of the next token."""
-        memory, weights = cache.memory, None
+        memory = cache.memory
         if self.config.attention == "additive":
             x = self.decoder.embedding(ids)
             hidden, weights = self._additive_step(x, cache.layers, cache.cells, memory, cache.beams)
-            hidden = self._normed(hidden)
+            hidden = self.readout(self._normed(hidden), weights, memory).flatten(0, 1)
         else:
-            hidden = self._normed(self.decoder.step(ids, cache))
+            hidden = self._normed(self.decoder.step(ids, cache))  # (B, H)
             if memory is not None:
-                hidden = hidden.view(memory.keys.shape[0], cache.beams, -1)  # (sources, beams, H)
-                weights = self.weights(hidden, memory)
-        hidden = self.readout(hidden, weights, memory).view(ids.shape[0], -1)
+                read = project(self.read_hidden, hidden)
+                hidden = ops.luong_readout(hidden, memory.keys, memory.values, read, memory.lengths)
         return multiply(hidden, *self.output_weights()).float()
 
     def output_weights(self):

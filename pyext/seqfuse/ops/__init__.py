@@ -8,6 +8,7 @@ from seqfuse.ops.distillation import kl_loss
 from seqfuse.ops.gated import geglu, swiglu
 from seqfuse.ops.layer_norm import layer_norm, rms_norm
 from seqfuse.ops.linear import linear
+from seqfuse.ops.luong import luong_readout
 from seqfuse.ops.preference import dpo_loss, linear_log_probs, orpo_loss
 from seqfuse.ops.recurrent import gru, lstm, rnn
 from seqfuse.ops.rnn_cell import gru_cell, lstm_cell, rnn_cell
@@ -31,6 +32,7 @@ __all__ = [
     "linear_log_probs",
     "lstm",
     "lstm_cell",
+    "luong_readout",
     "orpo_loss",
     "rms_norm",
     "rnn",

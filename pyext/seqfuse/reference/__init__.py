@@ -7,6 +7,7 @@ from seqfuse.reference.distillation import kl
 from seqfuse.reference.gated import gated
 from seqfuse.reference.layer_norm import layer_norm, norm_dropout
 from seqfuse.reference.linear import linear
+from seqfuse.reference.luong import luong_readout
 from seqfuse.reference.rnn import GATES, PLAIN, ScanOptions, recurrent_product, rnn_cell, rnn_scan
 from seqfuse.reference.rope import rope
 
@@ -28,6 +29,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "loss_scale",
+    "luong_readout",
     "norm_dropout",
     "recurrent_product",
     "rnn_cell",
