@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 import seqfuse
-from seqfuse import data, report, testing
+from seqfuse import report, testing
 from seqfuse.checkpoints import RunFolder
 from seqfuse.interrupts import INTERRUPTED
 from seqfuse.models.files import read_json, write_json
@@ -135,13 +135,6 @@ class ShownG2P(g2p.G2P):
 
     measured: Measured
 
-    @property
-    def source(self) -> str:
-        """Where the lexicon came from, and its licence."""
-        if self.config.data:
-            return f"your own file {Path(self.config.data).name}; licence: as its owner says"
-        return f"{data.CMUDICT.source} {data.CMUDICT.version}; licence: {data.CMUDICT.licence}"
-
     def report(self, model) -> Findings:
         findings, measured = super().report(model), self.measured
         measured.speed = [*measured.speed[:1], self.decoding_speed(model)]
@@ -172,7 +165,7 @@ class ShownG2P(g2p.G2P):
                     "plain PyTorch's own error plus a floor of 2e-6."
                 ),
                 report.details(f"logits and {len(measured.checks) - 1} gradients", checks),
-                report.paragraph(f"Data: {self.source}.", soft=True),
+                report.paragraph(f"Data: {self.said}.", soft=True),
             ),
         ]
         findings.text += "\n\n" + "\n".join(measured.speed_lines())
@@ -257,7 +250,7 @@ class Demo:
         self.head("1  Data and model")
         with self.console.status("reading the pronouncing dictionary"):
             task = ShownG2P(self.config, self.device, self.options.out if self.options.resume else None)
-        self.say(task.source)
+        self.say(task.said)
         counts = ", ".join(f"{len(task.words[split]):,} {name}" for split, name in SPLITS)
         phonemes = task.phonemes.vocab_size - len(SPECIALS)
         self.say(f"{len(task.lexicon):,} words split by hash: {counts}; {phonemes} phonemes")

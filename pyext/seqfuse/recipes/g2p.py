@@ -63,9 +63,12 @@ class G2P(Task):
     unit = "phonemes"
 
     def prepare(self) -> None:
-        path = Path(self.config.data) if self.config.data else data.fetch(data.CMUDICT)
-        self.lexicon = data.read_lexicon(path) if self.config.data else data.cmudict()
-        self.fingerprint = fingerprint(path)
+        own, item = self.config.data, data.CMUDICT
+        self.lexicon = data.read_lexicon(own) if own else data.cmudict()
+        self.fingerprint = fingerprint(Path(own) if own else data.fetch(item))
+        self.said = f"{own}: word and phonemes, the first two columns"
+        if not own:
+            self.said = f"{item.source} {item.version}; licence: {item.licence}"
         self.words: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
         for word in self.lexicon:
             self.words[data.split_of(word)].append(word)
