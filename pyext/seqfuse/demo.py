@@ -250,7 +250,6 @@ class Demo:
         self.head("1  Data and model")
         with self.console.status("reading the pronouncing dictionary"):
             task = ShownG2P(self.config, self.device, self.options.out if self.options.resume else None)
-        self.say(task.said)
         counts = ", ".join(f"{len(task.words[split]):,} {name}" for split, name in SPLITS)
         phonemes = task.phonemes.vocab_size - len(SPECIALS)
         self.say(f"{len(task.lexicon):,} words split by hash: {counts}; {phonemes} phonemes")
