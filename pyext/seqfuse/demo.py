@@ -7,6 +7,7 @@ was interrupted), whether the fused model is faster or not.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -22,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import seqfuse
-from seqfuse import report, testing
+from seqfuse import dispatch, report, testing
 from seqfuse.checkpoints import RunFolder
 from seqfuse.interrupts import INTERRUPTED
 from seqfuse.models.files import read_json, write_json
@@ -75,8 +76,8 @@ def check_equal(task: g2p.G2P, plain: nn.Module, fused: nn.Module, batch: tuple)
     """
     exact = copy.deepcopy(plain).double()
     logits, grads = [], []
-    for model, backend in ((exact, "torch"), (plain, "torch"), (fused, "auto")):
-        with seqfuse.backend(backend):
+    for model, ops in ((exact, dispatch.plain), (plain, dispatch.plain), (fused, contextlib.nullcontext)):
+        with ops():
             model.zero_grad()
             logits.append(model(*batch[:2]).detach())
             task.loss(model, *batch)[0].backward()
@@ -102,7 +103,7 @@ def time_alternately(contenders: dict[str, Callable[[int], None]], rounds: int) 
     for i in range(rounds):
         names = list(contenders) if i % 2 == 0 else list(contenders)[::-1]
         for name in names:
-            with seqfuse.backend("torch" if name == "plain" else "auto"):
+            with dispatch.plain() if name == "plain" else contextlib.nullcontext():
                 start = time.perf_counter()
                 contenders[name](i)
                 if torch.cuda.is_available():
