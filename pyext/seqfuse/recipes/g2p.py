@@ -161,7 +161,8 @@ class G2P(Task):
             f"({len(decoded):,} held-out words decoded in {seconds:.1f} s)"
         )
         sections = [self.attention(model, samples), held_out_words(samples, len(decoded))]
-        return Findings({"phoneme_error_rate": phonemes, "word_error_rate": words}, sections, text)
+        rates = {"phoneme_error_rate": phonemes, "word_error_rate": words}
+        return Findings(rates | self.evaluate(model), sections, text)
 
     def sample(self, word: str, decoded: tuple[str, ...]) -> Sample:
         errors, truth = metrics.closest(decoded, self.lexicon[word])
