@@ -81,6 +81,12 @@ def losses(folders: dict[str, Path]) -> str:
 # ---------------------------------------------------------------------------------------------------------- judgements
 
 
+def pronounces(folders: dict[str, Path]) -> list[Finding]:
+    phonemes, words = (metric(folders["g2p"], f"{unit}_error_rate") for unit in ("phoneme", "word"))
+    found = f"{phonemes:.1f}% of phonemes, {words:.1f}% of words"
+    return [Finding("words it has never seen are pronounced", "phoneme error below 30%", found, phonemes < 30)]
+
+
 def gates(folders: dict[str, Path]) -> list[Finding]:
     rnn, *gated = (metric(folders[f"charlm-{cell}"], "loss") for cell in ("rnn", "lstm", "gru"))
     found = f"rnn {rnn:.3f}, lstm {gated[0]:.3f}, gru {gated[1]:.3f} nats per character"
@@ -269,6 +275,7 @@ def answers(folders: dict[str, Path]) -> list[Finding]:
 
 
 CLAIMS = (
+    Claim("g2p", (Run("g2p", "g2p"),), pronounces, losses),
     Claim("charlm", tuple(Run(f"charlm-{c}", "charlm", {"cell": c}) for c in ("rnn", "lstm", "gru")), gates, losses),
     Claim(
         "awd_lstm",

@@ -14,7 +14,7 @@ class HashState:
     def __init__(self, state):
         self.state = state
 
-    def reorder(self, index):
+    def reorder(self, index, grouped=False):
         self.state = self.state[index]
 
 
@@ -25,7 +25,8 @@ class TableModel(torch.nn.Module):
         super().__init__()
         rows = torch.randn(STATES, vocab, generator=torch.Generator().manual_seed(seed)) * spread
         self.table = torch.nn.Parameter(rows)
-        self.config = SimpleNamespace(vocab=vocab, bos_id=1, eos_id=eos_id, pad_id=0, encoder_decoder=encoder_decoder)
+        tokens = dict(vocab=vocab, bos_id=1, eos_id=eos_id, eos_ids=(eos_id,), pad_id=0)
+        self.config = SimpleNamespace(**tokens, encoder_decoder=encoder_decoder)
         self.tokenizer, self.steps = None, 0
 
     def begin(self, ids, lengths, capacity):

@@ -5,6 +5,7 @@ import torch
 from generating import TableModel, every_sequence, log_probability
 
 import seqfuse
+from seqfuse import native, ops
 from seqfuse.beam import beam_search
 from seqfuse.sampling import Options
 
@@ -72,3 +73,51 @@ def test_it_ends_when_nothing_can_win_any_more():
     model = TableModel(vocab=5, spread=4.0)
     _, report = seqfuse.generate(model, [[3]], max_new_tokens=400, num_beams=2, length_penalty=0.0, return_report=True)
     assert report.steps < 100 and report.tokens <= report.steps + 1
+
+
+def drawn_step(batch, kept, vocab, beams, stops, seed=0):
+    """Arguments of beam_step, with a token that no beginning may take and a beginning that is none."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch * kept, vocab, generator=draw) * 3
+    logits[:, vocab // 2] = -torch.inf
+    scores = torch.randn(batch, kept, generator=draw).sort(descending=True).values - 4
+    if kept > 1:
+        scores[0, -1] = -torch.inf
+    best_scores = torch.randn(batch, generator=draw) * 2 - 3
+    best_scores[0] = -torch.inf
+    return logits, scores, torch.tensor(stops).long(), best_scores, torch.arange(batch * 3).view(batch, 3), beams
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 2, 4, [1]), (3, 4, 74, 4, [2]), (2, 5, 1000, 5, []), (33, 2, 129, 2, [0, 7, 9]), (1, 3, 6, 40, [5])],
+    ids=str,
+)
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_the_kernel_of_a_step_chooses_as_the_reference_does(level, sizes, normalised, last):
+    if native.missing() or native.LEVELS.index(level) > native.LEVELS.index(native.isa()):
+        pytest.skip(f"no {level} here")
+    *tensors, beams = drawn_step(*sizes)
+    if not normalised:
+        tensors[0] = tensors[0].log_softmax(-1)
+    options = dict(beams=beams, step=3, last=last, divisor=3**0.7, flattering=9**0.7, normalised=normalised)
+    with seqfuse.backend("reference"):
+        wanted = ops.beam_step(*tensors, **options)
+    with seqfuse.backend("cpu"), native.isa_limit(level):
+        found = ops.beam_step(*tensors, **options)
+    for name, w, f in zip(
+        ("scores", "parents", "tokens", "best_scores", "best_at", "over"), wanted, found, strict=True
+    ):
+        assert w.shape == f.shape and w.dtype == f.dtype, name
+        torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_search_runs_on_every_backend_by_name():
+    model, prompts = TableModel(vocab=12, spread=1.0), [[3, 4], [5, 1, 6, 4, 3], [1]]
+    found = {}
+    for name in ("auto", "cpu", "reference", "triton"):
+        with seqfuse.backend(name):
+            found[name] = seqfuse.generate(model, prompts, max_new_tokens=10, num_beams=4)
+    assert all(torch.equal(ids, found["auto"]) for ids in found.values())

@@ -147,6 +147,15 @@ def test_no_ngram_is_said_twice(n):
         assert row == seqfuse.generate(model, [prompt], max_new_tokens=8, stop=(), no_repeat_ngram=n)[0].tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 0}, {"num_beams": 3}], ids=str)
+def test_forbidden_tokens_are_never_said(options):
+    model, prompts = TableModel(), [[3, 4], [5]]
+    free = seqfuse.generate(model, prompts, max_new_tokens=30, stop=(), **options)
+    assert {3, 5} <= set(free[0, 2:].tolist())
+    out = seqfuse.generate(model, prompts, max_new_tokens=30, stop=(), forbidden=(3, 5), **options)
+    assert not {3, 5} & set(out[0, 2:].tolist()) and out.shape == free.shape
+
+
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -215,6 +224,8 @@ def test_an_empty_prompt_starts_with_bos(reader):
         ([[3]], {"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
         ([[3]], {"stop": "x"}, "the prompts must be text too"),
         ([[3]], {"stop": [None]}, "stop takes token ids and strings, got None"),
+        ([[3]], {"forbidden": [7]}, "forbidden names token 7, but there are 7"),
+        ([[3]], {"forbidden": 7}, "forbidden must be a list of token ids, got 7"),
         ("abc", {}, "this model has no tokenizer"),
         ([], {}, "prompts must be ids or text, or a list of them, got an empty list"),
         ([[]], {}, "prompts\\[0\\] is empty"),

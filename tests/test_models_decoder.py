@@ -1,5 +1,7 @@
 """Decoder against GPT-2 and Llama of transformers; generation from a cache against whole sequences."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -68,6 +70,22 @@ def test_same_logits_same_greedy_ids_and_back(family, tmp_path):
     assert torch.equal(
         again.generate(IDS, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(IDS)), wanted
     )
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_each_of_several_end_tokens_ends_a_text(where, tmp_path):
+    theirs = llama()
+    (theirs.config if where == "config.json" else theirs.generation_config).eos_token_id = [7, 11, 30]
+    ours = loaded(theirs, tmp_path / "theirs")
+    assert ours.config.eos_ids == (7, 11, 30) and ours.config.eos_id == 7
+    free = seqfuse.generate(ours, IDS[:1], max_new_tokens=12, stop=())[0, 9:].tolist()
+    ours.config = dataclasses.replace(ours.config, more_eos_ids=(free[3],))
+    found = seqfuse.generate(ours, IDS[:1], max_new_tokens=12)[0, 9:].tolist()
+    assert found == free[: free.index(free[3]) + 1]
+    ours.save(tmp_path / "ours")
+    assert models.load(tmp_path / "ours").config == ours.config
+    again = returned(ours, transformers.AutoModelForCausalLM, tmp_path / "back")
+    assert again.config.eos_token_id == again.generation_config.eos_token_id == [7, free[3]]
 
 
 def test_shards_and_the_old_names_of_rope(tmp_path):

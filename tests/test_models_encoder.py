@@ -51,6 +51,18 @@ def test_same_outputs_and_back(head, tmp_path):
         close(ours.pooled(ours(IDS, LENGTHS)), theirs(IDS, attention_mask=MASK).pooler_output)
 
 
+@pytest.mark.parametrize("head", [Classifier, Tagger])
+def test_names_of_labels_are_kept(head, tmp_path):
+    cls, names = HEADS[head][0], ("none", "person", "place")
+    ids = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    ours = loaded(bert(cls, num_labels=3, **ids), tmp_path / "theirs")
+    assert ours.config.labels == 3 and ours.config.label_names == names
+    ours.save(tmp_path / "ours")
+    assert models.load(tmp_path / "ours").config == ours.config
+    again = returned(ours, cls, tmp_path / "back").config
+    assert {"id2label": again.id2label, "label2id": again.label2id} == ids
+
+
 @torch.no_grad()
 def test_spans(tmp_path):
     theirs = bert(transformers.BertForQuestionAnswering, num_labels=2)
@@ -169,11 +181,13 @@ def test_checkpointing_of_a_body_gives_the_same_gradients():
     [
         (lambda: Classifier.on(encoder(), labels=2, pooling="pooler"), 'pooling "pooler" needs a body with a pooler'),
         (lambda: Classifier.on(encoder(), labels=0), "labels must be positive, got 0"),
+        (lambda: Tagger.on(encoder(), labels=2, label_names=("A",)), r"must be as many as labels, 2, got \('A',\)"),
+        (lambda: Tagger.on(encoder(), labels=1, label_names=["A"]), "must be a list, each of it a string or None"),
         (lambda: MaskedLM.on(decoder()), "body must be an EncoderConfig"),
         (lambda: Tagger.from_config({"labels": 2, "body": {"model": "Dreamer"}}), '"model" must be one of .*Encoder'),
         (lambda: encoder().pooled(torch.zeros(1, 2, 24)), "Encoder: it has no pooler"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_what_is_wrong_is_said(make, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -5,7 +5,7 @@ import torch
 from generating import every_sequence, log_probability
 
 import seqfuse
-from seqfuse import models, testing
+from seqfuse import models, native, ops, testing
 from seqfuse.beam import beam_search
 from seqfuse.sampling import Options
 
@@ -86,7 +86,6 @@ def test_steps_give_the_logits_of_the_whole(cell):
         for t in range(4, 9):
             found.append(model.step(ids[:, t], cache))
     testing.assert_accurate(torch.stack(found, 1), truth[:, 3:], whole[:, 3:], dims=(0, 1))
-    assert cache.lengths.tolist() == [9, 9, 9]
 
 
 def test_a_language_model_generates_a_ragged_batch_as_its_rows():
@@ -159,7 +158,7 @@ def test_steps_of_an_encoder_decoder_give_the_logits_of_the_whole(make):
         found = [logits]
         for t in range(1, 4):
             found.append(model.step(tgt[:, t], cache))
-        cache.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # two beams a row
+        cache.reorder(torch.tensor([0, 0, 1, 1, 2, 2]), grouped=True)  # two beams a row
         two = model.step(tgt[:, 4].repeat_interleave(2), cache)
         assert torch.allclose(two[::2], two[1::2], atol=1e-5)
         found.append(two[::2])
@@ -386,3 +385,25 @@ def test_wrong_configs_get_one_sentence(values, sentence):
 def test_without_attention_there_is_no_alignment():
     with pytest.raises(ValueError, match="attention is None"):
         seq2seq(None).alignment(*inputs(2))
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 7, 4]], ids=["whole", "ragged"])
+@pytest.mark.parametrize("width", [1, 20, 64, 130])
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_the_kernel_of_a_readout_is_as_accurate_as_pytorchs_ops(level, width, lengths):
+    if native.missing() or native.LEVELS.index(level) > native.LEVELS.index(native.isa()):
+        pytest.skip(f"no {level} here")
+    draw = torch.Generator().manual_seed(width)
+    query, added = (torch.randn(3 * 4, width, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(3, 7, width, generator=draw) for _ in range(2))
+    lengths = None if lengths is None else torch.tensor(lengths)
+    if lengths is not None:
+        keys[torch.arange(7) >= lengths[:, None]] = torch.nan  # nobody reads the padding
+        values[torch.arange(7) >= lengths[:, None]] = torch.nan
+    tensors = query, keys, values, added
+    whole = [t.nan_to_num() for t in tensors]
+    with seqfuse.backend("torch"):
+        truth, plain = (ops.luong_readout(*map(to, whole), lengths) for to in (torch.Tensor.double, torch.Tensor.float))
+    with seqfuse.backend("cpu"), native.isa_limit(level):
+        found = ops.luong_readout(*tensors, lengths)
+    testing.assert_accurate(found, truth, plain, dims=(0,))

@@ -121,8 +121,8 @@ def test_beams_share_the_keys_of_their_source():
     model = small("vaswani")
     _, cache = model.begin(SRC, LENGTHS, capacity=16)
     before = cache.sources[0][0]
-    cache.reorder(torch.arange(3).repeat_interleave(4))
-    cache.reorder(torch.tensor([1, 1, 0, 3, 4, 5, 6, 7, 11, 11, 11, 8]))
+    cache.reorder(torch.arange(3).repeat_interleave(4), grouped=True)
+    cache.reorder(torch.tensor([1, 1, 0, 3, 4, 5, 6, 7, 11, 11, 11, 8]), grouped=True)
     assert cache.sources[0][0] is before
     cache.reorder(torch.arange(3))  # three beams of the first source
     assert cache.sources[0][0] is not before

@@ -24,6 +24,7 @@ SMALL = {
     "bottleneck": SMALL_RNN | {"longest": 8, "measured_on": 8, "batch_size": 4},
     "translate": {"model.width": 16, "model.layers": 1, "model.heads": 2, "vocab": 280, "batch_size": 8, "tested": 4,
                   "beams": 2},
+    "g2p": SMALL_RNN | {"batch_size": 8},
 }  # fmt: skip
 STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "optim.warmup": 2}
 
@@ -51,7 +52,7 @@ def files(tmp_path_factory):
 def configure(name, files, changes=None):
     values = STEPS | SMALL[name]
     if name != "bottleneck":
-        values |= {"data": str(files / ("pairs.tsv" if name == "translate" else "text.txt"))}
+        values |= {"data": str(files / ("pairs.tsv" if name in ("translate", "g2p") else "text.txt"))}
     return RECIPES[name].configure(values | (changes or {}))
 
 

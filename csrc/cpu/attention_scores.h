@@ -47,12 +47,6 @@ SEQFUSE_INLINE float natural(float m, float l) {
   return float(m * ln_2 + std::log(double(l)));
 }
 
-SEQFUSE_INLINE float largest(vf x) {
-  float m = x[0];
-  for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m;
-  return m;
-}
-
 SEQFUSE_INLINE int64_t index_at(const IndexView& v, int64_t i) {
   return v.wide ? static_cast<const int64_t*>(v.data)[i] : int64_t(static_cast<const int32_t*>(v.data)[i]);
 }

@@ -16,7 +16,7 @@ namespace seqfuse {
 namespace SEQFUSE_ISA {
 namespace {
 
-SEQFUSE_INLINE float largest(vf x) {
+SEQFUSE_INLINE float largest_or_nan(vf x) {
   float m = x[0];
   for (int i = 1; i < VL; i++) m = x[i] > m || x[i] != x[i] ? x[i] : m;  // a NaN wins
   return m;
@@ -70,7 +70,7 @@ template <class T, bool Capped>
 SEQFUSE_INLINE float row_largest(const T* x, int64_t N, Cap<Capped> cap) {
   vf m[2] = {splat(kNone), splat(kNone)};
   for_two(N, [&](int64_t i, int n, int k) { m[k] = max_or_nan(m[k], take(x + i, n, kNone)); });
-  return cap.one(largest(max_or_nan(m[0], m[1])));  // the cap is monotonic
+  return cap.one(largest_or_nan(max_or_nan(m[0], m[1])));  // the cap is monotonic
 }
 
 // what the gradient of one row is made of: (slope p_j - smooth class_weight_j) * derivative of the cap

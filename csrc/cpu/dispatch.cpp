@@ -1,9 +1,11 @@
 // The public CPU entry points: each call goes to the copy of the kernel compiled for the active instruction set.
 #include "seqfuse/attention.h"
+#include "seqfuse/beam.h"
 #include "seqfuse/cross_entropy.h"
 #include "seqfuse/gated.h"
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/linear.h"
+#include "seqfuse/luong.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
@@ -21,6 +23,8 @@
 #define SEQFUSE_CPU_OPS(X)                                     \
   X(attention_decode_cpu, attention_decode, AttentionDecode)   \
   X(kv_cache_append_cpu, kv_cache_append, KvCacheAppend)       \
+  X(beam_step_cpu, beam_step, BeamStep)                        \
+  X(luong_readout_cpu, luong_readout, LuongReadout)            \
   X(rope_cpu, rope, Rope)                                      \
   X(rnn_cell_forward_cpu, rnn_cell_forward, RnnCellForward)    \
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward) \

@@ -222,6 +222,12 @@ SEQFUSE_INLINE float sum(vf x) {  // by halves: the order of additions is fixed
   return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
+SEQFUSE_INLINE float largest(vf x) {
+  float m = x[0];
+  for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m;
+  return m;
+}
+
 // e^x = 2^n * (1 + rest), for x from -87.3 to 88.3: range reduction to |r| <= ln2 / 2 and a degree-6 polynomial.
 struct Power {
   vf n, rest;

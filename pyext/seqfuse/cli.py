@@ -38,18 +38,21 @@ def demo(
 
     About five minutes on two CPU cores. Ctrl-C keeps everything; --resume goes on.
     """
+    from seqfuse.checkpoints import TrainError
     from seqfuse.data import DataError
     from seqfuse.demo import Demo, DemoError, Options
-    from seqfuse.recipes.g2p import Config
+    from seqfuse.recipes.g2p import RECIPE
 
-    given = {"steps": steps, "seed": seed, "bf16": bf16 or None}
+    given = {"data": data and str(data), "steps": steps, "seed": seed, "bf16": bf16 or None}
     given = {name: value for name, value in given.items() if value is not None}
     if resume and given:
         options = ", ".join(f"--{name}" for name in given)
         _fail(f"--resume goes on with the settings of the interrupted run: leave out {options}")
+    fields = {"data": "data", "steps": "max_steps", "seed": "seed", "bf16": "precision"}
+    changes = {fields[name]: "bf16" if name == "bf16" else value for name, value in given.items()}
     try:
-        code = Demo(Options(out, Config(**given), data, device, resume)).run()
-    except (DataError, DemoError, ValueError) as error:
+        code = Demo(Options(out, RECIPE.configure(changes), device, resume)).run()
+    except (DataError, DemoError, TrainError, ValueError) as error:
         _fail(str(error))
     raise typer.Exit(code)
 

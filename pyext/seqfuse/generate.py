@@ -2,7 +2,7 @@
 
     logits, cache = model.begin(ids [B, T], lengths [B] | None, capacity)   the prompt or the source in; logits [B, V]
     logits = model.step(ids [B], cache)                                     one token for each row; cache moves on
-    cache.reorder(index [B'])                                               rows gathered, for beam search
+    cache.reorder(index [B'], grouped)                                      rows gathered, for beam search (cache.py)
 
 where the cache is whatever the model needs: keys and values of a Transformer, the state of a recurrent network.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqfuse.captured import CapturedSteps
 from seqfuse.sampling import Options, Rules, choose
 
 
@@ -58,7 +59,7 @@ class Report:
         )
 
 
-def generate(model, prompts, *, stream: bool = False, return_report: bool = False, **options):
+def generate(model, prompts, *, stream: bool = False, return_report: bool = False, cuda_graph: bool = False, **options):
     """New tokens after `prompts`, or for them if the model is an encoder-decoder.
 
     prompts: token ids, [B, T] int64, or a list of 1-D tensors or lists of ids of any lengths; or a string or a list of
@@ -68,14 +69,15 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
     likeliest; top_p (None): from the likeliest that together have probability p; repetition_penalty (1.0): logits of
     tokens said before are divided by it, or multiplied where negative; no_repeat_ngram (0): no n-gram of this length
     twice in a row of tokens; num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is
-    divided by its length to this power; stop (None: the model's eos_id): ids, which take eos_id's place (() for none),
-    and strings, which also end a row; seed (None: torch's own generator). A decoder's prompt counts as said, an
-    encoder's source does not.
+    divided by its length to this power; stop (None: the model's eos_ids): ids, which take their place (() for none),
+    and strings, which also end a row; forbidden (()): ids that are never said; seed (None: torch's own generator). A
+    decoder's prompt counts as said, an encoder's source does not.
 
     Returns ids [B, T + new] int64: each row its prompt, then its new tokens up to and with the one that stopped it,
     then padding; of an encoder-decoder [B, new], without the source. Strings for strings: prompt and continuation, or
     the output alone. stream=True: an iterator, of [B] tensors, or for one string of pieces of new text.
     return_report=True: (that, Report); with stream, the iterator's `report`, complete once it ran out.
+    cuda_graph=True: on a GPU, steps are captured once and repeated by one launch each (not yet run on a GPU).
 
     In greedy search a row gets the same tokens alone and in a batch. Raises TypeError or ValueError, in one sentence,
     for prompts and options that don't fit, before the model runs.
@@ -90,6 +92,11 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
         raise ValueError(f"generate: num_beams={options.num_beams} knows its text only at the end: leave out stream")
     if stream and isinstance(prompts, list | tuple) and texts is not None:
         raise ValueError(f"generate: stream takes one string at a time, got {len(texts)}")
+    for token in options.forbidden:
+        if not 0 <= token < model.config.vocab:
+            raise ValueError(f"generate: forbidden names token {token}, but there are {model.config.vocab}")
+    if cuda_graph and not ids.is_cuda:
+        raise ValueError(f"generate: cuda_graph=True needs a model on a CUDA GPU, this one is on {ids.device}")
     report = Report(device=ids.device.type, step_bytes=model.weight_bytes())
     alone = model.config.encoder_decoder
     writers = None
@@ -102,13 +109,13 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
 
         if strings:
             raise ValueError(f"generate: beam search stops at ids, not at text: leave out stop={strings[0]!r}")
-        new = beam_search(model, ids, lengths, options, stops, report)[0]
+        new = beam_search(model, ids, lengths, options, stops, report, cuda_graph)[0]
         if texts is not None:
             for writer, row in zip(writers, new.tolist(), strict=True):
                 writer.push(_upto(row, stops))
         out = None if texts is not None else _joined(model, ids, lengths, new, stops, alone)
     else:
-        tokens = _Tokens(_loop(model, ids, lengths, options, stops, writers, report), report)
+        tokens = _Tokens(_loop(model, ids, lengths, options, stops, writers, report, cuda_graph), report)
         if stream:
             return _pieces(tokens, writers[0]) if texts is not None else tokens
         new = torch.stack(list(tokens), dim=1)  # (B, new)
@@ -150,17 +157,24 @@ class evaluating:
         self.model = model
 
     def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
+        self.training = [module for module in self.model.modules() if module.training]
+        for module in self.training:
+            module.training = False
         self.grad = torch.no_grad()
         self.grad.__enter__()
 
     def __exit__(self, *error):
         self.grad.__exit__(*error)
-        self.model.train(self.training)
+        for module in self.training:
+            module.training = True
 
 
-def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report: Report) -> Iterator[Tensor]:
+def stepper(model, cache, cuda_graph: bool):
+    """What takes the tokens of a step, [B] int64, and gives the logits of the next, [B, V] float32."""
+    return CapturedSteps(model, cache) if cuda_graph else lambda ids: model.step(ids, cache)
+
+
+def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report, cuda_graph) -> Iterator[Tensor]:
     """One [B] int64 tensor of tokens after another; padding in rows that have ended."""
     B, device = ids.shape[0], ids.device
     alone, pad = model.config.encoder_decoder, padding(model)
@@ -170,18 +184,21 @@ def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report:
     start = time.perf_counter()
     with evaluating(model):
         logits, cache = model.begin(ids, lengths, capacity(model, ids, options))
+    step = stepper(model, cache, cuda_graph)
     clock = time.perf_counter()
     report.prompt_seconds = clock - start
+    going = B
     for n in range(options.max_new_tokens):
         token = choose(rules.apply(logits), options, generator).masked_fill(done, pad)
-        report.tokens += B - int(done.sum())
+        report.tokens += going
         if writers is not None:
             for row, writer in enumerate(writers):
                 if not done[row] and not bool((token[row] == stops).any()):
                     writer.push([int(token[row])])
                     done[row] |= writer.stopped
         done = done | torch.isin(token, stops)
-        over = n + 1 == options.max_new_tokens or bool(done.all())
+        going = B - int(done.sum())  # what the host waits for
+        over = n + 1 == options.max_new_tokens or going == 0
         report.step_seconds += time.perf_counter() - clock
         yield token  # what the caller does meanwhile is not our time
         if over:
@@ -189,7 +206,7 @@ def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report:
         clock = time.perf_counter()
         rules.push(token)
         with evaluating(model):
-            logits = model.step(token, cache)
+            logits = step(token)
         report.steps += 1
 
 
@@ -301,7 +318,7 @@ def _in_vocabulary(model, ids: Tensor) -> Tensor:
 
 def _stops(model, options: Options) -> tuple[list[str], Tensor]:
     """(strings, ids [S] int64) that end a row."""
-    eos = [] if model.config.eos_id is None else [model.config.eos_id]
+    eos = list(model.config.eos_ids)
     stop = options.stop
     if stop is None:
         stop = eos

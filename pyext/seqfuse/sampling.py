@@ -1,6 +1,7 @@
 """What the next token may be: the options of seqfuse.generate, the rules that forbid or weaken tokens, and the choice.
 
-The order is the field's usual one: repetition penalty, no-repeat-ngram, then temperature, top-k and top-p.
+The order is the field's usual one: forbidden tokens, repetition penalty, no-repeat-ngram, then temperature, top-k and
+top-p.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Options:
     num_beams: int = 1
     length_penalty: float = 1.0
     stop: int | str | list | tuple | None = None
+    forbidden: list | tuple = ()
     seed: int | None = None
 
     @classmethod
@@ -42,6 +44,8 @@ class Options:
             _whole("top_k", self.top_k, 1)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
+        if not isinstance(self.forbidden, list | tuple) or not all(type(token) is int for token in self.forbidden):
+            raise TypeError(f"generate: forbidden must be a list of token ids, got {self.forbidden!r}")
         _number("temperature", self.temperature, "at least 0 (0 is greedy)", lambda v: v >= 0)
         _number("repetition_penalty", self.repetition_penalty, "above 0 (1 does nothing)", lambda v: v > 0)
         _number("length_penalty", self.length_penalty, "finite", lambda v: True)
@@ -68,7 +72,7 @@ def _number(name: str, value, accepted: str, good) -> None:
 
 
 class Rules:
-    """The rules that look at what a row has said so far: repetition penalty and no-repeat-ngram.
+    """What lowers scores: forbidden tokens, and by what a row has said so far repetition penalty and no-repeat-ngram.
 
     said: [B, L] int64, each row's tokens at its right end, -1 before them: so the last tokens of rows of any length
     stand in the same column, and one comparison serves the batch.
@@ -77,8 +81,10 @@ class Rules:
     def __init__(self, options: Options, ids: Tensor | None, lengths: Tensor | None, batch: int, device):
         """ids: [B, T] int64 what counts as said already (a decoder's prompt), or None. lengths: [B] int64 or None."""
         self.penalty, self.ngram = options.repetition_penalty, options.no_repeat_ngram
-        self.active = self.penalty != 1.0 or self.ngram > 0
-        if not self.active:
+        self.forbidden = torch.tensor(options.forbidden, device=device) if options.forbidden else None
+        self.remembers = self.penalty != 1.0 or self.ngram > 0
+        self.active = self.remembers or self.forbidden is not None
+        if not self.remembers:
             return
         if ids is None:
             self.said = torch.empty(batch, 0, dtype=torch.int64, device=device)
@@ -92,8 +98,8 @@ class Rules:
 
     def apply(self, scores: Tensor) -> Tensor:
         """scores: [B, V] float32, logits or log-probabilities; a new tensor if a rule is in force."""
-        if not self.active:
-            return scores
+        if self.forbidden is not None:
+            scores = scores.index_fill(1, self.forbidden, -torch.inf)
         if self.penalty != 1.0:
             # Keskar et al. 2019 (arXiv:1909.05858), section 4.1, with the sign taken care of
             weakened = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
@@ -104,13 +110,13 @@ class Rules:
 
     def push(self, token: Tensor) -> None:
         """token: [B] int64, what was chosen."""
-        if self.active:
+        if self.remembers:
             self.said = torch.cat([self.said, token[:, None]], dim=1)
             if self.seen is not None:
                 self.seen.scatter_(1, token[:, None], True)
 
     def reorder(self, index: Tensor) -> None:
-        if self.active:
+        if self.remembers:
             self.said = self.said[index]
             self.seen = None if self.seen is None else self.seen[index]
 

@@ -5,11 +5,13 @@ from seqfuse.interop.hf_table import (
     Family,
     Row,
     activation,
+    end_tokens,
     joined,
     layers,
     pair,
     refuse,
     require,
+    their_end_tokens,
 )
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import ClassifierConfig, MaskedLMConfig, SpanQAConfig, TaggerConfig
@@ -40,7 +42,7 @@ def read_config(values, names):
     body = EncoderConfig(
         vocab=v["vocab_size"],
         bos_id=v["bos_token_id"],
-        eos_id=v["eos_token_id"],
+        **end_tokens(v["eos_token_id"]),
         pad_id=v["pad_token_id"],
         width=v["hidden_size"],
         layers=v["num_hidden_layers"],
@@ -59,10 +61,27 @@ def read_config(values, names):
     if kind is MaskedLMConfig:
         return MaskedLMConfig(body=body)
     dropout = v["hidden_dropout_prob"] if v["classifier_dropout"] is None else v["classifier_dropout"]
-    labels = len(v["id2label"]) if "id2label" in v else v.get("num_labels", 2)
+    if kind is SpanQAConfig:
+        return SpanQAConfig(body=body)
+    options = {"dropout": dropout} | _labels(v)
     if kind is ClassifierConfig:
-        return ClassifierConfig(body=body, labels=labels, dropout=dropout, pooling="pooler")
-    return TaggerConfig(body=body, labels=labels, dropout=dropout) if kind is TaggerConfig else SpanQAConfig(body=body)
+        return ClassifierConfig(body=body, pooling="pooler", **options)
+    return TaggerConfig(body=body, **options)
+
+
+def _labels(v):
+    """id2label, in which LABEL_0, LABEL_1 ... are no names but what transformers writes without any."""
+    if "id2label" not in v:
+        return {"labels": v.get("num_labels", 2)}
+    names = {str(i): name for i, name in v["id2label"].items()}
+    if set(names) != set(map(str, range(len(names)))):
+        raise ValueError(f"id2label must name 0 to {len(names) - 1}, got {', '.join(names)}")
+    names = tuple(names[str(i)] for i in range(len(names)))
+    return {"labels": len(names), "label_names": None if names == _numbered(len(names)) else names}
+
+
+def _numbered(labels):
+    return tuple(f"LABEL_{i}" for i in range(labels))
 
 
 def write_config(config):
@@ -75,12 +94,12 @@ def write_config(config):
         raise ValueError(f"BERT has no counterpart of {c.activation!r}, heads of {c.D} or {c.token_types} token types")
     if isinstance(config, ClassifierConfig):
         require(config, "BERT", pooling="pooler")
-    labels = getattr(config, "labels", 2)
+    names = getattr(config, "label_names", None) or _numbered(getattr(config, "labels", 2))
     return {
         "architectures": [next(name for name, kind in _ARCHITECTURES.items() if kind is type(config))],
         "vocab_size": c.vocab,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": their_end_tokens(c),
         "pad_token_id": c.pad_id,
         "hidden_size": c.width,
         "num_hidden_layers": c.layers,
@@ -93,8 +112,8 @@ def write_config(config):
         "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.attention_dropout,
         "classifier_dropout": getattr(config, "dropout", None) if config is not c else None,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
-        "label2id": {f"LABEL_{i}": i for i in range(labels)},
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
         "tie_word_embeddings": True,
     }
 

@@ -5,11 +5,12 @@ from seqfuse.interop.hf_table import (
     Family,
     Row,
     activation,
-    first,
+    end_tokens,
     layers,
     pair,
     refuse,
     require,
+    their_end_tokens,
     without_tied_head,
 )
 from seqfuse.models.decoder import DecoderConfig
@@ -27,7 +28,7 @@ def read_config(values, names):
     return DecoderConfig(
         vocab=v["vocab_size"],
         bos_id=v["bos_token_id"],
-        eos_id=first(v["eos_token_id"]),
+        **end_tokens(v["eos_token_id"]),
         pad_id=v["pad_token_id"],
         width=v["n_embd"],
         layers=v["n_layer"],
@@ -51,7 +52,7 @@ def write_config(c):
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": c.vocab,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": their_end_tokens(c),
         "pad_token_id": c.pad_id,
         "n_embd": c.width,
         "n_layer": c.layers,

@@ -28,6 +28,9 @@ def load(folder: Path, values: dict, dtype: torch.dtype | None = None) -> Model:
             f'{path}: neither "model" of seqfuse nor a "model_type" that it knows '
             f"({', '.join(FAMILIES)}), got model_type {kind!r}"
         )
+    generation = folder / "generation_config.json"
+    if generation.is_file() and (ends := files.read_json(generation).get("eos_token_id")) is not None:
+        values = values | {"eos_token_id": ends}  # what transformers' generate stops at
     family, (tensors, file) = FAMILIES[kind], files.read_tensors(folder)
     with files.named(path):
         try:

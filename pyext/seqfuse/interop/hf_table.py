@@ -108,9 +108,14 @@ def to_theirs(family: Family, config: Config, ours: dict) -> dict[str, torch.Ten
     return family.restore(theirs, config)
 
 
-def first(token) -> int | None:
-    """Of several end tokens the first: generate takes the others as `stop`."""
-    return next(iter(token), None) if isinstance(token, list) else token
+def end_tokens(theirs) -> dict:
+    """Our settings for their eos_token_id: a token, several of them, or None."""
+    several = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    return {"eos_id": several[0] if several else None, "more_eos_ids": tuple(several[1:])}
+
+
+def their_end_tokens(config: Config) -> int | list[int] | None:
+    return list(config.eos_ids) if config.more_eos_ids else config.eos_id
 
 
 def activation(name: str) -> str:

@@ -1,6 +1,16 @@
 """Llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, RMSNorm, SwiGLU, grouped keys and values."""
 
-from seqfuse.interop.hf_table import Family, Row, first, joined, layers, refuse, require, without_tied_head
+from seqfuse.interop.hf_table import (
+    Family,
+    Row,
+    end_tokens,
+    joined,
+    layers,
+    refuse,
+    require,
+    their_end_tokens,
+    without_tied_head,
+)
 from seqfuse.models.decoder import DecoderConfig
 from seqfuse.models.positions import RopeSettings
 
@@ -59,7 +69,7 @@ def read_config(values, names):
     return DecoderConfig(
         vocab=v["vocab_size"],
         bos_id=v["bos_token_id"],
-        eos_id=first(v["eos_token_id"]),
+        **end_tokens(v["eos_token_id"]),
         pad_id=None if v["pad_token_id"] == -1 else v["pad_token_id"],
         width=v["hidden_size"],
         layers=v["num_hidden_layers"],
@@ -91,7 +101,7 @@ def write_config(c):
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": c.vocab,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": their_end_tokens(c),
         "pad_token_id": c.pad_id,
         "hidden_size": c.width,
         "num_hidden_layers": c.layers,

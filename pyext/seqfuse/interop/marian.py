@@ -11,12 +11,13 @@ from seqfuse.interop.hf_table import (
     Family,
     Row,
     activation,
-    first,
+    end_tokens,
     joined,
     layers,
     pair,
     refuse,
     require,
+    their_end_tokens,
 )
 from seqfuse.models.transformer import TransformerConfig
 
@@ -49,7 +50,7 @@ def _read(v, names, **family):
         source_vocab=None if _shared(v, names) else v["vocab_size"],
         start_id=v["decoder_start_token_id"],
         bos_id=v["bos_token_id"],
-        eos_id=first(v["eos_token_id"]),
+        **end_tokens(v["eos_token_id"]),
         pad_id=v["pad_token_id"],
         width=v["d_model"],
         layers=v["encoder_layers"],
@@ -93,7 +94,7 @@ def _write(c, name, **family):
         "share_encoder_decoder_embeddings": c.source_vocab is None or not (c.tied or c.source_vocab != c.vocab),
         "decoder_start_token_id": c.start,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": their_end_tokens(c),
         "forced_eos_token_id": c.eos_id,
         "pad_token_id": c.pad_id,
         "d_model": c.width,

@@ -1,7 +1,10 @@
 """What a model remembers between steps of generation.
 
-Every cache has `lengths` (int64 [B], the tokens that each row has seen) and `reorder(index)`: row i becomes what row
-index[i] was. index: int64 [B'], B' may differ from B. Beam search needs no more than that, of any model.
+Every cache has `reorder(index, grouped=False)`: row i becomes what row index[i] was. index: int64 [B'], B' may differ
+from B. grouped: a promise that rows of one source or prompt stand together, as many of each and in the order of these,
+before and after, as the beams of a search do: what they share need not move. Beam search needs no more, of any model.
+For a CUDA graph (captured.py) a cache also gives its tensors(), takes others of their shapes by put(), and hears by
+replayed() of a step that ran without the model.
 """
 
 import torch
@@ -46,10 +49,20 @@ class KVCache:
         self.lengths = self.lengths + (T if lengths is None else lengths)
         self.used += T
 
-    def reorder(self, index) -> None:
+    def reorder(self, index, grouped: bool = False) -> None:
         self.keys = [self._gathered(t, index) for t in self.keys]
         self.values = [self._gathered(t, index) for t in self.values]
         self.lengths = self.lengths[index]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.keys, *self.values, self.lengths]
+
+    def put(self, tensors: list[torch.Tensor]) -> None:
+        n = len(self.keys)
+        self.keys, self.values, self.lengths = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
+
+    def replayed(self) -> None:
+        self.used += 1
 
     def _gathered(self, t, index):
         rows = t[:, :, : self.used].index_select(0, index)  # only what has been written
@@ -77,13 +90,19 @@ class CrossCache(KVCache):
         y = ops.attention_with_kv_cache(beams, k, v, cache_lengths=self.source_lengths, causal=False)
         return y.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
-    def reorder(self, index) -> None:
-        S, rows = len(self.source_lengths), len(self.lengths)
+    def reorder(self, index, grouped: bool = False) -> None:
+        of = index // (len(self.lengths) // len(self.source_lengths))  # the source of each new row
         super().reorder(index)
-        of = index // (rows // S)  # the source of each new row
-        if len(index) % S == 0 and torch.equal(
-            of, torch.arange(S, device=of.device).repeat_interleave(len(index) // S)
-        ):
+        if grouped:
             return
         self.sources = [(k.index_select(0, of), v.index_select(0, of)) for k, v in self.sources]
         self.source_lengths = self.source_lengths[of]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors(), *(t for pair in self.sources for t in pair), self.source_lengths]
+
+    def put(self, tensors: list[torch.Tensor]) -> None:
+        own = 2 * len(self.keys) + 1
+        super().put(tensors[:own])
+        *sources, self.source_lengths = tensors[own:]
+        self.sources = list(zip(sources[::2], sources[1::2], strict=True))

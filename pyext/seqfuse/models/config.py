@@ -32,9 +32,8 @@ class Settings:
             self.require(value is None or value > 0, f"{name} must be positive, got {value!r}")
 
     def to_dict(self) -> dict:
-        """Plain values that from_dict takes."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v.to_dict() if isinstance(v, Settings) else v for k, v in values.items()}
+        """Plain values that from_dict takes, as JSON gives them back."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
@@ -47,16 +46,16 @@ class Settings:
         for name, field in fields.items():
             if name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{cls.__name__}: the key {name!r} is missing")
-        nested = {k: h for k, h in hints.items() if isinstance(h, type) and issubclass(h, Settings)}
-        return cls(**{k: nested[k].from_dict(v) if k in nested else v for k, v in values.items()})
+        return cls(**{name: _read(hints[name], value) for name, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Settings):
     """What every model's config has.
 
-    vocab: how many tokens there are. bos_id, eos_id, pad_id: tokens with a meaning, or None. checkpoint: in training,
-    compute the activations within a block again in the backward pass instead of keeping them.
+    vocab: how many tokens there are. bos_id, eos_id, pad_id: tokens with a meaning, or None. more_eos_ids: further
+    tokens that end a text. checkpoint: in training, compute the activations within a block again in the backward pass
+    instead of keeping them.
     """
 
     model: ClassVar[str]  # the name of the class that it configures
@@ -66,13 +65,22 @@ class Config(Settings):
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    more_eos_ids: tuple[int, ...] = ()
     checkpoint: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         for name, value in vars(self).items():
-            if isinstance(value, int) and name.endswith("_id"):
-                self.require(value < self.vocab, f"{name} is {value}, but there are {self.vocab} tokens (vocab)")
+            if value is None or not name.endswith(("_id", "_ids")):
+                continue
+            for token in value if isinstance(value, tuple) else (value,):
+                there = 0 <= token < self.vocab
+                self.require(there, f"{name} is {value}, but there are {self.vocab} tokens (vocab)")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        return (*(() if self.eos_id is None else (self.eos_id,)), *self.more_eos_ids)
 
     def to_dict(self) -> dict:
         return {"model": self.model} | super().to_dict()
@@ -96,11 +104,29 @@ def _hints(cls) -> dict:
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
 
 
+def _plain(value):
+    if isinstance(value, Settings):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read(hint, value):
+    """What JSON gave for a field."""
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        return hint.from_dict(value)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
+        return tuple(value)
+    return value
+
+
 def _fits(hint, value) -> bool:
     if typing.get_origin(hint) is Literal:
         return isinstance(value, (str, type(None))) and value in typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(h, value) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(typing.get_args(hint)[0], v) for v in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -113,5 +139,7 @@ def _describe(hint) -> str:
         return " or ".join(map(repr, typing.get_args(hint)))
     if isinstance(hint, types.UnionType):
         return " or ".join(map(_describe, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each of it {_describe(typing.get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "None"}
     return names.get(hint, f"a {getattr(hint, '__name__', hint)}")

@@ -34,7 +34,7 @@ class HeadConfig(Config):
         if isinstance(self.body, Config):
             if self.checkpoint:
                 object.__setattr__(self, "body", dataclasses.replace(self.body, checkpoint=True))
-            for name in ("vocab", "bos_id", "eos_id", "pad_id"):
+            for name in ("vocab", "bos_id", "eos_id", "pad_id", "more_eos_ids"):
                 object.__setattr__(self, name, getattr(self.body, name))
         super().__post_init__()
 
@@ -82,18 +82,30 @@ class Head(Model):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(HeadConfig):
+class LabelledConfig(HeadConfig):
+    """labels: how many there are. label_names: what each is called, or None."""
+
+    labels: int
+    label_names: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.positive("labels")
+        named = self.label_names is None or len(self.label_names) == self.labels
+        self.require(named, f"label_names must be as many as labels, {self.labels}, got {self.label_names!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(LabelledConfig):
     """labels: how many classes, or 1 for a number. pooling: the row's first token, its last, the mean of all, BERT's
     pooler over the first, or ULMFiT's last, maximum and mean side by side ("concat")."""
 
     model: ClassVar[str] = "Classifier"
 
-    labels: int
     pooling: Literal["first", "last", "mean", "pooler", "concat"] = "first"
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("labels")
         has_pooler = self.pooling != "pooler" or getattr(self.body, "pooler", False)
         self.require(has_pooler, 'pooling "pooler" needs a body with a pooler')
 
@@ -172,16 +184,10 @@ class ActorCritic(Head):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaggerConfig(HeadConfig):
+class TaggerConfig(LabelledConfig):
     """labels: how many tags."""
 
     model: ClassVar[str] = "Tagger"
-
-    labels: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.positive("labels")
 
 
 class Tagger(Head):

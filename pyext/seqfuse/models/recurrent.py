@@ -25,23 +25,31 @@ from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
 from seqfuse.models.config import Config
 from seqfuse.models.projections import multiply
+from seqfuse.ops.rnn_cell import StepCell
 from seqfuse.ops.rnn_extras import keep_mask
 
 LAYERS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-CELLS = {"rnn": ops.rnn_cell, "lstm": ops.lstm_cell, "gru": ops.gru_cell}
-
 State = tuple[Tensor, ...]  # of one layer in one direction: (h,) or, of an LSTM, (h, c); [B, H] each
 
 
 class RecurrentState:
-    """What a recurrent model remembers between steps: the state of each layer, and how much each row has seen."""
+    """What a recurrent model remembers between steps: the state of each layer, and the cells that move it on."""
 
-    def __init__(self, layers: list[State], lengths: Tensor):
-        self.layers, self.lengths = layers, lengths
+    def __init__(self, layers: list[State], cells: list[StepCell]):
+        self.layers, self.cells = layers, cells
 
-    def reorder(self, index: Tensor) -> None:
-        self.layers = [tuple(s.index_select(0, index) for s in state) for state in self.layers]
-        self.lengths = self.lengths.index_select(0, index)
+    def reorder(self, index: Tensor, grouped: bool = False) -> None:
+        self.layers = [tuple([s.index_select(0, index) for s in state]) for state in self.layers]
+
+    def tensors(self) -> list[Tensor]:
+        return [s for state in self.layers for s in state]
+
+    def put(self, tensors: list[Tensor]) -> None:
+        rest = iter(tensors)
+        self.layers = [tuple([next(rest) for _ in state]) for state in self.layers]
+
+    def replayed(self) -> None:
+        """Nothing is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +119,17 @@ class Recurrent(torch.nn.Module):
             x = x * keep_mask((self.embedding.num_embeddings, 1), self.config.dropout_embedding, x)[ids]
         return self.locked(x, self.config.dropout_input)
 
-    def step(self, ids: Tensor, state: list[State]) -> Tensor:
-        """One token for each row, ids [B] int64 -> output [B, width]; the entries of `state` are replaced."""
-        return step_layers(self.layers, self.embedding(ids), state)
+    def cells(self) -> list[StepCell]:
+        """The layers one step at a time."""
+        kinds = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+        weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        return [StepCell(kinds[layer.mode], tuple(getattr(layer, name) for name in weights)) for layer in self.layers]
+
+    def step(self, ids: Tensor, cache: RecurrentState) -> Tensor:
+        """One token for each row, ids [B] int64 -> output [B, width]; the cache moves on."""
+        first, *others = cache.cells
+        cache.layers[0] = state = first.looked_up(ids, self.embedding.weight, *cache.layers[0])
+        return step_layers(others, state[0], cache.layers, 1)
 
     def _for_layer(self, state: State):
         state = tuple(t[None] for t in state)
@@ -126,14 +142,10 @@ class Recurrent(torch.nn.Module):
         return x * keep_mask((x.shape[0], 1, x.shape[2]), p, x)
 
 
-def step_layers(layers: ModuleList, x: Tensor, state: list[State]) -> Tensor:
-    """One step of each layer, x: [B, I] -> [B, H]; the entries of `state` are replaced."""
-    for i, layer in enumerate(layers):
-        weights = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
-        if len(state[i]) == 2:
-            state[i] = ops.lstm_cell(x, state[i], *weights)
-        else:
-            state[i] = (CELLS["gru" if layer.mode == "GRU" else "rnn"](x, state[i][0], *weights),)
+def step_layers(cells: list[StepCell], x: Tensor, state: list[State], first: int = 0) -> Tensor:
+    """One step of each layer from number `first` on, x: [B, I] -> [B, H]; the entries of `state` are replaced."""
+    for i, cell in enumerate(cells, first):
+        state[i] = cell(x, *state[i])
         x = state[i][0]
     return x
 
@@ -155,13 +167,11 @@ class Generating:
         everything: capacity says nothing here."""
         check_ids(self, ids, lengths)
         x, state, _ = self.body(ids, lengths)
-        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
-        return self._logits(last_valid(x, lengths)), RecurrentState(state, lengths)
+        return self._logits(last_valid(x, lengths)), RecurrentState(state, self.body.cells())
 
     def step(self, ids: Tensor, cache: RecurrentState) -> Tensor:
         """ids: [B] int64, what was chosen -> logits [B, V] float32 of the next token."""
-        cache.lengths = cache.lengths + 1
-        return self._logits(self.body.step(ids, cache.layers))
+        return self._logits(self.body.step(ids, cache))
 
     def _logits(self, x: Tensor) -> Tensor:
         return multiply(x, *self.output_weights()).float()
@@ -356,5 +366,5 @@ class ClassToText(Generating, Model):
 
     def begin(self, ids, lengths, capacity):
         first = torch.full((len(ids),), self.config.bos_id, device=ids.device)
-        cache = RecurrentState(self.first_state(ids, lengths), torch.zeros_like(first))
+        cache = RecurrentState(self.first_state(ids, lengths), self.body.cells())
         return self.step(first, cache), cache

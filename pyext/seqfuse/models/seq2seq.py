@@ -27,8 +27,9 @@ from torch.nn import Linear
 
 from seqfuse import nn, ops
 from seqfuse.models.base import Model, check_ids
-from seqfuse.models.projections import multiply
+from seqfuse.models.projections import multiply, project
 from seqfuse.models.recurrent import Recurrent, RecurrentState, RNNConfig, State, output_layer, step_layers
+from seqfuse.ops.rnn_cell import StepCell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,37 +64,41 @@ class Memory(NamedTuple):
     """A source, as the decoder's steps read it.
 
     keys: [B, T, H] and values: [B, T, H] of the attention. context: [B, T, H], what is fed back into the layers, of the
-    additive attention alone. padding: [B, 1, T] bool, true where there is no source, or None where there is no padding.
+    additive attention alone. lengths: int64 [B], or None where no source is padded.
     """
 
     keys: Tensor
     values: Tensor
     context: Tensor | None
-    padding: Tensor | None
+    lengths: Tensor | None
 
 
 class Seq2SeqState(RecurrentState):
     """The decoder's state, and the memory, which the beams of a source share: it has `beams` rows of state each."""
 
-    def __init__(self, layers: list[State], lengths: Tensor, memory: Memory | None):
-        super().__init__(layers, lengths)
+    def __init__(self, layers: list[State], cells: list[StepCell], memory: Memory | None):
+        super().__init__(layers, cells)
         self.memory, self.beams = memory, 1
-        self._in_order = None  # the source of each row while beams stay with theirs
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, index: Tensor, grouped: bool = False) -> None:
         super().reorder(index)
         if self.memory is None:
             return
-        sources, source = len(self.memory.keys), index // self.beams  # of which source each row is now
-        if len(index) % sources == 0:
-            beams = len(index) // sources
-            if self._in_order is None or len(self._in_order) != len(index):
-                self._in_order = torch.arange(sources, device=index.device).repeat_interleave(beams)
-            if torch.equal(source, self._in_order):
-                self.beams = beams  # still one group of rows for each source, in order: nothing has to move
-                return
+        if grouped:
+            self.beams = index.shape[0] // self.memory.keys.shape[0]
+            return
+        source = index // self.beams
         self.memory, self.beams = Memory(*(None if t is None else t[source] for t in self.memory)), 1
-        self._in_order = None
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *(t for t in self.memory or () if t is not None)]
+
+    def put(self, tensors: list[Tensor]) -> None:
+        own = sum(map(len, self.layers))
+        super().put(tensors[:own])
+        rest = iter(tensors[own:])
+        if self.memory is not None:
+            self.memory = Memory(*(None if t is None else next(rest) for t in self.memory))
 
 
 class RNNSeq2Seq(Model):
@@ -127,11 +132,8 @@ class RNNSeq2Seq(Model):
         if self.config.norm:
             states = self.memory_norm(states)
         keys = states if self.config.attention == "dot" else self.keys(states)
-        padding = None
-        if lengths is not None:
-            padding = (torch.arange(src.shape[1], device=src.device) >= lengths[:, None])[:, None]
         context = states if self.config.attention == "additive" else None
-        return Memory(keys, self.read_context(states), context, padding), last
+        return Memory(keys, self.read_context(states), context, lengths), last
 
     def weights(self, hidden: Tensor, memory: Memory) -> Tensor:
         """hidden: [B, U, H] of the decoder -> [B, U, T], how much of each place in the source each of them reads."""
@@ -139,16 +141,18 @@ class RNNSeq2Seq(Model):
             mixed = torch.tanh(self.query(hidden)[:, :, None] + memory.keys[:, None])  # (B, U, T, H)
             scores = self.score(mixed)[..., 0]
         else:
-            scores = hidden @ memory.keys.transpose(1, 2)
-        if memory.padding is not None:
-            scores = scores.masked_fill(memory.padding, -torch.inf)
+            scores = torch.bmm(hidden, memory.keys.transpose(1, 2))
+        if memory.lengths is not None:
+            padding = torch.arange(scores.shape[-1], device=scores.device) >= memory.lengths[:, None]  # (B, T)
+            scores = scores.masked_fill(padding[:, None], -torch.inf)
         return scores.softmax(-1)
 
     def readout(self, hidden: Tensor, weights: Tensor | None, memory: Memory | None) -> Tensor:
         """[B, U, H] of the decoder's layers and [B, U, T] -> [B, U, H], what the output projection reads."""
         if memory is None:
             return hidden
-        return torch.tanh(self.read_hidden(hidden) + weights @ memory.values)
+        read = project(self.read_hidden, hidden)
+        return torch.tanh(torch.baddbmm(read, weights, memory.values))
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -181,21 +185,21 @@ class RNNSeq2Seq(Model):
         return self.readout(hidden, weights, memory), weights
 
     def _decode_in_steps(self, tgt, state, memory):
-        inputs, outputs, weights = self.decoder.embed(tgt), [], []
+        inputs, outputs, weights, cells = self.decoder.embed(tgt), [], [], self.decoder.cells()
         for x in inputs.unbind(1):
-            hidden, a = self._additive_step(x, state, memory)
+            hidden, a = self._additive_step(x, state, cells, memory)
             outputs.append(hidden)
             weights.append(a)
         hidden = self._normed(self.decoder.locked(torch.cat(outputs, 1), self.config.dropout_output))
         weights = torch.cat(weights, 1)
         return self.readout(hidden, weights, memory), weights
 
-    def _additive_step(self, x, state, memory, beams=1):
+    def _additive_step(self, x, state, cells, memory, beams=1):
         """x: [B * beams, E]. Returns (the layers' output, the weights), [B, beams, H] and [B, beams, T]."""
         B = len(memory.keys)
         weights = self.weights(state[-1][0].view(B, beams, -1), memory)
         context = (weights @ memory.context).flatten(0, 1)
-        return step_layers(self.decoder.layers, torch.cat([x, context], -1), state).view(B, beams, -1), weights
+        return step_layers(cells, torch.cat([x, context], -1), state).view(B, beams, -1), weights
 
     def _normed(self, hidden):
         return self.decoder_norm(hidden) if self.config.norm else hidden
@@ -206,22 +210,21 @@ class RNNSeq2Seq(Model):
         """The source in, [B, T] int64: (logits [B, V] float32 of the first token, the state)."""
         memory, state = self.encode(ids, lengths)
         first = torch.full((len(ids),), self.config.bos_id, device=ids.device)
-        cache = Seq2SeqState(state, torch.zeros_like(first), memory)
+        cache = Seq2SeqState(state, self.decoder.cells(), memory)
         return self.step(first, cache), cache
 
     def step(self, ids, cache):
         """ids: [B] int64, what was chosen -> logits [B, V] float32 of the next token."""
         memory = cache.memory
         if self.config.attention == "additive":
-            hidden, weights = self._additive_step(self.decoder.embedding(ids), cache.layers, memory, cache.beams)
-            hidden = self._normed(hidden)
+            x = self.decoder.embedding(ids)
+            hidden, weights = self._additive_step(x, cache.layers, cache.cells, memory, cache.beams)
+            hidden = self.readout(self._normed(hidden), weights, memory).flatten(0, 1)
         else:
-            hidden = self._normed(self.decoder.step(ids, cache.layers))
+            hidden = self._normed(self.decoder.step(ids, cache))  # (B, H)
             if memory is not None:
-                hidden = hidden.view(len(memory.keys), cache.beams, -1)  # (sources, beams, H)
-            weights = None if memory is None else self.weights(hidden, memory)
-        cache.lengths = cache.lengths + 1
-        hidden = self.readout(hidden, weights, memory).view(len(ids), -1)
+                read = project(self.read_hidden, hidden)
+                hidden = ops.luong_readout(hidden, memory.keys, memory.values, read, memory.lengths)
         return multiply(hidden, *self.output_weights()).float()
 
     def output_weights(self):

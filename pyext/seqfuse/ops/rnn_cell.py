@@ -20,6 +20,10 @@ from seqfuse.ops.rnn_scan import CELLS
 
 MOST_ROWS = 48  # of a batch whose products the step's kernel takes; ATen's are faster with more
 
+# From so many on the step's kernel takes longer than ATen's product with h alone (Granite Rapids, two threads, GRU of
+# 384: 203 us and 170 at 32 rows, 117 both at 16)
+MANY_ROWS = 32
+
 
 class CellCase(NamedTuple):
     """What the choice of a backend may depend on."""
@@ -95,6 +99,63 @@ def run(name, cell, x, h, c, weights, grad):
         ticket = loop.ticket(cell) if begun else None
     h, c, _ = apply(RnnCellFunction, x, h, c, *weights, ticket, cell, grad, loop)
     return h, c
+
+
+class StepCell:
+    """A cell in a loop of generation: each kind of call is checked, and its backend chosen, once.
+
+    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu". weights: (w_ih, w_hh, b_ih, b_hh) as lstm_cell takes them, which no
+    other may take the place of while the loop goes on.
+    """
+
+    def __init__(self, cell, weights):
+        self.cell, self.weights = cell, weights
+        self._known = {}  # by kind of call: (what runs it, choice, case)
+        self._table = None
+
+    def __call__(self, x, h, c=None):
+        """x: [B, I], h: [B, H], c of an LSTM alike -> the next state, (h,) or (h, c)."""
+        if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled(x.device.type):
+            return self._state(*_run(f"{self.cell} cell", self.cell, x, h, c, *self.weights))
+        key = x.shape, x.dtype, dispatch.epoch(), torch.get_num_threads()
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._chosen(x, h, c)
+        step, choice, case = found
+        dispatch.tell(choice, case)
+        return self._state(*step(x, h, c))
+
+    def looked_up(self, ids, embedding, h, c=None):
+        """The same of x = embedding[ids], ids [B] int64 and embedding [V, I]: with many rows of few tokens x's product
+        is taken once for each token."""
+        B, V = ids.shape[0], embedding.shape[0]
+        many = B >= MANY_ROWS and V <= 4 * B  # a table of more tokens takes more products than some steps save
+        if not many or torch.is_grad_enabled() or traced() or self._backend(embedding, B) != "cpu":
+            return self(embedding.index_select(0, ids), h, c)
+        w_ih, w_hh, b_ih, b_hh = self.weights
+        if self._table is None:
+            self._table = linear(embedding, w_ih, b_ih)  # (V, G*H)
+        xg, a = self._table.index_select(0, ids), linear(h, w_hh, b_hh)
+        h, c, _ = torch.ops.seqfuse.rnn_cell_fwd(CELLS[self.cell], xg, a, h if self.cell == "gru" else None, c, False)
+        return self._state(h, c)
+
+    def _backend(self, x, B):
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        case = CellCase(self.cell, x.device.type, x.dtype, B, self.weights[1].shape[1], False)
+        return dispatch.select("rnn_cell", case).backend
+
+    def _chosen(self, x, h, c):
+        _check(f"{self.cell} cell", self.cell, x, h, c, *self.weights)
+        case = CellCase(self.cell, x.device.type, x.dtype, x.shape[0], h.shape[1], False)
+        choice = dispatch.select("rnn_cell", case)
+        if choice.backend == "cpu" and _small_step(self.cell, x, h):
+            number, op = CELLS[self.cell], torch.ops.seqfuse.rnn_cell_step.default
+            return lambda x, h, c: op(number, x, h, c, *self.weights, False)[:2], choice, case
+        return lambda x, h, c: run(choice.backend, self.cell, x, h, c, self.weights, False), choice, case
+
+    def _state(self, h, c):
+        return (h, c) if self.cell == "lstm" else (h,)
 
 
 _TORCH = {"lstm": _VF.lstm_cell, "gru": _VF.gru_cell, "rnn_tanh": _VF.rnn_tanh_cell, "rnn_relu": _VF.rnn_relu_cell}

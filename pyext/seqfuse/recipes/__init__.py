@@ -10,6 +10,7 @@ from seqfuse.recipes import (
     bottleneck,
     charlm,
     class_to_text,
+    g2p,
     gpt,
     ner,
     pos,
@@ -22,8 +23,8 @@ from seqfuse.recipes import (
 from seqfuse.recipes.base import Recipe
 
 _MODULES = (
-    charlm, awd_lstm, bottleneck, translate, gpt, bert_mlm, pos, ner, sentiment, ulmfit, summarize, qa, class_to_text,
-    align,
+    g2p, charlm, awd_lstm, bottleneck, translate, gpt, bert_mlm, pos, ner, sentiment, ulmfit, summarize, qa,
+    class_to_text, align,
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in _MODULES}
