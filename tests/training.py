@@ -151,7 +151,7 @@ def together(size: int, function, *arguments) -> list[int]:
     port = free_port()
     running = [start(call_as, rank, size, port, function, *arguments) for rank in range(size)]
     for process in running:
-        process.join(60)
+        process.join(240)  # a loaded machine takes its time; a process that hangs is not waited for
         process.kill()
         process.join()
     return [process.exitcode for process in running]
