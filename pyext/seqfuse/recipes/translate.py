@@ -62,7 +62,7 @@ def translate(arch: Literal["transformer", "rnn"] = "transformer") -> TranslateC
                                  dropout_output=0.1)  # fmt: skip
     else:
         model = TransformerConfig(vocab=4, bos_id=1, width=192, layers=3, heads=4, mlp_width=512, max_positions=256,
-                                  norm_first=True, dropout=0.1)  # fmt: skip
+                                  norm_first=True, positions="rope", scale_embeddings=False, dropout=0.1)  # fmt: skip
     return TranslateConfig(
         recipe="translate",
         max_steps=3000,
@@ -70,7 +70,7 @@ def translate(arch: Literal["transformer", "rnn"] = "transformer") -> TranslateC
         evaluate_every=500,
         checkpoint_every=500,
         label_smoothing=0.1,
-        optim=Optim(lr=2e-3, warmup=300, beta2=0.98),
+        optim=Optim(lr=1e-3, warmup=300, beta2=0.98),
         model=model,
     )
 
