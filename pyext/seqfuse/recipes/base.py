@@ -174,6 +174,19 @@ class Task:
         """What the finished model has to show. Here: what evaluate() says."""
         return Findings(dict(self.evaluate(model)))
 
+    def ready(self, folder: Path, train: Callable[[RunConfig, str], bool]) -> bool:
+        """Before the first step of a run, and of one that goes on: the run's folder is there. What a task needs beside
+        its data it takes here, and the weights to start from; a checkpoint's come over them.
+
+        train(config, name): another run, in folder/name, which is taken up where it stopped or left alone if it is
+        finished; False if it was interrupted, and then ready() returns False too.
+        """
+        return True
+
+    def finished(self, model: Model) -> Model:
+        """What a finished run leaves of the model that was trained."""
+        return model
+
     def carried(self) -> dict[str, Tensor]:
         """What one batch leaves to the next (recurrent states), each [rows of the global batch, ...], or nothing: it is
         part of a checkpoint. Row i belongs to the i-th example of a batch. The trainer writes into these tensors."""
@@ -211,12 +224,12 @@ def fingerprint(*texts: str | bytes | Path) -> str:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """name and about: for the command line. config: a function that returns the RunConfig; its arguments are
-    short names for several fields at once. task: the class that is made from the config."""
+    short names for several fields at once. task: makes the task, with the arguments of Task."""
 
     name: str
     about: str
     config: Callable[..., RunConfig]
-    task: type[Task]
+    task: Callable[..., Task]
 
     def configure(self, changes: Mapping[str, Any] | None = None) -> RunConfig:
         """The config with some values changed: {"cell": "gru", "optim.lr": 3e-4}. A key is an argument of the config

@@ -1,0 +1,517 @@
+"""What the stages of recipe `align` share, and those that learn from given texts: sft, reward, dpo.
+
+See align.py for what they are and on_policy.py for grpo and ppo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from seqfuse import data, losses, models, ops, report
+from seqfuse.data import DataError, Preference
+from seqfuse.generate import generate, padding
+from seqfuse.models.base import Model
+from seqfuse.models.config import MODELS
+from seqfuse.models.decoder import DecoderConfig
+from seqfuse.models.heads import Classifier
+from seqfuse.recipes.base import Findings, Optim, RunConfig, Task, fingerprint
+from seqfuse.recipes.texts import IGNORED
+from seqfuse.tokenizer import Tokenizer
+
+HELD_OUT = 10.0  # percent of the texts
+SHOWN = 8  # prompts in the report
+EVALUATED_ROWS = 64  # of a batch
+SAMPLING_SEED = 1  # of the held-out prompts' answers: always the same, so that evaluations can be compared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignConfig(RunConfig):
+    """stage: what is trained. start: the folder of the model to start from; of all stages but sft it is the fine-tuned
+    one, which is also the reference. reward: the folder of a reward model. Where they are not given, the earlier stages
+    are trained first, into the run's own folders sft and reward: sft_steps and reward_steps, by default four and two
+    for each step of this run.
+
+    vocab: tokens of a new model. longest: tokens of prompt and answer together; answer: those of a new answer, at most.
+    prompt_words: of a review, that an answer goes on from. gap: points between the ratings of a pair.
+
+    beta: how much the distance from the reference costs, in dpo, grpo and ppo. kl_bound: the finished model is the one
+    of the highest reward among those whose KL to the reference, in nats for an answer, was not above this.
+    measured: held-out prompts that are answered in an evaluation. samples: answers to a prompt in grpo and ppo.
+    updates: steps on the same answers. clip: of the ratio of probabilities. unfinished: reward that an answer without
+    an end loses in training. value_weight, lam: of ppo's critic.
+    """
+
+    stage: Literal["sft", "reward", "dpo", "grpo", "ppo"] = "grpo"
+    start: str | None = None
+    reward: str | None = None
+    sft_steps: int | None = None
+    reward_steps: int | None = None
+    vocab: int = 2000
+    longest: int = 56
+    answer: int = 40
+    prompt_words: int = 3
+    gap: float = 1.0
+    beta: float = 0.05
+    kl_bound: float = 20.0
+    measured: int = 256
+    samples: int = 8
+    updates: int = 2
+    clip: float = 0.2
+    unfinished: float = 1.0
+    value_weight: float = 0.1
+    lam: float = 0.95
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.positive("sft_steps", "reward_steps", "vocab", "answer", "prompt_words", "measured", "samples", "updates",
+                      "kl_bound")  # fmt: skip
+        fits = self.answer + 2 <= self.longest
+        self.require(fits, f"longest must leave room for a prompt: at least answer + 2, got {self.longest}")
+        self.require(self.stage != "grpo" or self.samples > 1, "samples must be two at least in grpo: a group")
+        for name in ("clip", "lam"):
+            self.require(getattr(self, name) <= 1, f"{name} must be at most 1, got {getattr(self, name)!r}")
+
+
+def align(stage: str = "grpo") -> AlignConfig:
+    """stage: sft, reward, dpo, grpo or ppo."""
+    steps, batch, lr = {
+        "sft": (600, 32, 2e-3),
+        "reward": (300, 32, 5e-4),
+        "dpo": (300, 32, 2e-4),
+        "grpo": (150, 16, 3e-4),
+        "ppo": (150, 16, 3e-4),
+    }.get(stage, (1, 1, 1e-3))
+    return AlignConfig(
+        recipe="align",
+        stage=stage,
+        max_steps=steps,
+        batch_size=batch,
+        evaluate_every=max(1, steps // 10),
+        checkpoint_every=max(1, steps // 5),
+        optim=Optim(lr=lr, warmup=10, weight_decay=0.1 if stage in ("sft", "reward") else 0.0, schedule="linear"),
+        model=DecoderConfig(
+            vocab=4, width=128, layers=4, heads=4, mlp_width=352, max_positions=256, norm="rms", activation="swiglu",
+            positions="rope", attention_bias=False, mlp_bias=False,
+        ),
+    )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Texts as ids, [B, T], padded on the right: <bos>, prompt, answer, <eos>. first: [B], where the answer begins;
+    lengths: [B]."""
+
+    ids: Tensor
+    first: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(*(t.to(device) for t in self))
+
+    @property
+    def targets(self) -> Tensor:
+        """What each token but the last is to predict: [B, T - 1], IGNORED in prompt and padding."""
+        place = torch.arange(1, self.ids.shape[1], device=self.ids.device)
+        answer = (place >= self.first[:, None]) & (place < self.lengths[:, None])
+        return self.ids[:, 1:].masked_fill(~answer, IGNORED)
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.ids[:, :-1].contiguous()
+
+
+class Align(Task):
+    """What all stages share: the data, in two splits each, and its tokens.
+
+    demonstrations: (prompt, answer); pairs; prompts: to be answered. The held-out ones share no prompt, and without
+    prompts no text, with those for training.
+    """
+
+    config: AlignConfig
+
+    def prepare(self) -> None:
+        config = self.config
+        if config.data:
+            self.read_preferences(config.data)
+        else:
+            self.read_reviews()
+        for name, (train, held) in self.splits().items():
+            if not train or not held:
+                raise DataError(
+                    f"{config.data or 'ratings'}: the {'training' if held else 'held-out'} split has no {name}; more "
+                    "lines are needed, or lines with more different prompts"
+                )
+        self.fingerprint = fingerprint("\n".join("\t".join(row) for part in self.demonstrations for row in part),
+                                       "\n".join("\t".join(row) for part in self.pairs for row in part))  # fmt: skip
+        self.model_tokenizer = self.tokenizer(self.first_tokenizer)
+        for name in ("bos", "eos"):
+            if getattr(self.model_tokenizer, f"{name}_id") is None:
+                raise DataError(f"{config.start}: the tokenizer has no token that {name} could be")
+        self.encode_all()
+
+    def splits(self) -> dict[str, tuple[list, list]]:
+        return {"demonstrations": self.demonstrations, "pairs": self.pairs, "prompts": self.prompts}
+
+    def read_preferences(self, path: str) -> None:
+        parts: tuple[list[Preference], list[Preference]] = ([], [])
+        for pair in data.read_preferences(path):
+            parts[is_held_out(pair.prompt)].append(pair)
+        self.pairs = parts
+        self.demonstrations = tuple([(pair.prompt, pair.chosen) for pair in part] for part in parts)
+        self.prompts = tuple(list(dict.fromkeys(pair.prompt for pair in part)) for part in parts)
+
+    def read_reviews(self) -> None:
+        parts: tuple[list[data.Rated], list[data.Rated]] = ([], [])
+        for text in data.rated_reviews():
+            parts[is_held_out(text.text)].append(text)
+        words = self.config.prompt_words
+        self.pairs = tuple(data.length_matched_pairs(part, self.config.gap, rounds=4) for part in parts)
+        self.demonstrations = tuple([("", text.text) for text in part] for part in parts)
+        begun = ([t.text.split() for t in part] for part in parts)
+        self.prompts = tuple([" ".join(t[:words]) for t in part if len(t) > 2 * words] for part in begun)
+
+    def first_tokenizer(self) -> Tokenizer:
+        if self.config.start is None:
+            texts = [joined(*row) for row in self.demonstrations[0]]
+            texts += [joined(pair.prompt, pair.rejected) for pair in self.pairs[0]]
+            return Tokenizer.train(texts, "bpe", vocab=self.config.vocab)
+        return Tokenizer.load(Path(self.config.start) / "tokenizer.json")
+
+    # ---------------------------------------------------------------------------------------------------------- tokens
+
+    def encode_all(self) -> None:
+        """Texts to ids; what is longer than `longest` is left out, and an answer needs room for `answer` tokens."""
+        config = self.config
+        self.demonstrations = tuple(self.encoded(part) for part in self.demonstrations)
+        self.pairs = tuple(
+            [
+                pair
+                for pair in zip(self.encoded([(p.prompt, p.chosen) for p in part], keep=True),
+                                self.encoded([(p.prompt, p.rejected) for p in part], keep=True), strict=True)
+                if max(len(ids) for ids, _ in pair) <= config.longest
+            ]
+            for part in self.pairs
+        )  # fmt: skip
+        room = config.longest - config.answer
+        begun = ([[self.model_tokenizer.bos_id, *ids] for ids in self.model_tokenizer.encode_batch(p)] for p in self.prompts)
+        self.prompts = tuple([ids for ids in part if len(ids) <= room] for part in begun)
+        for name, parts in self.splits().items():
+            if not all(parts):
+                raise DataError(
+                    f"{config.data or 'ratings'}: all {name} of a split are too long: at most {config.longest} tokens "
+                    f"(longest), {room} of a prompt"
+                )
+
+    def encoded(self, texts: list[tuple[str, str]], keep: bool = False) -> list[tuple[list[int], int]]:
+        """(ids, where the answer begins) of prompts and answers, those that are too long left out unless `keep`."""
+        tokenizer = self.model_tokenizer
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in texts])
+        answers = tokenizer.encode_batch([answer_after(*text) for text in texts])
+        rows = [
+            ([tokenizer.bos_id, *prompt, *answer, tokenizer.eos_id], 1 + len(prompt))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return [row for row in rows if keep or len(row[0]) <= self.config.longest]
+
+    def rows(self, texts: list[tuple[list[int], int]]) -> Rows:
+        ids, first = zip(*texts, strict=True)
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=self.pad_id)
+        return Rows(padded, torch.tensor(first), lengths)
+
+    @property
+    def pad_id(self) -> int:
+        tokenizer = self.model_tokenizer
+        return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+    # ---------------------------------------------------------------------------------------------------------- models
+
+    def build(self) -> Model:
+        if self.config.start is not None:
+            return self.loaded(self.config.start)
+        config = dataclasses.replace(self.config.model, **self.model_tokenizer.config())
+        model = MODELS[config.model](config)
+        model.tokenizer = self.model_tokenizer
+        return model
+
+    def loaded(self, folder: str | Path) -> Model:
+        return models.load(folder, device=self.device)
+
+    def earlier(self, stage: str, steps: int, start: str | None = None) -> AlignConfig:
+        """The config of an earlier stage: this one's, with what the stage has of its own."""
+        own = {"max_steps": steps, "evaluate_every": max(1, steps // 10), "checkpoint_every": max(1, steps // 5)}
+        shared = ("seed", "data", "precision", "vocab", "longest", "answer", "prompt_words", "gap", "model")
+        return dataclasses.replace(align(stage), start=start, **own, **{k: getattr(self.config, k) for k in shared})
+
+    def ready(self, folder, train):
+        """The fine-tuned model, which is trained first if there is none."""
+        self.folder = folder
+        if self.config.stage == "sft" or self.config.start is not None:
+            return True
+        if not train(self.earlier("sft", self.config.sft_steps or 4 * self.config.max_steps), "sft"):
+            return False
+        self.take_weights(self.loaded(folder / "sft"))
+        return True
+
+    def take_weights(self, model: Model) -> None:
+        self.model.load_state_dict(model.state_dict())
+
+    @property
+    def start_folder(self) -> Path:
+        return Path(self.config.start or self.folder / "sft")
+
+
+class FineTuning(Align):
+    """A language model learns to answer as the demonstrations do."""
+
+    def prepare(self):
+        super().prepare()
+        self.examples = len(self.demonstrations[0])
+
+    def batch(self, indices):
+        return tuple(self.rows([self.demonstrations[0][i] for i in indices]))
+
+    def held_out(self):
+        held = sorted(self.demonstrations[1], key=lambda row: len(row[0]))
+        for i in range(0, len(held), EVALUATED_ROWS):
+            yield tuple(self.rows(held[i : i + EVALUATED_ROWS]))
+
+    def loss(self, model, *batch):
+        rows = Rows(*batch)
+        targets = rows.targets
+        return model.loss(rows.inputs, targets, **self.loss_options(model)), (targets != IGNORED).sum()
+
+    def report(self, model):
+        texts = [self.model_tokenizer.decode(ids) for ids in self.prompts[1][:SHOWN]]
+        samples = answers(model, self.prompts[1][:SHOWN], self.config.answer, SAMPLING_SEED)
+        written = [self.model_tokenizer.decode(ids) for ids in samples]
+        table = report.table(["prompt", "with its answer"], list(zip(texts, written, strict=True)))
+        return Findings(self.evaluate(model), [report.section("Samples", table)], "\n".join(written))
+
+
+class OnPairs(Align):
+    """Training on pairs: a batch is the chosen texts and then the rejected ones, as many."""
+
+    unit = "pairs"
+
+    def prepare(self):
+        super().prepare()
+        self.examples = len(self.pairs[0])
+
+    def batch(self, indices):
+        return tuple(self.both([self.pairs[0][i] for i in indices]))
+
+    def both(self, pairs) -> Rows:
+        return self.rows([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
+
+    def held_out(self):
+        held = self.pairs[1]
+        for i in range(0, len(held), EVALUATED_ROWS):
+            yield tuple(self.both(held[i : i + EVALUATED_ROWS]))
+
+
+class RewardModel(OnPairs):
+    """A number for each text, on the body of the fine-tuned model. A finished one gives the held-out rejected texts 0
+    and the chosen ones 1 on average: pairs alone decide neither where zero is nor how large the unit is."""
+
+    objective = "accuracy"
+    higher = True
+
+    def build(self):
+        return Classifier.on(super().build(), labels=1, pooling="last")
+
+    def take_weights(self, model):
+        self.model.body.load_state_dict(model.state_dict())
+
+    def loss(self, model, *batch):
+        chosen, rejected = self.scores(model, Rows(*batch))
+        return losses.bradley_terry_loss(chosen, rejected, reduction="sum"), len(chosen)
+
+    def scores(self, model, rows: Rows) -> tuple[Tensor, Tensor]:
+        return model(rows.ids, rows.lengths).float().chunk(2)
+
+    def evaluate(self, model):
+        return {"accuracy": self.accuracy(model)[0], **super().evaluate(model)}
+
+    @torch.no_grad()
+    def accuracy(self, model) -> tuple[float, float, float]:
+        """(share of held-out pairs whose chosen text has the higher reward, mean reward of the chosen, the rejected)."""
+        found = [self.scores(model, Rows(*self.to_device(batch))) for batch in self.held_out()]
+        chosen, rejected = (torch.cat(side) for side in zip(*found, strict=True))
+        right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        return float(right.mean()), float(chosen.mean()), float(rejected.mean())
+
+    @torch.no_grad()
+    def finished(self, model):
+        _, chosen, rejected = self.accuracy(model)
+        unit = chosen - rejected if chosen > rejected else 1.0  # it has learned nothing: only zero moves
+        model.output.weight /= unit
+        model.output.bias.sub_(rejected).div_(unit)
+        return model
+
+    def report(self, model):
+        accuracy, chosen, rejected = self.accuracy(model)
+        values = {"accuracy": accuracy, "held_out_pairs": float(len(self.pairs[1])), "reward_of_chosen": chosen,
+                  "reward_of_rejected": rejected}  # fmt: skip
+        return Findings(values)
+
+
+class Measured(Align):
+    """A policy: how its answers to held-out prompts are rewarded, and how far it has gone from its reference."""
+
+    objective = "bounded_reward"
+    higher = True
+
+    def ready(self, folder, train):
+        config = self.config
+        if not super().ready(folder, train):
+            return False
+        if config.reward is not None:
+            return True
+        steps = config.reward_steps or 2 * config.max_steps
+        return train(self.earlier("reward", steps, start=str(self.start_folder)), "reward")
+
+    @functools.cached_property
+    def reference(self) -> Model:
+        return self.loaded(self.start_folder).requires_grad_(False)
+
+    @functools.cached_property
+    def reward_model(self) -> Classifier:
+        folder = Path(self.config.reward or self.folder / "reward")
+        model = self.loaded(folder).requires_grad_(False)
+        if not isinstance(model, Classifier) or model.config.labels != 1:
+            raise DataError(f"{folder}: is a {type(model).__name__}, not a reward model: a Classifier with one label")
+        if model.config.vocab != self.model.config.vocab:
+            raise DataError(f"{folder}: knows {model.config.vocab} tokens, the policy {self.model.config.vocab}")
+        return model
+
+    def sample(self, model: Model, prompts: list[list[int]], seed: int | None = None) -> Rows:
+        """One answer to each prompt, drawn from the model's own distribution: [B, longest]."""
+        ids = answers(model, prompts, self.config.answer, seed)
+        ids = torch.nn.functional.pad(ids, (0, self.config.longest - ids.shape[1]), value=self.pad_id)
+        first = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        ended = (ids == self.model_tokenizer.eos_id) & (place >= first[:, None])
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, first + self.config.answer)
+        return Rows(ids.where(place < lengths[:, None], self.pad_id), first, lengths)
+
+    def finished_rows(self, rows: Rows) -> Tensor:
+        """[B] bool: whether an answer has an end."""
+        return rows.ids.gather(1, rows.lengths[:, None] - 1)[:, 0] == self.model_tokenizer.eos_id
+
+    @torch.no_grad()
+    def rewards(self, rows: Rows) -> Tensor:
+        """[B] float32."""
+        return self.reward_model(rows.ids, rows.lengths).float()
+
+    @torch.no_grad()
+    def divergence(self, model: Model, rows: Rows) -> Tensor:
+        """KL(model || reference), summed over the tokens of all answers: at each token that of the two distributions,
+        not an estimate from the one that was drawn."""
+        (x, weight), (y, other) = (vocabulary(m, rows.inputs) for m in (model, self.reference))
+        return ops.kl_loss(y, other, x, weight, mask=rows.targets != IGNORED, reduction="sum")
+
+    def evaluate(self, model):
+        prompts = self.prompts[1][: self.config.measured]
+        rewards, kl, lengths, ended, written = [], 0.0, [], [], []
+        for i in range(0, len(prompts), EVALUATED_ROWS):
+            rows = self.sample(model, prompts[i : i + EVALUATED_ROWS], SAMPLING_SEED + i)
+            rewards.append(self.rewards(rows))
+            kl += float(self.divergence(model, rows)) / len(prompts)
+            lengths.append(rows.lengths - rows.first)
+            ended.append(self.finished_rows(rows))
+            written += rows.targets.tolist()
+        reward = float(torch.cat(rewards).double().mean())
+        return {
+            "bounded_reward": reward if kl <= self.config.kl_bound else -kl,  # beyond the bound, the nearest is best
+            "reward": reward,
+            "kl": kl,
+            "answer_tokens": float(torch.cat(lengths).double().mean()),
+            "ended": float(torch.cat(ended).double().mean()),
+            "distinct_2": distinct_pairs(written),
+        }
+
+    def report(self, model):
+        """Reward and distance before and after, and what both write."""
+        before, after = self.evaluate(self.reference), self.evaluate(model)
+        values = {name: value for name, value in after.items() if name != "bounded_reward"}
+        values |= {"reward_before": before["reward"], "reward_ratio": after["reward"] / before["reward"],
+                   "distinct_2_before": before["distinct_2"], "kl_bound": self.config.kl_bound,
+                   "within_bound": "yes" if after["kl"] <= self.config.kl_bound else "no"}  # fmt: skip
+        names = [name for name in after if name != "bounded_reward"]
+        numbers = report.table(["", "fine-tuned", "aligned"],
+                               [(n, f"{before[n]:.3g}", f"{after[n]:.3g}") for n in names], (1, 2))  # fmt: skip
+        prompts = self.prompts[1][:SHOWN]
+        texts = [
+            [self.model_tokenizer.decode(ids) for ids in self.sample(m, prompts, SAMPLING_SEED).ids]
+            for m in (self.reference, model)
+        ]
+        samples = report.table(["before", "after"], list(zip(*texts, strict=True)))
+        said = report.paragraph(
+            "Reward is the reward model's: 0 is the mean of the held-out rejected texts, 1 that of the chosen ones. "
+            "kl is the KL divergence of the aligned model from the fine-tuned one, in nats for an answer."
+        )
+        sections = [report.section("Before and after", said, numbers), report.section("Samples", samples)]
+        text = "\n".join(f"before  {a}\nafter   {b}\n" for a, b in zip(*texts, strict=True))
+        return Findings(values, sections, text)
+
+
+class Dpo(Measured, OnPairs):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). Its evaluation asks a reward model; its
+    training does not."""
+
+    def loss(self, model, *batch):
+        rows = Rows(*batch)
+        inputs, targets = rows.inputs, rows.targets
+        with torch.no_grad():
+            reference = log_probs(self.reference, self.reference.hidden(inputs), targets).sum(1)
+        weight, bias = model.output_weights()
+        loss = ops.dpo_loss(model.hidden(inputs), weight, targets, reference, bias=bias, beta=self.config.beta)
+        return loss * (len(targets) // 2), len(targets) // 2
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def is_held_out(text: str) -> bool:
+    return data.split_of(text, 0.0, HELD_OUT) == "valid"
+
+
+def answer_after(prompt: str, answer: str) -> str:
+    """As it stands in the text: one space lies between a prompt and its answer."""
+    return f" {answer}" if prompt else answer
+
+
+def joined(prompt: str, answer: str) -> str:
+    return prompt + answer_after(prompt, answer)
+
+
+def answers(model: Model, prompts: list[list[int]], tokens: int, seed: int | None) -> Tensor:
+    """Prompts with answers drawn from the model's own distribution: [B, T]. seed: None for torch's own generator."""
+    return generate(model, prompts, max_new_tokens=tokens, temperature=1.0, seed=seed)
+
+
+def log_probs(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Of the targets, [B, T], where the model's hidden states are known; 0 where they are ignored."""
+    weight, bias = model.output_weights()
+    return ops.linear_log_probs(hidden, weight, targets, bias=bias).float()
+
+
+def vocabulary(model: Model, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden states, vocabulary matrix) of a model, a bias in the matrix' last column."""
+    x, (weight, bias) = model.hidden(inputs), model.output_weights()
+    if bias is None:
+        return x, weight
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1), torch.cat([weight, bias[:, None]], 1)
+
+
+def distinct_pairs(rows: list[list[int]]) -> float:
+    """distinct-2 (Li et al. 2016, arXiv:1510.03055): different pairs of neighbouring tokens / all pairs of them."""
+    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False) if IGNORED not in pair]
+    return len(set(pairs)) / max(1, len(pairs))
