@@ -48,9 +48,10 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, kind: str = "k3"
 
 
 def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
-    """-min(r A, clamp(r, 1 - clip, 1 + clip) A) of each token, r = exp(log_probs - old_log_probs): all [B, T] -> [B, T].
+    """-min(r A, clamp(r, 1 - clip, 1 + clip) A) of each token, r = exp(log_probs - old_log_probs): [B, T].
 
-    old_log_probs: of the policy that drew the tokens. Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347).
+    old_log_probs [B, T]: of the policy that drew the tokens; advantages: A, [B, T] or [B, 1].
+    Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347).
     """
     ratio = torch.exp(log_probs - old_log_probs)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -120,7 +121,9 @@ def penalised_rewards(
     return penalties + _where(last, rewards[:, None].expand_as(penalties))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: (advantages, returns), [B, T] each, 0 where mask is False.
 
     rewards: [B, T] that each token brought; values: [B, T], what the critic expected before it. Behind an answer's last

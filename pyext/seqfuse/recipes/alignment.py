@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seqfuse import data, losses, models, ops, report
 from seqfuse.data import DataError, Preference
-from seqfuse.generate import generate, padding
+from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.decoder import DecoderConfig
@@ -75,6 +75,8 @@ class AlignConfig(RunConfig):
         fits = self.answer + 2 <= self.longest
         self.require(fits, f"longest must leave room for a prompt: at least answer + 2, got {self.longest}")
         self.require(self.stage != "grpo" or self.samples > 1, "samples must be two at least in grpo: a group")
+        whole = self.sharding == "ddp" or self.stage not in ("grpo", "ppo")
+        self.require(whole, f"{self.stage} draws answers from the whole model: sharding must be ddp, not fsdp")
         for name in ("clip", "lam"):
             self.require(getattr(self, name) <= 1, f"{name} must be at most 1, got {getattr(self, name)!r}")
 
@@ -199,7 +201,9 @@ class Align(Task):
             for part in self.pairs
         )  # fmt: skip
         room = config.longest - config.answer
-        begun = ([[self.model_tokenizer.bos_id, *ids] for ids in self.model_tokenizer.encode_batch(p)] for p in self.prompts)
+        begun = (
+            [[self.model_tokenizer.bos_id, *ids] for ids in self.model_tokenizer.encode_batch(p)] for p in self.prompts
+        )
         self.prompts = tuple([ids for ids in part if len(ids) <= room] for part in begun)
         for name, parts in self.splits().items():
             if not all(parts):
@@ -341,7 +345,7 @@ class RewardModel(OnPairs):
 
     @torch.no_grad()
     def accuracy(self, model) -> tuple[float, float, float]:
-        """(share of held-out pairs whose chosen text has the higher reward, mean reward of the chosen, the rejected)."""
+        """(share of held-out pairs whose chosen text has the higher reward, mean reward of the chosen, of the others)."""
         found = [self.scores(model, Rows(*self.to_device(batch))) for batch in self.held_out()]
         chosen, rejected = (torch.cat(side) for side in zip(*found, strict=True))
         right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()

@@ -24,7 +24,9 @@ class OnPolicy(Measured):
         super().prepare()
         config = self.config
         if config.sharding == "fsdp":
-            raise ValueError(f"align: {config.stage} draws answers from the whole model: sharding must be ddp, not fsdp")
+            raise ValueError(
+                f"align: {config.stage} draws answers from the whole model: sharding must be ddp, not fsdp"
+            )
         self.examples = len(self.prompts[0])
         B, G, L = min(config.batch_size, self.examples), config.samples, config.longest
         self.kept = {
