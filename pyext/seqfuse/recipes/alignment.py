@@ -345,7 +345,7 @@ class RewardModel(OnPairs):
 
     @torch.no_grad()
     def accuracy(self, model) -> tuple[float, float, float]:
-        """(share of held-out pairs whose chosen text has the higher reward, mean reward of the chosen, of the others)."""
+        """(share of held-out pairs whose chosen text is rewarded more, mean reward of chosen and of rejected ones)."""
         found = [self.scores(model, Rows(*self.to_device(batch))) for batch in self.held_out()]
         chosen, rejected = (torch.cat(side) for side in zip(*found, strict=True))
         right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()

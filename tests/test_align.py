@@ -1,0 +1,315 @@
+"""Recipe align: every stage for a few steps on made-up preferences, and what its pieces compute."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from rich.console import Console
+
+from seqfuse import data, models, testing, trainer
+from seqfuse.data import DataError, Rated
+from seqfuse.recipes import RECIPES, alignment, on_policy
+from seqfuse.recipes.alignment import Rows
+from seqfuse.recipes.texts import IGNORED
+
+ALIGN = RECIPES["align"]
+SMALL = {
+    "model.width": 16, "model.layers": 1, "model.heads": 2, "model.mlp_width": 32, "vocab": 270, "longest": 24,
+    "answer": 8, "batch_size": 4, "samples": 3, "measured": 4, "max_steps": 3, "sft_steps": 2, "reward_steps": 2,
+    "evaluate_every": 2, "checkpoint_every": 1, "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Preferences: answers in capitals are liked better."""
+    path, draw = tmp_path_factory.mktemp("data") / "preferences.jsonl", random.Random(0)
+    lines = []
+    for i in range(60):
+        word = "".join(draw.choices("abcd", k=4))
+        lines.append(json.dumps({"prompt": f"say {i}", "chosen": word.upper(), "rejected": word}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def earlier(file, tmp_path_factory):
+    """The folders of a fine-tuned model and a reward model."""
+    folder = tmp_path_factory.mktemp("earlier")
+    changes = {"data": str(file), "max_steps": 2}
+    assert run(folder / "sft", "sft", changes)
+    assert run(folder / "reward", "reward", changes | {"start": str(folder / "sft")})
+    return {"data": str(file), "start": str(folder / "sft"), "reward": str(folder / "reward")}
+
+
+def run(folder, stage, changes):
+    return trainer.train(ALIGN.configure(SMALL | {"stage": stage} | changes), folder, console=Console(quiet=True))
+
+
+def ready(stage, earlier, folder, **changes):
+    """A task whose reference and reward model are there."""
+    task = ALIGN.task(ALIGN.configure(SMALL | {"stage": stage} | earlier | changes))
+    assert task.ready(folder, train=None)
+    return task
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_one_command_trains_all_stages(file, tmp_path):
+    assert run(tmp_path / "run", "grpo", {"data": str(file)})
+    for name in ("sft", "reward", "."):
+        assert (tmp_path / "run" / name / "report.html").is_file()
+    assert type(models.load(tmp_path / "run" / "reward")) is models.Classifier
+    assert {"reward", "reward_before", "reward_ratio", "kl", "within_bound"} <= results(tmp_path / "run").keys()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "grpo", "ppo"])
+def test_a_stage_on_finished_ones(stage, earlier, tmp_path):
+    assert run(tmp_path, stage, earlier)
+    assert not (tmp_path / "sft").exists()
+    assert type(models.load(tmp_path)) is models.Decoder  # ppo leaves no critic
+    before = models.load(earlier["start"]).state_dict()
+    after = models.load(tmp_path).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage, updates", [("grpo", 2), ("ppo", 3), ("dpo", 1)])
+def test_a_resumed_run_draws_the_same_answers(stage, updates, earlier, tmp_path, monkeypatch):
+    """Stopped after the first step on some answers, of which others follow: they are in the checkpoint."""
+    changes = earlier | {"updates": updates, "max_steps": 5}
+    assert run(tmp_path / "whole", stage, changes)
+    step, stops = trainer.Trainer.step, [1, 4]
+
+    def stopping(self, indices):
+        if self.progress.step in stops:
+            stops.remove(self.progress.step)
+            raise SystemExit
+        step(self, indices)
+
+    monkeypatch.setattr(trainer.Trainer, "step", stopping)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "parted", stage, changes)
+    assert run(tmp_path / "parted", stage, changes)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parted")]
+    assert weights[0] == weights[1]
+    assert results(tmp_path / "whole") == results(tmp_path / "parted")
+
+
+def test_the_bound_decides_which_weights_are_kept(earlier, tmp_path):
+    """Beyond kl_bound the objective is below that of everything within."""
+    task = ready("grpo", earlier, tmp_path, kl_bound=1e-3)
+    with torch.no_grad():
+        near = task.evaluate(task.model)
+        task.model.output_weights()[0].mul_(3)
+        far = task.evaluate(task.model)
+    assert near["bounded_reward"] == near["reward"] and near["kl"] <= 1e-3
+    assert far["bounded_reward"] == -far["kl"] < -1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- it learns
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_programmatic_reward_is_learned(stage, earlier, tmp_path, monkeypatch):
+    """Rewarded is the share of an answer's tokens that are even numbers: chance gives about a half."""
+
+    def rewards(self, rows):
+        answer = rows.targets != IGNORED
+        return ((rows.targets % 2 == 0) & answer).sum(1) / answer.sum(1)
+
+    monkeypatch.setattr(alignment.Measured, "rewards", rewards)
+    changes = earlier | {"max_steps": 30, "optim.lr": 1e-2, "optim.warmup": 1, "evaluate_every": 30, "samples": 8,
+                         "checkpoint_every": 30, "beta": 0.0, "kl_bound": 1e6, "unfinished": 0.0}  # fmt: skip
+    assert run(tmp_path, stage, changes)
+    found = results(tmp_path)
+    assert found["reward_before"] < 0.65 and found["reward"] > 0.85, found
+    assert found["kl"] > 0
+
+
+def test_dpo_learns_its_pairs(earlier, tmp_path):
+    task = ready("dpo", earlier, tmp_path)
+    batch = task.batch(list(range(16)))
+    first = float(task.loss(task.model, *batch)[0]) / 16
+    testing.assert_accurate(torch.tensor(first), torch.tensor(0.5, dtype=torch.float64).log().neg())  # no margin yet
+    optimizer = torch.optim.Adam(task.model.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss, count = task.loss(task.model, *batch)
+        (loss / count).backward()
+        optimizer.step()
+    assert float(loss.detach()) / count < 0.5 * first
+
+
+def test_a_finished_reward_model_has_a_scale(earlier, tmp_path):
+    task = ready("reward", earlier, tmp_path)
+    with torch.no_grad():
+        task.model.output.weight.normal_(std=3)
+    _, chosen, rejected = task.accuracy(task.model)
+    unit = chosen - rejected
+    assert unit != 0
+    task.finished(task.model)
+    _, after_chosen, after_rejected = task.accuracy(task.model)
+    assert abs(after_rejected) < 1e-5
+    assert abs(after_chosen - (1.0 if unit > 0 else unit)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ its parts
+
+
+def test_rows_predict_answers_only():
+    ids = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 2, 0, 0]])
+    rows = Rows(ids, torch.tensor([2, 1]), torch.tensor([5, 3]))
+    assert rows.targets.tolist() == [[IGNORED, 6, 7, 2], [8, 2, IGNORED, IGNORED]]
+    assert rows.inputs.tolist() == ids[:, :-1].tolist()
+
+
+def test_samples_end_where_they_end(earlier, tmp_path):
+    """The first <eos> of an answer ends it, one that stands in the prompt does not; without one it has all tokens."""
+    task = ready("grpo", earlier, tmp_path)
+    eos = task.model_tokenizer.eos_id
+    prompts = [[1, eos, 9], [1, 9]] * 20
+    rows = task.sample(task.model, prompts)
+    assert rows.ids.shape == (40, task.config.longest)
+    for ids, first, length, prompt in zip(*map(torch.Tensor.tolist, rows), prompts, strict=True):
+        answer = ids[first:length]
+        assert ids[:first] == prompt and 1 <= len(answer) <= task.config.answer
+        assert eos not in answer[:-1] and set(ids[length:]) <= {task.pad_id}
+        assert answer[-1] == eos or len(answer) == task.config.answer
+    ended = task.finished_rows(rows).tolist()
+    assert ended == [row[n - 1] == eos for row, n in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True)]
+
+
+def test_divergence_is_that_of_whole_distributions(earlier, tmp_path):
+    task = ready("grpo", earlier, tmp_path)
+    rows = task.sample(task.model, task.prompts[0][:6])
+    assert float(task.divergence(task.model, rows).abs()) < 1e-4
+    with torch.no_grad():
+        for p in task.model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+
+    def plain(dtype):
+        p, q = (m.to(dtype)(rows.inputs).log_softmax(-1) for m in (task.model, task.reference))
+        return ((p.exp() * (p - q)).sum(-1) * (rows.targets != IGNORED)).sum().detach()
+
+    ours = task.divergence(task.model, rows)
+    testing.assert_accurate(ours, plain(torch.float64), plain(torch.float32))
+
+
+def test_the_first_step_on_answers_is_on_policy(earlier, tmp_path):
+    """Log-probabilities that were kept are those of the model that drew: all ratios are 1, the reference is equal."""
+    task = ready("ppo", earlier, tmp_path)
+    B = task.config.batch_size
+    batch = dict(zip(task.kept, task.batch(task.order(0)[0]), strict=True))
+    assert batch["ids"].shape[:2] == (B, task.config.samples)
+    rows = Rows(*(batch[name].flatten(0, 1) for name in ("ids", "first", "lengths")))
+    now = task.opinions(task.model, rows.inputs, rows.targets)
+    for name in ("log_probs", "values"):
+        assert torch.equal(now[name], batch[name].flatten(0, 1))
+    testing.assert_accurate(batch["reference_log_probs"], batch["log_probs"].double())
+    again = task.batch(task.order(0)[1])
+    assert all(torch.equal(a, b) for a, b in zip(batch.values(), again, strict=True))
+
+
+def test_parts_of_a_batch_keep_their_own_answers(earlier, tmp_path):
+    """As under torchrun, or with accumulate: later steps find what their part drew."""
+    task = ready("grpo", earlier, tmp_path)
+    first, second = task.order(0)[:2]
+    drawn = [task.batch(first[:1]), task.batch(first[1:])]
+    for part, kept in zip((second[:1], second[1:]), drawn, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(task.batch(part), kept, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prompt": "a", "chosen": "b"}', "the key 'rejected' must be a text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": ', "no JSON"),
+        ('["a", "b", "c"]', "expected an object"),
+    ],
+)
+def test_malformed_preferences(line, said, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line)
+    with pytest.raises(DataError, match=f"mine.jsonl, line 2: {said}"):
+        ALIGN.task(ALIGN.configure(SMALL | {"stage": "sft", "data": str(path)}))
+
+
+def test_too_few_preferences(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+    with pytest.raises(DataError, match="split has no demonstrations"):
+        ALIGN.task(ALIGN.configure(SMALL | {"stage": "sft", "data": str(path)}))
+
+
+def test_prompts_and_answers_that_are_too_long(file):
+    with pytest.raises(DataError, match="too long"):
+        ALIGN.task(ALIGN.configure(SMALL | {"stage": "sft", "data": str(file), "longest": 4, "answer": 2}))
+
+
+def test_pairs_have_one_length_and_the_better_text_first():
+    draw = random.Random(1)
+    texts = [Rated(" ".join(draw.choices("abcdef", k=draw.randint(1, 4))) + f" {i}", i % 9 - 4.0) for i in range(200)]
+    rating = dict(texts)
+    pairs = data.length_matched_pairs(texts, gap=2.0, rounds=2)
+    assert len(pairs) > 50 and pairs == data.length_matched_pairs(texts, gap=2.0, rounds=2)
+    for pair in pairs:
+        assert len(pair.chosen.split()) == len(pair.rejected.split())
+        assert rating[pair.chosen] - rating[pair.rejected] >= 2.0
+
+
+def test_splits_share_no_prompt(file):
+    task = ALIGN.task(ALIGN.configure(SMALL | {"stage": "sft", "data": str(file)}))
+    train, held = ({tuple(ids) for ids in part} for part in task.prompts)
+    assert train and held and not train & held
+    assert all(tuple(ids[:n]) in held for ids, n in task.demonstrations[1])
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="samples must be two at least"):
+        ALIGN.configure({"stage": "grpo", "samples": 1})
+    with pytest.raises(ValueError, match="sharding must be ddp"):
+        ALIGN.configure({"stage": "ppo", "sharding": "fsdp"})
+    with pytest.raises(ValueError, match="longest must leave room"):
+        ALIGN.configure({"answer": 55})
+
+
+def test_a_model_that_is_no_reward_model(earlier, tmp_path):
+    task = ready("grpo", earlier | {"reward": earlier["start"]}, tmp_path)
+    with pytest.raises(DataError, match="is a Decoder, not a reward model"):
+        task.evaluate(task.model)
+
+
+def test_no_dropout_where_ratios_are_taken(earlier, tmp_path):
+    task = ready("grpo", earlier, tmp_path)
+    task.model.train()
+    task.batch(task.order(0)[0])
+    assert not task.model.training
+
+
+def test_a_critic_generates_as_its_body(earlier, tmp_path):
+    task = ready("ppo", earlier, tmp_path)
+    task.model.save(tmp_path / "critic")
+    both = models.load(tmp_path / "critic"), models.load(earlier["start"])
+    assert type(both[0]) is models.ActorCritic
+    ids = [alignment.answers(model, task.prompts[0][:4], 8, seed=3) for model in both]
+    assert torch.equal(*ids)
+    assert isinstance(task, on_policy.Ppo) and dataclasses.is_dataclass(both[0].config)
