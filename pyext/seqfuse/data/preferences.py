@@ -47,10 +47,11 @@ class Rated(NamedTuple):
     rating: float
 
 
-def read_preferences(path: str | Path) -> list[Preference]:
-    """A .jsonl file with the keys prompt, chosen and rejected in each line; of any other file the first three columns,
-    separated by tabs. Raises DataError with file and line number."""
-    return [Preference(*row) for row in read_records(path, Preference._fields).rows]
+def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
+    """(preferences, what was read): of a .jsonl file with the keys prompt, chosen and rejected in each line; of any
+    other file the first three columns, separated by tabs. Raises DataError with file and line number."""
+    records = read_records(path, Preference._fields)
+    return [Preference(*row) for row in records.rows], records.said
 
 
 def rated_reviews() -> list[Rated]:

@@ -114,9 +114,6 @@ class Rows(NamedTuple):
     first: Tensor
     lengths: Tensor
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(*(t.to(device) for t in self))
-
     @property
     def targets(self) -> Tensor:
         """What each token but the last is to predict: [B, T - 1], IGNORED in prompt and padding."""
@@ -140,10 +137,7 @@ class Align(Task):
 
     def prepare(self) -> None:
         config = self.config
-        if config.data:
-            self.read_preferences(config.data)
-        else:
-            self.read_reviews()
+        what = self.read_preferences(config.data) if config.data else self.read_reviews()
         for name, (train, held) in self.splits().items():
             if not train or not held:
                 raise DataError(
@@ -157,19 +151,24 @@ class Align(Task):
             if getattr(self.model_tokenizer, f"{name}_id") is None:
                 raise DataError(f"{config.start}: the tokenizer has no token that {name} could be")
         self.encode_all()
+        counts = ", ".join(f"{len(train):,} and {len(held):,} {name}" for name, (train, held) in self.splits().items())
+        self.said = f"{what}\nto train on and held out: {counts}"
 
     def splits(self) -> dict[str, tuple[list, list]]:
         return {"demonstrations": self.demonstrations, "pairs": self.pairs, "prompts": self.prompts}
 
-    def read_preferences(self, path: str) -> None:
+    def read_preferences(self, path: str) -> str:
+        """Returns what was read."""
         parts: tuple[list[Preference], list[Preference]] = ([], [])
-        for pair in data.read_preferences(path):
+        pairs, what = data.read_preferences(path)
+        for pair in pairs:
             parts[is_held_out(pair.prompt)].append(pair)
         self.pairs = parts
         self.demonstrations = tuple([(pair.prompt, pair.chosen) for pair in part] for part in parts)
         self.prompts = tuple(list(dict.fromkeys(pair.prompt for pair in part)) for part in parts)
+        return what
 
-    def read_reviews(self) -> None:
+    def read_reviews(self) -> str:
         parts: tuple[list[data.Rated], list[data.Rated]] = ([], [])
         for text in data.rated_reviews():
             parts[is_held_out(text.text)].append(text)
@@ -178,6 +177,8 @@ class Align(Task):
         self.demonstrations = tuple([("", text.text) for text in part] for part in parts)
         begun = ([t.text.split() for t in part] for part in parts)
         self.prompts = tuple([" ".join(t[:words]) for t in part if len(t) > 2 * words] for part in begun)
+        item = data.RATINGS
+        return f"{item.source}: {sum(map(len, parts)):,} sentences of film reviews; licence: {item.licence}"
 
     def first_tokenizer(self) -> Tokenizer:
         if self.config.start is None:

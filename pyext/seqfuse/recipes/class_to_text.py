@@ -60,7 +60,7 @@ def class_to_text(cell: str = "gru") -> ClassToTextRun:
 class OneToMany(Task):
     def prepare(self) -> None:
         config = self.config
-        rows = self.read()
+        rows, what = self.read()
         parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
         for label, text in rows:
             parts[data.split_of(text, 0.0, HELD_OUT) == "valid"].append((label, text))
@@ -68,6 +68,7 @@ class OneToMany(Task):
         self.fingerprint = fingerprint("\n".join("\t".join(row) for row in rows))
         self.pieces = self.tokenizer(lambda: Tokenizer.train([t for _, t in parts[0]], "bpe", vocab=config.vocab))
         self.train, self.held = map(self.encode, parts)
+        self.said = f"{what}\n{len(self.train):,} texts to train on, {len(self.held):,} held out"
         self.examples = len(self.train)
         if len(self.classes) < 2 or not self.train or not self.held:
             raise DataError(
@@ -75,12 +76,15 @@ class OneToMany(Task):
                 f"{len(self.classes)} classes: some of both are wanted, and two classes (longest is {config.longest})"
             )
 
-    def read(self) -> list[tuple[str, str]]:
-        """(class, text)."""
+    def read(self) -> tuple[list[tuple[str, str]], str]:
+        """(class, text) of each example; what was read."""
         if self.config.data:
-            return data.read_records(self.config.data, ("label", "text")).rows
-        names = {True: "positive", False: "negative"}
-        return [(names[t.rating > 0], t.text) for t in data.rated_reviews() if abs(t.rating) >= self.config.rated]
+            records = data.read_records(self.config.data, ("label", "text"))
+            return records.rows, records.said
+        names, item = {True: "positive", False: "negative"}, data.RATINGS
+        clear = [text for text in data.rated_reviews() if abs(text.rating) >= self.config.rated]
+        rows = [(names[text.rating > 0], text.text) for text in clear]
+        return rows, f"{item.source}: {len(rows):,} sentences of film reviews; licence: {item.licence}"
 
     def encode(self, rows: list[tuple[str, str]]) -> list[tuple[int, list[int]]]:
         """(number of the class, <bos>, ids of the text, <eos>); texts of classes that are new to training left out."""
