@@ -10,7 +10,7 @@ from rich.console import Console
 
 from seqfuse import data, models, testing, trainer
 from seqfuse.data import DataError, Rated
-from seqfuse.recipes import RECIPES, alignment, on_policy
+from seqfuse.recipes import RECIPES, alignment, on_policy, policies
 from seqfuse.recipes.alignment import Rows
 from seqfuse.recipes.texts import IGNORED
 
@@ -133,7 +133,7 @@ def test_a_programmatic_reward_is_learned(stage, earlier, tmp_path, monkeypatch)
         answer = rows.targets != IGNORED
         return ((rows.targets % 2 == 0) & answer).sum(1) / answer.sum(1)
 
-    monkeypatch.setattr(alignment.Measured, "rewards", rewards)
+    monkeypatch.setattr(policies.Measured, "rewards", rewards)
     changes = earlier | {"max_steps": 60, "optim.lr": 2e-2, "optim.warmup": 1, "evaluate_every": 60, "samples": 16,
                          "checkpoint_every": 60, "beta": 0.0, "kl_bound": 1e6, "unfinished": 0.0}  # fmt: skip
     assert run(tmp_path, stage, changes)

@@ -1,12 +1,8 @@
-"""What the stages of recipe `align` share, and those that learn from given texts: sft, reward, dpo.
-
-See align.py for what they are and on_policy.py for grpo and ppo.
-"""
+"""What the stages of recipe `align` share: settings, data in splits and as tokens, and the models of earlier stages."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from seqfuse import data, losses, models, ops, report
+from seqfuse import data, models
 from seqfuse.data import DataError, Preference
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.decoder import DecoderConfig
-from seqfuse.models.heads import Classifier
-from seqfuse.recipes.base import Findings, Optim, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
 from seqfuse.recipes.texts import IGNORED
 from seqfuse.tokenizer import Tokenizer
 
@@ -273,34 +268,6 @@ class Align(Task):
         return Path(self.config.start or self.folder / "sft")
 
 
-class FineTuning(Align):
-    """A language model learns to answer as the demonstrations do."""
-
-    def prepare(self):
-        super().prepare()
-        self.examples = len(self.demonstrations[0])
-
-    def batch(self, indices):
-        return tuple(self.rows([self.demonstrations[0][i] for i in indices]))
-
-    def held_out(self):
-        held = sorted(self.demonstrations[1], key=lambda row: len(row[0]))
-        for i in range(0, len(held), EVALUATED_ROWS):
-            yield tuple(self.rows(held[i : i + EVALUATED_ROWS]))
-
-    def loss(self, model, *batch):
-        rows = Rows(*batch)
-        targets = rows.targets
-        return model.loss(rows.inputs, targets, **self.loss_options(model)), (targets != IGNORED).sum()
-
-    def report(self, model):
-        texts = [self.model_tokenizer.decode(ids) for ids in self.prompts[1][:SHOWN]]
-        samples = answers(model, self.prompts[1][:SHOWN], self.config.answer, SAMPLING_SEED)
-        written = [self.model_tokenizer.decode(ids) for ids in samples]
-        table = report.table(["prompt", "with its answer"], list(zip(texts, written, strict=True)))
-        return Findings(self.evaluate(model), [report.section("Samples", table)], "\n".join(written))
-
-
 class OnPairs(Align):
     """Training on pairs: a batch is the chosen texts and then the rejected ones, as many."""
 
@@ -322,166 +289,6 @@ class OnPairs(Align):
             yield tuple(self.both(held[i : i + EVALUATED_ROWS]))
 
 
-class RewardModel(OnPairs):
-    """A number for each text, on the body of the fine-tuned model. A finished one gives the held-out rejected texts 0
-    and the chosen ones 1 on average: pairs alone decide neither where zero is nor how large the unit is."""
-
-    objective = "accuracy"
-    higher = True
-
-    def build(self):
-        return Classifier.on(super().build(), labels=1, pooling="last")
-
-    def take_weights(self, model):
-        self.model.body.load_state_dict(model.state_dict())
-
-    def loss(self, model, *batch):
-        chosen, rejected = self.scores(model, Rows(*batch))
-        return losses.bradley_terry_loss(chosen, rejected, reduction="sum"), len(chosen)
-
-    def scores(self, model, rows: Rows) -> tuple[Tensor, Tensor]:
-        return model(rows.ids, rows.lengths).float().chunk(2)
-
-    def evaluate(self, model):
-        return {"accuracy": self.accuracy(model)[0], **super().evaluate(model)}
-
-    @torch.no_grad()
-    def accuracy(self, model) -> tuple[float, float, float]:
-        """(share of held-out pairs whose chosen text is rewarded more, mean reward of chosen and of rejected ones)."""
-        found = [self.scores(model, Rows(*self.to_device(batch))) for batch in self.held_out()]
-        chosen, rejected = (torch.cat(side) for side in zip(*found, strict=True))
-        right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        return float(right.mean()), float(chosen.mean()), float(rejected.mean())
-
-    @torch.no_grad()
-    def finished(self, model):
-        _, chosen, rejected = self.accuracy(model)
-        unit = chosen - rejected if chosen > rejected else 1.0  # it has learned nothing: only zero moves
-        model.output.weight /= unit
-        model.output.bias.sub_(rejected).div_(unit)
-        return model
-
-    def report(self, model):
-        accuracy, chosen, rejected = self.accuracy(model)
-        values = {"accuracy": accuracy, "held_out_pairs": float(len(self.pairs[1])), "reward_of_chosen": chosen,
-                  "reward_of_rejected": rejected}  # fmt: skip
-        return Findings(values)
-
-
-class Measured(Align):
-    """A policy: how its answers to held-out prompts are rewarded, and how far it has gone from its reference."""
-
-    objective = "bounded_reward"
-    higher = True
-
-    def ready(self, folder, train):
-        config = self.config
-        if not super().ready(folder, train):
-            return False
-        if config.reward is not None:
-            return True
-        steps = config.reward_steps or 2 * config.max_steps
-        return train(self.earlier("reward", steps, start=str(self.start_folder)), "reward")
-
-    @functools.cached_property
-    def reference(self) -> Model:
-        return self.loaded(self.start_folder).requires_grad_(False)
-
-    @functools.cached_property
-    def reward_model(self) -> Classifier:
-        folder = Path(self.config.reward or self.folder / "reward")
-        model = self.loaded(folder).requires_grad_(False)
-        if not isinstance(model, Classifier) or model.config.labels != 1:
-            raise DataError(f"{folder}: is a {type(model).__name__}, not a reward model: a Classifier with one label")
-        if model.config.vocab != self.model.config.vocab:
-            raise DataError(f"{folder}: knows {model.config.vocab} tokens, the policy {self.model.config.vocab}")
-        return model
-
-    def sample(self, model: Model, prompts: list[list[int]], seed: int | None = None) -> Rows:
-        """One answer to each prompt, drawn from the model's own distribution: [B, longest]."""
-        ids = answers(model, prompts, self.config.answer, seed)
-        ids = torch.nn.functional.pad(ids, (0, self.config.longest - ids.shape[1]), value=self.pad_id)
-        first = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        ended = (ids == self.model_tokenizer.eos_id) & (place >= first[:, None])
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, first + self.config.answer)
-        return Rows(ids.where(place < lengths[:, None], self.pad_id), first, lengths)
-
-    def finished_rows(self, rows: Rows) -> Tensor:
-        """[B] bool: whether an answer has an end."""
-        return rows.ids.gather(1, rows.lengths[:, None] - 1)[:, 0] == self.model_tokenizer.eos_id
-
-    @torch.no_grad()
-    def rewards(self, rows: Rows) -> Tensor:
-        """[B] float32."""
-        return self.reward_model(rows.ids, rows.lengths).float()
-
-    @torch.no_grad()
-    def divergence(self, model: Model, rows: Rows) -> Tensor:
-        """KL(model || reference), summed over the tokens of all answers: at each token that of the two distributions,
-        not an estimate from the one that was drawn."""
-        (x, weight), (y, other) = (vocabulary(m, rows.inputs) for m in (model, self.reference))
-        return ops.kl_loss(y, other, x, weight, mask=rows.targets != IGNORED, reduction="sum")
-
-    def evaluate(self, model):
-        prompts = self.prompts[1][: self.config.measured]
-        rewards, kl, lengths, ended, written = [], 0.0, [], [], []
-        for i in range(0, len(prompts), EVALUATED_ROWS):
-            rows = self.sample(model, prompts[i : i + EVALUATED_ROWS], SAMPLING_SEED + i)
-            rewards.append(self.rewards(rows))
-            kl += float(self.divergence(model, rows)) / len(prompts)
-            lengths.append(rows.lengths - rows.first)
-            ended.append(self.finished_rows(rows))
-            written += rows.targets.tolist()
-        reward = float(torch.cat(rewards).double().mean())
-        return {
-            "bounded_reward": reward if kl <= self.config.kl_bound else -kl,  # beyond the bound, the nearest is best
-            "reward": reward,
-            "kl": kl,
-            "answer_tokens": float(torch.cat(lengths).double().mean()),
-            "ended": float(torch.cat(ended).double().mean()),
-            "distinct_2": distinct_pairs(written),
-        }
-
-    def report(self, model):
-        """Reward and distance before and after, and what both write."""
-        before, after = self.evaluate(self.reference), self.evaluate(model)
-        values = {name: value for name, value in after.items() if name != "bounded_reward"}
-        values |= {"reward_before": before["reward"], "reward_ratio": after["reward"] / before["reward"],
-                   "distinct_2_before": before["distinct_2"], "kl_bound": self.config.kl_bound,
-                   "within_bound": "yes" if after["kl"] <= self.config.kl_bound else "no"}  # fmt: skip
-        names = [name for name in after if name != "bounded_reward"]
-        numbers = report.table(["", "fine-tuned", "aligned"],
-                               [(n, f"{before[n]:.3g}", f"{after[n]:.3g}") for n in names], (1, 2))  # fmt: skip
-        prompts = self.prompts[1][:SHOWN]
-        texts = [
-            [self.model_tokenizer.decode(ids) for ids in self.sample(m, prompts, SAMPLING_SEED).ids]
-            for m in (self.reference, model)
-        ]
-        samples = report.table(["before", "after"], list(zip(*texts, strict=True)))
-        said = report.paragraph(
-            "Reward is the reward model's: 0 is the mean of the held-out rejected texts, 1 that of the chosen ones. "
-            "kl is the KL divergence of the aligned model from the fine-tuned one, in nats for an answer."
-        )
-        sections = [report.section("Before and after", said, numbers), report.section("Samples", samples)]
-        text = "\n".join(f"before  {a}\nafter   {b}\n" for a, b in zip(*texts, strict=True))
-        return Findings(values, sections, text)
-
-
-class Dpo(Measured, OnPairs):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). Its evaluation asks a reward model; its
-    training does not."""
-
-    def loss(self, model, *batch):
-        rows = Rows(*batch)
-        inputs, targets = rows.inputs, rows.targets
-        with torch.no_grad():
-            reference = log_probs(self.reference, self.reference.hidden(inputs), targets).sum(1)
-        weight, bias = model.output_weights()
-        loss = ops.dpo_loss(model.hidden(inputs), weight, targets, reference, bias=bias, beta=self.config.beta)
-        return loss * (len(targets) // 2), len(targets) // 2
-
-
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -501,23 +308,3 @@ def joined(prompt: str, answer: str) -> str:
 def answers(model: Model, prompts: list[list[int]], tokens: int, seed: int | None) -> Tensor:
     """Prompts with answers drawn from the model's own distribution: [B, T]. seed: None for torch's own generator."""
     return generate(model, prompts, max_new_tokens=tokens, temperature=1.0, seed=seed)
-
-
-def log_probs(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Of the targets, [B, T], where the model's hidden states are known; 0 where they are ignored."""
-    weight, bias = model.output_weights()
-    return ops.linear_log_probs(hidden, weight, targets, bias=bias).float()
-
-
-def vocabulary(model: Model, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden states, vocabulary matrix) of a model, a bias in the matrix' last column."""
-    x, (weight, bias) = model.hidden(inputs), model.output_weights()
-    if bias is None:
-        return x, weight
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1), torch.cat([weight, bias[:, None]], 1)
-
-
-def distinct_pairs(rows: list[list[int]]) -> float:
-    """distinct-2 (Li et al. 2016, arXiv:1510.03055): different pairs of neighbouring tokens / all pairs of them."""
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False) if IGNORED not in pair]
-    return len(set(pairs)) / max(1, len(pairs))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seqfuse import losses
 from seqfuse.models.heads import ActorCritic
-from seqfuse.recipes.alignment import Measured, Rows, log_probs
+from seqfuse.recipes.alignment import Rows
+from seqfuse.recipes.policies import Measured, log_probs
 from seqfuse.recipes.texts import IGNORED
 
 
