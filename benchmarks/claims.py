@@ -35,12 +35,14 @@ SETTLED = 20  # steps of each of two models that are timed in turn
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs()."""
+    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs(). after: the run of align whose
+    fine-tuned model and reward model this one takes."""
 
     name: str
     recipe: str
     settings: dict = field(default_factory=dict)
     tiny: bool = False
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,38 @@ def translates(folders: dict[str, Path]) -> list[Finding]:
     return found
 
 
+def aligns(folders: dict[str, Path]) -> list[Finding]:
+    found = []
+    for name, folder in folders.items():
+        values = result(folder)["metrics"]
+        text = (
+            f"{values['reward_before']:.2f} before, {values['reward']:.2f} after, KL {values['kl']:.1f} nats, "
+            f"distinct-2 {values['distinct_2_before']:.2f} and {values['distinct_2']:.2f}"
+        )
+        holds = values["reward"] >= 2 * values["reward_before"] > 0 and values["within_bound"] == "yes"
+        bar = f"twice the fine-tuned model's reward at a KL of at most {values['kl_bound']:g}"
+        found.append(Finding(f"{name.partition('-')[2]} learns what people prefer", bar, text, holds))
+    return found
+
+
+def rewards(folders: dict[str, Path]) -> str:
+    lines = []
+    for name, folder in folders.items():
+        values = [record for record in read_log(folder / "log.jsonl") if "evaluation" in record]
+        before = metric(folder, "reward_before")
+        points = [(0, before), *((record["step"], record["evaluation"]["reward"]) for record in values)]
+        lines.append(report.Series(name.partition("-")[2], *zip(*points, strict=True), marks=True))
+    return report.line_chart(lines, "step", "reward of answers to held-out prompts", "reward by step")
+
+
+def controls(folders: dict[str, Path]) -> list[Finding]:
+    values = result(folders["class_to_text"])["metrics"]
+    accuracy, majority = values["class_accuracy"], values["majority_class"]
+    found = f"{accuracy:.3f}; the more frequent class alone {majority:.3f}"
+    bar = "the class of held-out texts by Bayes' rule better than the more frequent one"
+    return [Finding("the class decides what is written", bar, found, accuracy > majority)]
+
+
 CLAIMS = (
     Claim("charlm", tuple(Run(f"charlm-{c}", "charlm", {"cell": c}) for c in ("rnn", "lstm", "gru")), gates, losses),
     Claim(
@@ -227,6 +261,17 @@ CLAIMS = (
         translates,
         losses,
     ),
+    Claim("class_to_text", (Run("class_to_text", "class_to_text"),), controls, losses),
+    Claim(
+        "align",
+        (
+            Run("align-grpo", "align"),
+            Run("align-ppo", "align", {"stage": "ppo"}, after="align-grpo"),
+            Run("align-dpo", "align", {"stage": "dpo"}, after="align-grpo"),
+        ),
+        aligns,
+        rewards,
+    ),
 )
 
 
@@ -245,7 +290,8 @@ def command_of(run: Run, runs: Path) -> list[str]:
     command = ["seqfuse", "train", run.recipe, "--out", str(runs / run.name)]
     if run.tiny:
         command += ["--data", str(runs / "tiny.tsv")]
-    for name, value in run.settings.items():
+    earlier = {"start": str(runs / run.after / "sft"), "reward": str(runs / run.after / "reward")} if run.after else {}
+    for name, value in (run.settings | earlier).items():
         command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return command
 
