@@ -1,15 +1,18 @@
 """Recipe align: every stage for a few steps on made-up preferences, and what its pieces compute."""
 
 import dataclasses
+import io
 import json
 import random
+import tarfile
 
 import pytest
 import torch
 from rich.console import Console
 
 from seqfuse import data, models, testing, trainer
-from seqfuse.data import DataError, Rated
+from seqfuse.benchmarks import claims
+from seqfuse.data import DataError, Rated, preferences
 from seqfuse.recipes import RECIPES, alignment, on_policy, policies
 from seqfuse.recipes.alignment import Rows
 from seqfuse.recipes.texts import IGNORED
@@ -276,6 +279,27 @@ def test_pairs_have_one_length_and_the_better_text_first():
         assert rating[pair.chosen] - rating[pair.rejected] >= 2.0
 
 
+def test_reviews_become_pairs_prompts_and_demonstrations(tmp_path, monkeypatch):
+    """Read from the archive as it is, CRLF and all; prompts are the first words, pairs lie within a split."""
+    draw = random.Random(2)
+    texts = [" ".join(draw.choices("abcdefgh", k=draw.randint(6, 8))) for _ in range(300)]
+    lines = [f"{i}\t{i % 9 - 4 + 0.5}\t{text}" for i, text in enumerate(texts)]
+    content = "\r\n".join(lines).encode()
+    with tarfile.open(tmp_path / "ratings.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(preferences, "fetch", lambda item: tmp_path / "ratings.tar.gz")
+    assert data.rated_reviews()[1] == (texts[1], -2.5)
+    task = ALIGN.task(ALIGN.configure(SMALL | {"stage": "dpo", "start": None, "longest": 40}))
+    decode = task.model_tokenizer.decode
+    held = {decode(ids) for ids, _ in task.demonstrations[1]}
+    assert 10 < len(held) < 60 and "300 sentences" in task.said
+    assert {decode(ids) for pair in task.pairs[1] for ids, _ in pair} <= held
+    assert all(any(text.startswith(decode(ids)) for text in held) for ids in task.prompts[1])
+    assert all(len(decode(ids).split()) == task.config.prompt_words for ids in task.prompts[1])
+
+
 def test_splits_share_no_prompt(file):
     task = ALIGN.task(ALIGN.configure(SMALL | {"stage": "sft", "data": str(file)}))
     train, held = ({tuple(ids) for ids in part} for part in task.prompts)
@@ -313,3 +337,19 @@ def test_a_critic_generates_as_its_body(earlier, tmp_path):
     ids = [alignment.answers(model, task.prompts[0][:4], 8, seed=3) for model in both]
     assert torch.equal(*ids)
     assert isinstance(task, on_policy.Ppo) and dataclasses.is_dataclass(both[0].config)
+
+
+def test_the_claim_is_judged_by_reward_and_bound(tmp_path):
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "align")
+    values = {"reward": 1.1, "reward_before": 0.5, "kl": 9.0, "kl_bound": 20.0, "within_bound": "yes",
+              "distinct_2": 0.4, "distinct_2_before": 0.5}  # fmt: skip
+    folders = {one.name: tmp_path / one.name for one in claim.runs}
+    changes = {"align-grpo": {}, "align-ppo": {"reward": 0.9}, "align-dpo": {"within_bound": "no"}}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"metrics": values | changes[name]}))
+        (folder / "log.jsonl").write_text(json.dumps({"step": 5, "evaluation": {"reward": 1.0}}) + "\n")
+    assert [finding.holds for finding in claim.judge(folders)] == [True, False, False]
+    assert "reward by step" in claim.chart(folders)
+    later = claims.command_of(claim.runs[1], tmp_path)
+    assert f"start={folders['align-grpo'] / 'sft'}" in later and f"reward={folders['align-grpo'] / 'reward'}" in later
