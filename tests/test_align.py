@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqfuse import data, models, testing, trainer
+from seqfuse import comparison, data, models, testing, trainer
 from seqfuse.benchmarks import claims
 from seqfuse.data import DataError, Rated, preferences
 from seqfuse.recipes import RECIPES, alignment, on_policy, policies
@@ -314,6 +314,23 @@ def test_settings_that_do_not_fit():
         ALIGN.configure({"stage": "ppo", "sharding": "fsdp"})
     with pytest.raises(ValueError, match="longest must leave room"):
         ALIGN.configure({"answer": 55})
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "grpo"])
+def test_compared_with_plain_pytorch(stage, earlier):
+    """Stages with a loss on held-out examples; others say that they have none."""
+    config = ALIGN.configure(SMALL | {"stage": stage} | earlier)
+    if stage == "grpo":
+        with pytest.raises(ValueError, match="grpo has no loss on held-out examples"):
+            comparison.compare(config, device="cpu", console=Console(quiet=True))
+        return
+    assert comparison.compare(config, device="cpu", console=Console(quiet=True)).steps == 6
+
+
+def test_dpo_without_a_model_to_start_from(file):
+    config = ALIGN.configure(SMALL | {"stage": "dpo", "data": str(file)})
+    with pytest.raises(ValueError, match="dpo needs start"):
+        comparison.compare(config, device="cpu", console=Console(quiet=True))
 
 
 def test_a_model_that_is_no_reward_model(earlier, tmp_path):

@@ -265,6 +265,8 @@ class Align(Task):
 
     @property
     def start_folder(self) -> Path:
+        if self.config.start is None and self.folder is None:
+            raise ValueError(f"align: without a run's folder {self.config.stage} needs start, a fine-tuned model's")
         return Path(self.config.start or self.folder / "sft")
 
 

@@ -93,7 +93,7 @@ class OnPolicy(Measured):
         raise NotImplementedError
 
     def held_out(self):
-        return ()
+        raise ValueError(f"align: {self.config.stage} has no loss on held-out examples, only rewards of its answers")
 
 
 class Grpo(OnPolicy):
