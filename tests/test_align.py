@@ -9,9 +9,11 @@ import tarfile
 import pytest
 import torch
 from rich.console import Console
+from training import together
 
-from seqfuse import comparison, data, models, testing, trainer
+from seqfuse import comparison, data, models, run_report, testing, trainer
 from seqfuse.benchmarks import claims
+from seqfuse.checkpoints import RunFolder
 from seqfuse.data import DataError, Rated, preferences
 from seqfuse.recipes import RECIPES, alignment, on_policy, policies
 from seqfuse.recipes.alignment import Rows
@@ -56,7 +58,8 @@ def earlier(file, tmp_path_factory):
 
 
 def run(folder, stage, changes):
-    return trainer.train(ALIGN.configure(SMALL | {"stage": stage} | changes), folder, console=Console(quiet=True))
+    config = ALIGN.configure(SMALL | {"stage": stage} | changes)
+    return trainer.train(config, folder, device="cpu", console=Console(quiet=True))
 
 
 def ready(stage, earlier, folder, **changes):
@@ -78,7 +81,17 @@ def test_one_command_trains_all_stages(file, tmp_path):
     for name in ("sft", "reward", "."):
         assert (tmp_path / "run" / name / "report.html").is_file()
     assert type(models.load(tmp_path / "run" / "reward")) is models.Classifier
-    assert {"reward", "reward_before", "reward_ratio", "kl", "within_bound"} <= results(tmp_path / "run").keys()
+    found = results(tmp_path / "run")
+    assert {"reward", "reward_before", "kl", "within_bound"} <= found.keys()
+    config = ALIGN.read(json.loads((tmp_path / "run" / "run.json").read_text())["config"])
+    task = ALIGN.task(config, "cpu", tmp_path / "run")  # as `seqfuse eval` makes it
+    assert run_report.evaluate(task, RunFolder(tmp_path / "run"))[0].metrics == found
+
+
+def test_all_stages_on_two_processes(file, tmp_path):
+    assert together(2, run, tmp_path / "run", "ppo", {"data": str(file)}) == [0, 0]
+    assert type(models.load(tmp_path / "run")) is models.Decoder
+    assert "reward_before" in results(tmp_path / "run")
 
 
 @pytest.mark.parametrize("stage", ["dpo", "grpo", "ppo"])

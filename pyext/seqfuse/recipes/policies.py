@@ -96,9 +96,16 @@ class Measured(Align):
         """Reward and distance before and after, and what both write."""
         before, after = self.evaluate(self.reference), self.evaluate(model)
         values = {name: value for name, value in after.items() if name != "bounded_reward"}
-        values |= {"reward_before": before["reward"], "reward_ratio": after["reward"] / before["reward"],
-                   "distinct_2_before": before["distinct_2"], "kl_bound": self.config.kl_bound,
-                   "within_bound": "yes" if after["kl"] <= self.config.kl_bound else "no"}  # fmt: skip
+        values |= {
+            "reward_before": before["reward"],
+            "distinct_2_before": before["distinct_2"],
+            "kl_bound": self.config.kl_bound,
+            "within_bound": "yes" if after["kl"] <= self.config.kl_bound else "no",
+        }
+        if (
+            before["reward"] > 0
+        ):  # else the model before was worse than the rejected texts, and no multiple of it is good
+            values["reward_ratio"] = after["reward"] / before["reward"]
         names = [name for name in after if name != "bounded_reward"]
         numbers = report.table(["", "fine-tuned", "aligned"],
                                [(n, f"{before[n]:.3g}", f"{after[n]:.3g}") for n in names], (1, 2))  # fmt: skip
