@@ -207,7 +207,7 @@ def test_samples_end_where_they_end(earlier, tmp_path):
         assert ids[:first] == prompt and 1 <= len(answer) <= task.config.answer
         assert eos not in answer[:-1] and set(ids[length:]) <= {task.pad_id}
         assert answer[-1] == eos or len(answer) == task.config.answer
-    ended = task.finished_rows(rows).tolist()
+    ended = task.have_ended(rows).tolist()
     assert ended == [row[n - 1] == eos for row, n in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True)]
 
 

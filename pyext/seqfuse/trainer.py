@@ -393,10 +393,6 @@ def train_in(group: Group, device: torch.device, config: RunConfig, folder: Path
         group.wait()
 
     def train_first(config: RunConfig, name: str) -> bool:
-        other = RunFolder(folder / name)
-        if other.finished:
-            other.check(other.settings(), config.to_dict(), None, other.path / "run.json")
-            return True
-        return train_in(group, device, config, other.path, console)
+        return RunFolder(folder / name).finished or train_in(group, device, config, folder / name, console)
 
     return task.ready(folder, train_first) and Trainer(task, folder, group=group, console=console).run()

@@ -70,7 +70,7 @@ class OnPolicy(Measured):
             inputs, targets = drawn.inputs, drawn.targets
             found = {
                 **drawn._asdict(),
-                "rewards": self.rewards(drawn) - self.config.unfinished * ~self.finished_rows(drawn),
+                "rewards": self.rewards(drawn) - self.config.unfinished * ~self.have_ended(drawn),
                 "reference_log_probs": log_probs(self.reference, self.reference.hidden(inputs), targets),
                 **self.opinions(self.model, inputs, targets),
             }

@@ -56,7 +56,7 @@ class Measured(Align):
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, first + self.config.answer)
         return Rows(ids.where(place < lengths[:, None], self.pad_id), first, lengths)
 
-    def finished_rows(self, rows: Rows) -> Tensor:
+    def have_ended(self, rows: Rows) -> Tensor:
         """[B] bool: whether an answer has an end."""
         return rows.ids.gather(1, rows.lengths[:, None] - 1)[:, 0] == self.model_tokenizer.eos_id
 
@@ -80,7 +80,7 @@ class Measured(Align):
             rewards.append(self.rewards(rows))
             kl += float(self.divergence(model, rows)) / len(prompts)
             lengths.append(rows.lengths - rows.first)
-            ended.append(self.finished_rows(rows))
+            ended.append(self.have_ended(rows))
             written += rows.targets.tolist()
         reward = float(torch.cat(rewards).double().mean())
         return {
@@ -102,9 +102,7 @@ class Measured(Align):
             "kl_bound": self.config.kl_bound,
             "within_bound": "yes" if after["kl"] <= self.config.kl_bound else "no",
         }
-        if (
-            before["reward"] > 0
-        ):  # else the model before was worse than the rejected texts, and no multiple of it is good
+        if before["reward"] > 0:  # else it was worse than the rejected texts, and a multiple of it says nothing
             values["reward_ratio"] = after["reward"] / before["reward"]
         names = [name for name in after if name != "bounded_reward"]
         numbers = report.table(["", "fine-tuned", "aligned"],
