@@ -397,7 +397,8 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
     lines = [
         "# Claims of the recipes",
         "",
-        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0; plots are of these runs.",
+        "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0 if it names no other; plots",
+        "are of these runs.",
         "How long a step takes is not asked here, but in [benchmarks.md](benchmarks.md).",
         "",
         f"Machine: {info['cpu']}, {os.cpu_count()} logical cores; torch {info['torch']}, CPU kernels at {info['isa']}.",

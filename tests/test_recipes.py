@@ -232,7 +232,8 @@ def test_claims_name_recipes_and_settings_that_exist():
     for claim in claims.CLAIMS:
         for one in claim.runs:
             config = RECIPES[one.recipe].configure(one.settings)
-            assert config.seed == 0 and one.recipe in claims.command_of(one, claims.Path("runs"))
+            assert config.seed == one.settings.get("seed", 0)
+            assert one.recipe in claims.command_of(one, claims.Path("runs"))
 
 
 def test_the_page_of_claims(tmp_path, monkeypatch):
