@@ -128,12 +128,13 @@ def test_large_offset_does_not_cancel(isa, odd):
     assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (257,)), dims=(0,))
 
 
-def test_squares_beyond_float32(isa):
-    """Elements whose squares overflow, but not their variance."""
-    x = torch.randn(3, 100) * 1e15 + 1e20
+@pytest.mark.parametrize("mean,cols", [(1e20, 100), (1e18, 1024)], ids=["each", "sum"])
+def test_squares_beyond_float32(isa, mean, cols):
+    """Elements whose squares overflow, or only the sum of these, but not their variance."""
+    x = torch.randn(3, cols) * 1e15 + mean
     with seqfuse.backend("cpu"):
         y = seqfuse.ops.layer_norm(x)
-    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (100,)), dims=(0,))
+    assert_accurate(y, truth(x.double(), None, None, None)[0], F.layer_norm(x, (cols,)), dims=(0,))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

@@ -25,7 +25,8 @@ def check(x, weight, bias, call=seqfuse.ops.linear):
     theirs = F.linear(x, weight, bias)
     assert y.dtype == theirs.dtype and y.is_contiguous()
     truth = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert_accurate(y, truth, theirs, dims=(0, -1))
+    # a slice of fewer than 8 numbers is not judged alone: one of them may cancel
+    assert_accurate(y, truth, theirs, dims=[d for d in (0, -1) if y.numel() >= 8 * y.shape[d]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])

@@ -24,6 +24,7 @@ void deal_portions(const Parallel& parallel, int64_t workers, int64_t rows, int6
   struct alignas(64) {
     int64_t next;
   } ranges[most];
+  if (workers > portions) workers = portions < 1 ? 1 : portions;
   const int64_t n = workers < most ? workers : most;
   for (int64_t i = 0; i < n; i++) ranges[i].next = portions * i / n;
   auto job = [&](int64_t worker, int64_t) {

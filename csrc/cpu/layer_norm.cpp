@@ -47,8 +47,9 @@ SEQFUSE_INLINE Statistics statistics(int64_t N, bool rms, F read, G again) {
   if (i < N) add(i, int(N - i), sum1, square1);
   const float mean = sum(sum0 + sum1) / float(N), squares = sum(square0 + square1) / float(N);
   if (rms) return {0.0f, squares};
-  // not where both sides are infinite: squares may overflow where the variance does not
-  if (mean * mean < 0.5f * squares || squares == 0.0f) return {mean, squares - mean * mean};
+  // not where a square overflowed: the variance may not
+  if ((mean * mean < 0.5f * squares && squares < __builtin_inff()) || squares == 0.0f)
+    return {mean, squares - mean * mean};
   vp q{};
   for_pairs(N, [&](int64_t i, int n) {
     const vp d = existing<T>(again(i, n) - splat(mean), n);

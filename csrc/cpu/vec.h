@@ -277,7 +277,7 @@ SEQFUSE_INLINE vf exp(vf x) {
 // floats keeps its port busy for 16 cycles.
 SEQFUSE_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  x = (vf)_mm512_min_ps((__m512)splat(1e30f), (__m512)x);  // of inf the step would make a NaN
+  x = (vf)_mm512_min_ps((__m512)splat(0x1p126f), (__m512)x);  // of inf the step would make a NaN
   const vf y = (vf)_mm512_rcp14_ps((__m512)x);
   return y + y * (1.0f - x * y);
 #else
@@ -289,12 +289,16 @@ SEQFUSE_INLINE vf sigmoid(vf x) {
   return reciprocal(1.0f + exp(-x));
 }
 
-// With e = exp(2x) - 1, in which nothing cancels near zero: e / (e + 2). Beyond 9.02 it is 1.
+// With e = exp(2|x|) - 1: e / (e + 2), in which nothing cancels near zero, or 1 - 2 / (e + 2), whose error near 1 is
+// that of a small number: gradients are products with 1 - tanh^2. Beyond 9.02 it is 1.
 SEQFUSE_INLINE vf tanh(vf x) {
-  const Power p = power(clamp(2.0f * x, -18.04f, 18.04f));
+  const vf a = as_float(as_bits(x) & 0x7fffffffu);
+  const Power p = power(clamp(2.0f * a, 0.0f, 18.04f));
   const vf scale = power_of_two(p.n);
   const vf e = scale * p.rest + (scale - 1.0f);
-  return e * reciprocal(e + 2.0f);
+  const vf r = reciprocal(e + 2.0f);
+  const vf y = select(a < splat(0.625f), e * r, 1.0f - 2.0f * r);
+  return as_float(as_bits(y) | (as_bits(x) & 0x80000000u));
 }
 
 // the M of common/gates.h

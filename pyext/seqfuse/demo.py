@@ -114,15 +114,14 @@ def time_alternately(contenders: dict[str, Callable[[int], None]], rounds: int) 
 
 def stepper(task: g2p.G2P, model: nn.Module, work: list[tuple]) -> Callable[[int], None]:
     """A training step on one of the batches in `work`, the same as the trainer's."""
-    optim = task.config.optim
-    optimizer = make_optimizer(model, optim)
+    optimizer = make_optimizer(task, model)
 
     def step(i: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         with autocast(task):
             loss, tokens = task.loss(model, *work[i % len(work)])
         (loss / tokens).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), task.config.optim.clip)
         optimizer.step()
 
     return step

@@ -49,8 +49,8 @@ def _gated(op, gate, up, activation):
     if (
         isinstance(gate, torch.Tensor)
         and isinstance(up, torch.Tensor)
-        and gate.is_same_size(up)
         and handover.is_certain(gate.numel(), _WORTH_IT[activation], gate, up)
+        and gate.is_same_size(up)
     ):
         return _torch_gated(gate, up, activation)
     checks.tensor(op, "gate", gate)

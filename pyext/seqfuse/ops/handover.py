@@ -12,8 +12,8 @@ def is_certain(elements: int, worth_it: int, first: torch.Tensor, second: torch.
     """Whether the dispatcher would choose PyTorch by the built-in rule that a kernel pays from `worth_it` elements on,
     and nobody has to hear of it: two CPU tensors of one dtype, `auto`, no tuned table, no module to explain."""
     return (
-        elements < worth_it
-        and not traced()
+        not traced()
+        and elements < worth_it
         and first.dtype in _OURS
         and second.dtype is first.dtype
         and first.is_cpu

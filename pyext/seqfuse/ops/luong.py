@@ -16,6 +16,7 @@ class LuongCase(NamedTuple):
     dtype: torch.dtype
     rows: int
     grad: bool
+    mixed: bool = False  # of several dtypes, as autocast may leave them
 
     def shape_class(self) -> str:
         return f"{str(self.dtype)[6:]} rows{dispatch.size_class(self.rows)}"
@@ -28,19 +29,23 @@ def luong_readout(query, keys, values, added, lengths=None):
     lengths: int64 [S], how many places of a source exist, at least one, or None for all. Returns [S * n, H].
     """
     grad = wants_gradient(query, keys, values, added)
-    choice = dispatch.select("luong_readout", LuongCase(query.device.type, query.dtype, query.shape[0], grad))
+    mixed = not query.dtype == keys.dtype == values.dtype == added.dtype
+    case = LuongCase(query.device.type, query.dtype, query.shape[0], grad, mixed)
+    choice = dispatch.select("luong_readout", case)
     return dispatch.get("luong_readout", choice.backend).fwd(query, keys, values, added, lengths)
 
 
 def _cpu_refusal(case: LuongCase) -> str | None:
     if case.grad:
         return "its kernel makes no gradient"
+    if case.mixed:
+        return "its kernel takes tensors of one dtype"
     if case.dtype != torch.float32:
         return f"its kernel takes float32, not {str(case.dtype).removeprefix('torch.')}"
     return library.cpu_refusal(case.device, case.dtype)
 
 
-library.register_fake("luong_readout", lambda query, keys, values, added, lengths: torch.empty_like(query))
+library.register_fake("luong_readout", lambda query, keys, values, added, lengths: query.new_empty(query.shape))
 dispatch.register(
     "luong_readout",
     dispatch.Backend("cpu", library.kernel("luong_readout"), None, _cpu_refusal),
