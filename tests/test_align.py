@@ -311,6 +311,8 @@ def test_reviews_become_pairs_prompts_and_demonstrations(tmp_path, monkeypatch):
     assert {decode(ids) for pair in task.pairs[1] for ids, _ in pair} <= held
     assert all(any(text.startswith(decode(ids)) for text in held) for ids in task.prompts[1])
     assert all(len(decode(ids).split()) == task.config.prompt_words for ids in task.prompts[1])
+    train, asked = (list(map(tuple, part)) for part in task.prompts)
+    assert len(set(asked)) == len(asked) and not set(train) & set(asked)
 
 
 def test_splits_share_no_prompt(file):
@@ -318,6 +320,24 @@ def test_splits_share_no_prompt(file):
     train, held = ({tuple(ids) for ids in part} for part in task.prompts)
     assert train and held and not train & held
     assert all(tuple(ids[:n]) in held for ids, n in task.demonstrations[1])
+
+
+def test_the_report_asks_other_prompts_than_those_that_chose_the_weights(earlier, tmp_path, monkeypatch):
+    task, asked = ready("dpo", earlier, tmp_path, measured=2), []
+    monkeypatch.setattr(task, "measure", lambda model, prompts, seed: asked.append((prompts, seed)) or {"kl": 0.0})
+    task.evaluate(task.model)
+    monkeypatch.undo()
+    chosen_by, reported = asked[0][0], task.reported
+    assert chosen_by == task.prompts[1][:2] and reported == task.prompts[1][2:4] and len(reported) == 2
+    values = task.report(task.model).metrics
+    assert values["reward"] == task.measure(task.model, reported, alignment.REPORT_SEED)["reward"]
+
+
+def test_a_model_to_start_from_is_trained_in_float32(file, earlier, tmp_path):
+    model = models.load(earlier["start"])
+    model.to(torch.bfloat16).save(tmp_path / "half")
+    task = ALIGN.task(ALIGN.configure(SMALL | earlier | {"stage": "dpo", "start": str(tmp_path / "half")}))
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
 
 
 def test_settings_that_do_not_fit():

@@ -16,6 +16,7 @@ from training import RECIPE, make, run
 from seqfuse import checkpoints, files
 from seqfuse.checkpoints import RunFolder, TrainError, differences
 from seqfuse.models import CheckpointError
+from seqfuse.parallel import Group
 from seqfuse.runlog import read_log
 from seqfuse.trainer import Trainer, train
 
@@ -108,6 +109,31 @@ def test_after_the_checkpoint_and_before_the_evaluation(tmp_path, monkeypatch):
     assert weights(tmp_path / "died") == weights(tmp_path / "whole")
 
 
+def test_the_best_weights_that_a_checkpoint_names_are_there(tmp_path, monkeypatch):
+    """Better ones were found after it, and then the run was killed: they may not be found again."""
+    changes = {"checkpoint_every": 4, "evaluate_every": 3, "max_steps": 20}
+    trainer = Trainer(make(**changes), tmp_path)
+    values = iter([5.0, 1.0])  # after steps 3 and 6
+    monkeypatch.setattr(trainer.task, "evaluate", lambda model: {"loss": next(values)})
+    next_batch = trainer.next_batch
+    monkeypatch.setattr(trainer, "next_batch", lambda: 1 / 0 if trainer.progress.step == 7 else next_batch())
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    best = weights(tmp_path / "checkpoints/best-000003")
+    again = Trainer(make(**changes), tmp_path)
+    monkeypatch.setattr(again.task, "evaluate", lambda model: {"loss": 9.0})
+    assert again.run() and again.progress.best_step == 3 and weights(tmp_path) == best
+
+
+def test_only_the_best_weights_that_are_needed_are_kept(tmp_path):
+    folder, group = RunFolder(tmp_path), Group()
+    for kind, step in [("best", 1), ("best", 2), ("step", 4), ("best", 4), ("best", 6), ("step", 8), ("best", 9)]:
+        folder.save(kind, step, lambda part: None, group)
+    assert [p.name for p in folder.newest("best")] == [f"best-00000{i}" for i in (9, 6, 4, 2)]
+    folder.save("step", 12, lambda part: None, group)
+    assert [p.name for p in folder.newest("best")] == ["best-000009", "best-000006"]
+
+
 # --------------------------------------------------------------------------------------------------------- what is bad
 
 
@@ -161,6 +187,16 @@ def test_other_failures_of_writing(tmp_path, monkeypatch, error):
     monkeypatch.setattr(checkpoints.torch, "save", fail)
     with pytest.raises(TrainError, match="step-000004: could not be written"):
         run(tmp_path, {})
+
+
+def test_a_process_that_is_lost_is_no_failure_of_writing(tmp_path, monkeypatch):
+    class Lonely(Group):
+        def wait(self):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="gloo"):
+        RunFolder(tmp_path).save("step", 1, lambda part: None, Lonely())
 
 
 def test_a_loss_that_is_not_finite(tmp_path):

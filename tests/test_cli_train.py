@@ -99,6 +99,16 @@ def test_values_of_set(tmp_path):
     assert json.loads(text)["carry"] is True and json.loads(text)["optim"]["lr"] == 3e-4
 
 
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    """A run is gone on with from any folder; what isn't there may be a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "body").mkdir()
+    (tmp_path / "minilm").mkdir()
+    for value, read in (("body", str(tmp_path / "body")), ("nothing", "nothing"), ("minilm", "minilm")):
+        code, text = call("train", "sentiment", "--print-config", "--set", f"start={value}")
+        assert (code, json.loads(text)["start"]) == (0, read)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_keeps_everything(tmp_path, number):
     """As a user runs it: Ctrl-C, or the end of a job, in the middle of a run; then --resume."""
@@ -142,6 +152,15 @@ def test_eval(finished, tmp_path):
     trainer.save()
     code, text = call("eval", tmp_path / "half")
     assert code == 0 and text.startswith(f"{tmp_path / 'half/checkpoints/step-000001'}: counting")
+
+
+def test_eval_on_other_data(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    Trainer(RECIPES["counting"].task(RECIPE.configure({"data": str(text)})), tmp_path / "run").begin()
+    text.write_text("two")
+    code, said = call("eval", tmp_path / "run", "--device", "cpu")
+    assert code == 1 and "run.json: the run was on other data" in said and len(said.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- plot, reports

@@ -15,6 +15,7 @@ from training import run, save_gradients, together
 
 from seqfuse import models, testing
 from seqfuse.checkpoints import RunFolder
+from seqfuse.parallel import processes
 from seqfuse.runlog import read_log
 
 NO_DROPOUT = {"rnn": {"model.dropout_output": 0.0}, "decoder": {"kind": "decoder", "model.dropout": 0.0}}
@@ -48,9 +49,10 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path, kind, sharding, b
 
 
 @both
-@kinds
-def test_two_processes_train_what_one_trains(tmp_path, kind, sharding):
-    changes = NO_DROPOUT[kind] | ALL | {"sharding": sharding}
+@pytest.mark.parametrize("kind, batch_size", [("rnn", 8), ("decoder", 8), ("rnn", 3)])
+def test_two_processes_train_what_one_trains(tmp_path, kind, batch_size, sharding):
+    """With a carried state too, which the pass of a part that is empty, as one of three examples is, leaves alone."""
+    changes = NO_DROPOUT[kind] | ALL | {"sharding": sharding, "batch_size": batch_size}
     run(tmp_path / "one", changes)
     assert together(2, run, tmp_path / "two", changes) == [0, 0]
     assert_same_weights(tmp_path / "two", tmp_path / "one")
@@ -72,13 +74,36 @@ def test_a_checkpoint_is_gone_on_with_by_any_number_of_processes(tmp_path, shard
 
 
 @both
-def test_resumed_on_as_many_processes_it_is_bit_identical(tmp_path, sharding):
-    """With dropout, averages and a carried state."""
+@pytest.mark.parametrize("step", [3, 6])
+def test_resumed_on_as_many_processes_it_is_bit_identical(tmp_path, sharding, step):
+    """With dropout, averages and a carried state; after step 6 an evaluation comes first."""
     changes = ALL | {"kind": "decoder", "sharding": sharding}
     assert together(2, run, tmp_path / "whole", changes) == [0, 0]
-    assert together(2, training.run_until, tmp_path / "parts", changes, 3) == [0, 0]
+    assert together(2, training.run_until, tmp_path / "parts", changes, step) == [0, 0]
     assert together(2, run, tmp_path / "parts", changes) == [0, 0]
     assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+class LossOfHead(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        encoder = models.Encoder(models.EncoderConfig(vocab=8, width=8, layers=1, heads=2, pooler=True))
+        self.model = models.Classifier.on(encoder, labels=2, pooling="mean")
+
+    def forward(self, ids, targets):
+        return self.model.loss(ids, targets)
+
+
+def train_head() -> None:
+    torch.set_num_threads(1)
+    with processes("cpu") as (group, _):
+        loss = group.wrap(LossOfHead(), "ddp")
+        for _ in range(2):
+            loss(torch.ones(2, 3, dtype=torch.int64), torch.tensor([0, 1])).backward()
+
+
+def test_a_head_may_leave_a_part_of_its_body_unused():
+    assert together(2, train_head) == [0, 0]
 
 
 def test_a_killed_process_ends_the_job_which_resumes(tmp_path):

@@ -126,6 +126,9 @@ def test_a_bad_line_of_the_users_file_is_named(tmp_path):
     for name in ("charlm", "awd_lstm", "gpt", "bert_mlm"):
         with pytest.raises(data.DataError, match="are too few"):
             RECIPES[name].task(RECIPES[name].configure({"data": str(path)}))
+    path.write_text("abcd efgh " * 100)
+    with pytest.raises(data.DataError, match="tokens that are held out are too few for one example of 64"):
+        RECIPES["bert_mlm"].task(RECIPES["bert_mlm"].configure({"data": str(path), "tokens": "characters"}))
     with pytest.raises(data.DataError, match="takes no file"):
         RECIPES["bottleneck"].task(RECIPES["bottleneck"].configure({"data": str(path)}))
 
@@ -213,6 +216,19 @@ def test_translate_pads_only_what_does_not_count(files):
     together, count = task.loss(task.model, source, lengths, inputs, targets)
     torch.testing.assert_close(sum(loss for loss, _ in sums), together)
     assert int(count) == sum(int(n) for _, n in sums)
+
+
+def test_a_report_keeps_to_the_models_positions(files):
+    """A source of more tokens is cut; a sample ends where there are no more positions."""
+    positions = {"longest": 20, "model.max_positions": 41}
+    task = task_of("translate", files, positions)
+    assert len(task.translations(task.model, ["abc " * 200, "abc"])) == 2
+    with pytest.raises(ValueError, match="max_positions must be at least 43 for longest=21, got 41"):
+        configure("translate", files, positions | {"longest": 21})
+    task = task_of("gpt", files, {"model.max_positions": 20})
+    assert 4 < len(task.report(task.model).text) <= 20
+    with pytest.raises(data.DataError, match="prompt: it leaves no room for a sample in the model's 20 positions"):
+        task_of("gpt", files, {"model.max_positions": 20, "prompt": "a" * 20})
 
 
 def test_pairs_of_one_group_share_a_split(files, tmp_path):

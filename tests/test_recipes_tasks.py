@@ -134,6 +134,14 @@ def test_text_to_text(name, arch, pairs, tmp_path):
     assert {"summarize": "rougeL", "qa": "exact_match"}[name] in found["metrics"]
 
 
+def test_positions_that_do_not_suffice_for_the_longest_pairs():
+    for arch, needed in (("decoder", 240), ("transformer", 120)):
+        changes = {"arch": arch, "model.max_positions": needed}
+        assert configure("summarize", changes).positions == needed
+        with pytest.raises(ValueError, match=f"max_positions must be at least {needed} for longest=120"):
+            configure("summarize", changes | {"model.max_positions": needed - 1})
+
+
 def test_a_decoder_alone_is_asked_for_the_target_only(pairs):
     task = RECIPES["summarize"].task(
         configure("summarize", TINY | {"arch": "decoder", "data": str(pairs / "summaries.tsv")})
@@ -169,7 +177,8 @@ def test_squad_files(tmp_path):
         {"question": "when?", "answers": []},
     ]
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
-    assert qa.read_squad(path) == [("who?", "Ann came.", ("Ann", "Ann B.")), ("when?", "Ann came.", ())]
+    passage = "Ann came."
+    assert qa.read_squad(path) == [("who?", passage, ("Ann", "Ann B."), passage), ("when?", passage, (), passage)]
     del asked[1]["question"]
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
     with pytest.raises(data.DataError, match=re.escape(f"{path}: data[0].paragraphs[0].qas[1]: the key 'question'")):
@@ -181,9 +190,17 @@ def test_squad_files(tmp_path):
 
 def test_cloze_questions():
     text = "Emma met Harriet there. They walked on. It rained. Then the tall Harriet, laughing, ran. All was well."
-    assert qa.cloze(text) == [
-        ("Then the tall _____, laughing, ran.", "Emma met Harriet there. They walked on. It rained.", ("Harriet",))
-    ]
+    passage = "Emma met Harriet there. They walked on. It rained."
+    assert qa.cloze(text) == [("Then the tall _____, laughing, ran.", passage, ("Harriet",), "block 0")]
+
+
+def test_no_passage_reaches_over_the_border_of_a_block():
+    sentences = [f"It was Emma {chr(97 + i % 26) * (1 + i // 26)}." for i in range(2 * qa.BLOCK)]
+    found = qa.cloze(" ".join(sentences))
+    assert len(found) == 2 * (qa.BLOCK - qa.BEFORE)
+    for _, passage, _, block in found:
+        places = [i for i, sentence in enumerate(sentences) if sentence in passage.replace(". ", ".\n").split("\n")]
+        assert len(places) == qa.BEFORE and {f"block {i // qa.BLOCK}" for i in places} == {block}
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -284,6 +301,24 @@ def test_ulmfit_goes_through_its_stages(labelled, tmp_path, monkeypatch):
     assert task.ready(tmp_path, None)
     for name, tensor in models.load(target).state_dict().items():
         assert torch.equal(task.model.body.state_dict()[name], tensor)
+
+
+def test_ulmfit_starts_from_another_tokenizer(labelled, tmp_path):
+    """What a token is the model decides, not the texts; a model of another size is refused."""
+    tokenizer = Tokenizer.train(["other texts"], "bpe", vocab=270)
+    sizes = {"embed": 16, "hidden": 16}
+    for name, changes in (("a", {}), ("b", {"hidden": 24})):
+        config = models.RNNLanguageModelConfig(**sizes | changes | {"layers": 2}, **tokenizer.config())
+        model = models.RNNLanguageModel(config)
+        model.tokenizer = tokenizer
+        model.to(torch.bfloat16).save(tmp_path / name)
+    changes = ULMFIT | {"data": str(labelled), "model.layers": 2}
+    task = RECIPES["ulmfit"].task(configure("ulmfit", changes | {"start": str(tmp_path / "a")}))
+    assert task.pieces.vocab_size == tokenizer.vocab_size and task.ready(tmp_path, None)
+    assert all(p.dtype == torch.float32 for p in task.model.parameters())
+    task = RECIPES["ulmfit"].task(configure("ulmfit", changes | {"start": str(tmp_path / "b")}))
+    with pytest.raises(data.DataError, match="b: its model is another one .* hidden is 24, not 16"):
+        task.ready(tmp_path, None)
 
 
 def test_ulmfit_rates(labelled):

@@ -127,6 +127,12 @@ def test_evaluations_do_not_change_the_training(tmp_path):
     assert (tmp_path / "often/model.safetensors").read_bytes() == (tmp_path / "once/model.safetensors").read_bytes()
 
 
+def test_a_large_seed(tmp_path):
+    trainer = trainer_of(tmp_path, seed=2**40)
+    trainer.step(trainer.next_batch())
+    assert trainer.progress.step == 1
+
+
 def test_averaged_weights(tmp_path):
     """ema: what is evaluated and kept is the average over the steps; training goes on with its own weights."""
     trainer = trainer_of(tmp_path, ema=0.5)

@@ -4,7 +4,7 @@
     log.jsonl                       a line every few steps and one for each evaluation
     tokenizer.json                  that of the model, from the start
     checkpoints/step-000400/        the model's folder and trainer.pt: optimizer, position in the data; the newest two
-    checkpoints/best-000200/        the model's folder as it was at the best evaluation
+    checkpoints/best-000200/        the model's folder as it was at the best evaluation; those that a checkpoint needs
     config.json, model.safetensors  the finished model: with tokenizer.json a folder for seqfuse.models.load
     results.json, report.html       what the finished model was found to do
 
@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 
 from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
-from seqfuse.parallel import Group
+from seqfuse.parallel import Group, says_lost
 
+PATHS = ("data", "test", "start", "reward")  # settings that may be one
 KEEP = 2  # newest checkpoints: should one turn out damaged, there is another
 
 
@@ -80,6 +81,8 @@ class RunFolder:
         for name, (there, here) in differences(settings["config"], config).items():
             if name == "data":  # where the file lies: what counts is what is in it
                 continue
+            if name in PATHS and there and here and os.path.abspath(str(there)) == os.path.abspath(str(here)):
+                continue
             raise TrainError(
                 f"{where}: the run has {name} = {there!r}, not {here!r}; seqfuse train --resume {self.path} goes on "
                 "with the settings it has, another --out begins a new run"
@@ -95,12 +98,12 @@ class RunFolder:
     def newest(self, kind: str = "step") -> list[Path]:
         """The checkpoints of a kind, "step" or "best", the newest first."""
         found = [p for p in self.checkpoints.glob(f"{kind}-*") if p.name.removeprefix(f"{kind}-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+        return sorted(found, key=step_of, reverse=True)
 
     def forget_best_after(self, step: int) -> None:
         """What a run that goes on from an earlier checkpoint has yet to find again."""
         for path in self.newest("best"):
-            if int(path.name.split("-")[1]) > step:
+            if step_of(path) > step:
                 shutil.rmtree(path, ignore_errors=True)
 
     def where_to_go_on(self) -> str:
@@ -129,8 +132,23 @@ class RunFolder:
                 part.rename(path)
                 sync(path.parent)
         if group.first:
-            for old in self.newest(kind)[KEEP if kind == "step" else 1 :]:
+            for old in self.superseded(kind):
                 shutil.rmtree(old, ignore_errors=True)
+            if kind == "step":
+                for old in self.superseded("best"):
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def superseded(self, kind: str) -> list[Path]:
+        """The checkpoints of a kind that nothing needs any more. Each step checkpoint that is kept needs the newest
+        "best" before it: a run that goes on from there may find none that is better."""
+        found, steps = self.newest(kind), self.newest()[:KEEP]
+        if kind == "best" and steps:  # a checkpoint is written before the evaluation of its step
+            found = [path for path in found if step_of(path) < step_of(steps[-1])]
+        return found[KEEP if kind == "step" else 1 :]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
@@ -156,10 +174,12 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """What goes wrong while writing `path` is a TrainError, and half of it is removed."""
+    """What goes wrong while writing `path` is a TrainError, and half of it is removed; not the loss of a process."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        if says_lost(error):
+            raise
         shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)
         raise TrainError(f"{path}: could not be written: {reason_of(error)}") from error
 

@@ -58,7 +58,7 @@ def train(
 
 def _config(recipe: str | None, data: Path | None, out: Path | None, changes: list[str], resume: Path | None):
     """(the config that was asked for, the run's folder)."""
-    from seqfuse.checkpoints import RunFolder
+    from seqfuse.checkpoints import PATHS, RunFolder
     from seqfuse.models import files
     from seqfuse.recipes import RECIPES
 
@@ -75,6 +75,10 @@ def _config(recipe: str | None, data: Path | None, out: Path | None, changes: li
     values = dict(map(_key_and_value, changes))
     if data is not None:
         values["data"] = str(data.absolute())
+    for name in PATHS:  # of what is there; other values are names
+        value = values.get(name)
+        if isinstance(value, str) and value not in ("", "minilm") and Path(value).exists():
+            values[name] = str(Path(value).absolute())
     return _recipe(recipe).configure(values), out or Path("runs") / recipe
 
 
@@ -125,7 +129,9 @@ def eval_(run: Run, device: DeviceName = "auto") -> None:
     with one_sentence():
         config, _ = _config(None, None, None, [], run)
         task = _recipe(config.recipe).task(config, pick_device(device), run)
-        findings, path = evaluate(task, RunFolder(run))
+        folder = RunFolder(run)
+        folder.check(folder.settings(), config.to_dict(), task.fingerprint, run / "run.json")
+        findings, path = evaluate(task, folder)
         typer.echo(f"{path}: {config.recipe}")
         for name, value in findings.metrics.items():
             typer.echo(f"{name}: {show(value)}")

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from seqfuse.models import files
 from seqfuse.models.blocks import Block
 from seqfuse.models.files import CheckpointError
+from seqfuse.models.heads import Head
 
 
 def pick_device(name: str) -> torch.device:
@@ -39,6 +40,12 @@ def pick_device(name: str) -> torch.device:
 
 class Lost(Exception):
     """Another process of the group has gone."""
+
+
+def says_lost(error: Exception) -> bool:
+    """Whether an error says that another process has gone."""
+    words = ("gloo", "NCCL", "Connection", "peer")
+    return distributed.is_initialized() and isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
 
 def parts(indices: list[int], count: int) -> list[list[int]]:
@@ -114,12 +121,19 @@ class Processes(Group):
             for module in loss.modules():
                 if isinstance(module, Block):
                     fully_shard(module)
-            return fully_shard(loss)
+            root = fully_shard(loss)
+            # The root is what runs first, and a resumed run may begin with an evaluation, which calls the model inside:
+            # a block would become the root. There is no public way to say it.
+            root._get_fsdp_state()._lazy_init()
+            return root
         device = next(loss.parameters()).device
         ids = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():  # newer versions of torch have another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
+                find_unused_parameters=isinstance(loss.model, Head),  # its body's pooler or output layer
+            )  # fmt: skip
 
     def quiet(self, loss):
         # FSDP would have to keep whole gradients between the parts: it exchanges them each time
@@ -129,9 +143,11 @@ class Processes(Group):
     def gathered(self, loss):
         if self.sharded:
             loss.unshard()  # what is in no block; blocks gather themselves when they are called
-        yield
-        if self.sharded:
-            loss.reshard()
+        try:
+            yield
+        finally:
+            if self.sharded:
+                loss.reshard()
 
     def sum(self, tensor):
         distributed.all_reduce(tensor)
@@ -175,9 +191,9 @@ def processes(device: str) -> Iterator[tuple[Group, torch.device]]:
     try:
         yield group, where
     except (RuntimeError, distributed.DistError) as error:
-        reason = str(error).splitlines()[0]
-        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer")):
+        if not says_lost(error):
             raise
+        reason = str(error).splitlines()[0]
         raise Lost(f"process {group.rank} of {group.size} lost another one ({reason})") from error
     else:
         group.wait()  # a process that leaves early takes the connections along that others still need

@@ -65,11 +65,12 @@ def autocast(task: Task):
     return torch.autocast(task.device.type, torch.bfloat16, enabled=task.config.precision == "bf16")
 
 
-def make_optimizer(task: Task) -> torch.optim.AdamW:
-    """Parameters by the task's groups, and matrices apart from the others, which have no weight decay."""
+def make_optimizer(task: Task, model: nn.Module | None = None) -> torch.optim.AdamW:
+    """Parameters by the task's groups, and matrices apart from the others, which have no weight decay. model: another
+    one than the task's with the same names."""
     optim = task.config.optim
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, p in task.model.named_parameters():
+    for name, p in (model or task.model).named_parameters():
         if p.requires_grad:
             groups.setdefault((task.group(name), p.dim() < 2), []).append(p)
     settings = [
@@ -142,7 +143,7 @@ class Trainer:
     def step(self, indices: list[int]) -> None:
         """One update: gradients of the loss per token over the whole global batch, clipped, then AdamW."""
         config, progress = self.config, self.progress
-        self.seed((config.seed * 1_000_003 + progress.step) * 65_537 + self.group.rank)
+        self.seed(((config.seed * 1_000_003 + progress.step) * 65_537 + self.group.rank) % 2**63)
         if not self.model.training:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,10 +170,13 @@ class Trainer:
         sums[2] = self.interrupt.wanted
         share = self.group.share(indices, self.config.accumulate)
         for i, part in enumerate(share):
+            counts = bool(part)  # a process without an example computes one all the same, and forgets it
+            kept = {} if counts else {name: tensor.clone() for name, tensor in self.task.carried().items()}
             with contextlib.nullcontext() if i == len(share) - 1 else self.group.quiet(self.loss):
                 loss, tokens = self.loss(*self.task.to_device(self.task.batch(part or indices[:1])))
-                counts = bool(part)  # a process without an example computes one all the same, and forgets it
                 (loss * counts).backward()
+            for name, tensor in kept.items():
+                self.task.carried()[name].copy_(tensor)
             sums[0] += loss.detach() * counts
             sums[1] += tokens * counts
         return self.group.sum(sums)

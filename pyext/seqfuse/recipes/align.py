@@ -22,7 +22,6 @@ from torch import Tensor
 from seqfuse import losses, report
 from seqfuse.models.heads import Classifier
 from seqfuse.recipes.alignment import (
-    EVALUATED_ROWS,
     SAMPLING_SEED,
     SHOWN,
     Align,
@@ -34,7 +33,7 @@ from seqfuse.recipes.alignment import (
 from seqfuse.recipes.base import Findings, Recipe
 from seqfuse.recipes.on_policy import Grpo, Ppo
 from seqfuse.recipes.policies import Dpo
-from seqfuse.recipes.texts import IGNORED
+from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 
 
 class FineTuning(Align):

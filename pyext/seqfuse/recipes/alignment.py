@@ -17,13 +17,13 @@ from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.decoder import DecoderConfig
 from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
-from seqfuse.recipes.texts import IGNORED
+from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 from seqfuse.tokenizer import Tokenizer
 
 HELD_OUT = 10.0  # percent of the texts
 SHOWN = 8  # prompts in the report
-EVALUATED_ROWS = 64  # of a batch
 SAMPLING_SEED = 1  # of the held-out prompts' answers: always the same, so that evaluations can be compared
+REPORT_SEED = 1_000_001  # of the answers that the report measures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,10 @@ class AlignConfig(RunConfig):
 
     beta: how much the distance from the reference costs, in dpo, grpo and ppo. kl_bound: the finished model is the one
     of the highest reward among those whose KL to the reference, in nats for an answer, was not above this.
-    measured: held-out prompts that are answered in an evaluation. samples: answers to a prompt in grpo and ppo.
-    updates: steps on the same answers. clip: of the ratio of probabilities. unfinished: reward that an answer without
-    an end loses in training. value_weight, lam: of ppo's critic.
+    measured: held-out prompts that are answered in an evaluation, and as many others in the report; at most half of
+    them each. samples: answers to a prompt in grpo and ppo. updates: steps on the same answers. clip: of the ratio of
+    probabilities. unfinished: reward that an answer without an end loses in training. value_weight, lam: of ppo's
+    critic.
     """
 
     stage: Literal["sft", "reward", "dpo", "grpo", "ppo"] = "grpo"
@@ -171,7 +172,9 @@ class Align(Task):
         self.pairs = tuple(data.length_matched_pairs(part, self.config.gap, rounds=4) for part in parts)
         self.demonstrations = tuple([("", text.text) for text in part] for part in parts)
         begun = ([t.text.split() for t in part] for part in parts)
-        self.prompts = tuple([" ".join(t[:words]) for t in part if len(t) > 2 * words] for part in begun)
+        train, held = ([" ".join(t[:words]) for t in part if len(t) > 2 * words] for part in begun)
+        known = set(train)
+        self.prompts = train, [prompt for prompt in dict.fromkeys(held) if prompt not in known]
         item = data.RATINGS
         return f"{item.source}: {sum(map(len, parts)):,} sentences of film reviews; licence: {item.licence}"
 
@@ -242,7 +245,7 @@ class Align(Task):
         return model
 
     def loaded(self, folder: str | Path) -> Model:
-        return models.load(folder, device=self.device)
+        return models.load(folder, dtype=torch.float32, device=self.device)
 
     def earlier(self, stage: str, steps: int, start: str | None = None) -> AlignConfig:
         """The config of an earlier stage: this one's, with what the stage has of its own."""

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import MaskedLM, MaskedLMConfig
@@ -51,6 +52,15 @@ def bert_mlm() -> MLMConfig:
 
 
 class MLM(TextTask):
+    def prepare(self) -> None:
+        super().prepare()
+        config, held = self.config, len(self.held_ids)
+        if held < config.length:
+            raise DataError(
+                f"{config.data or config.text}: the {held} tokens that are held out are too few for one example of "
+                f"{config.length} (length)"
+            )
+
     def train_tokenizer(self, text: str) -> Tokenizer:
         return Tokenizer.train([text], self.config.tokens, vocab=self.config.vocab, specials=[*SPECIALS, MASK])
 

@@ -22,11 +22,10 @@ from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.recurrent import ClassToText, ClassToTextConfig
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
-from seqfuse.recipes.texts import IGNORED
+from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 from seqfuse.tokenizer import Tokenizer
 
 HELD_OUT = 10.0  # percent
-EVALUATED_ROWS = 64  # of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,6 @@ class OnPolicy(Measured):
     def prepare(self):
         super().prepare()
         config = self.config
-        if config.sharding == "fsdp":
-            raise ValueError(
-                f"align: {config.stage} draws answers from the whole model: sharding must be ddp, not fsdp"
-            )
         self.examples = len(self.prompts[0])
         B, G, L = min(config.batch_size, self.examples), config.samples, config.longest
         self.kept = {

@@ -12,16 +12,30 @@ from seqfuse import ops, report
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.heads import Classifier
-from seqfuse.recipes.alignment import EVALUATED_ROWS, SAMPLING_SEED, SHOWN, Align, OnPairs, Rows, answers
+from seqfuse.recipes.alignment import REPORT_SEED, SAMPLING_SEED, SHOWN, Align, OnPairs, Rows, answers
 from seqfuse.recipes.base import Findings
-from seqfuse.recipes.texts import IGNORED
+from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 
 
 class Measured(Align):
-    """A policy: how its answers to held-out prompts are rewarded, and how far it has gone from its reference."""
+    """A policy: how its answers to held-out prompts are rewarded, and how far it has gone from its reference.
+
+    chosen_by, reported: held-out prompts that decide which weights are kept, and others that the report measures.
+    """
 
     objective = "bounded_reward"
     higher = True
+
+    def prepare(self):
+        super().prepare()
+        held = self.prompts[1]
+        count = min(self.config.measured, len(held) // 2)
+        if count == 0:
+            raise DataError(
+                f"{self.config.data or 'ratings'}: one held-out prompt is too few: some choose the weights, the report "
+                "measures others"
+            )
+        self.chosen_by, self.reported = held[:count], held[count : 2 * count]
 
     def ready(self, folder, train):
         config = self.config
@@ -30,7 +44,7 @@ class Measured(Align):
         if config.reward is not None:
             return True
         steps = config.reward_steps or 2 * config.max_steps
-        return train(self.earlier("reward", steps, start=str(self.start_folder)), "reward")
+        return train(self.earlier("reward", steps, start=str(self.start_folder.absolute())), "reward")
 
     @functools.cached_property
     def reference(self) -> Model:
@@ -73,10 +87,12 @@ class Measured(Align):
         return ops.kl_loss(y, other, x, weight, mask=rows.targets != IGNORED, reduction="sum")
 
     def evaluate(self, model):
-        prompts = self.prompts[1][: self.config.measured]
+        return self.measure(model, self.chosen_by, SAMPLING_SEED)
+
+    def measure(self, model: Model, prompts: list[list[int]], seed: int) -> dict[str, float]:
         rewards, kl, lengths, ended, written = [], 0.0, [], [], []
         for i in range(0, len(prompts), EVALUATED_ROWS):
-            rows = self.sample(model, prompts[i : i + EVALUATED_ROWS], SAMPLING_SEED + i)
+            rows = self.sample(model, prompts[i : i + EVALUATED_ROWS], seed + i)
             rewards.append(self.rewards(rows))
             kl += float(self.divergence(model, rows)) / len(prompts)
             lengths.append(rows.lengths - rows.first)
@@ -93,8 +109,8 @@ class Measured(Align):
         }
 
     def report(self, model):
-        """Reward and distance before and after, and what both write."""
-        before, after = self.evaluate(self.reference), self.evaluate(model)
+        """Reward and distance before and after, and what both write, on prompts that chose nothing."""
+        before, after = (self.measure(m, self.reported, REPORT_SEED) for m in (self.reference, model))
         values = {name: value for name, value in after.items() if name != "bounded_reward"}
         values |= {
             "reward_before": before["reward"],
@@ -107,9 +123,9 @@ class Measured(Align):
         names = [name for name in after if name != "bounded_reward"]
         numbers = report.table(["", "fine-tuned", "aligned"],
                                [(n, f"{before[n]:.3g}", f"{after[n]:.3g}") for n in names], (1, 2))  # fmt: skip
-        prompts = self.prompts[1][:SHOWN]
+        prompts = self.reported[:SHOWN]
         texts = [
-            [self.model_tokenizer.decode(ids) for ids in self.sample(m, prompts, SAMPLING_SEED).ids]
+            [self.model_tokenizer.decode(ids) for ids in self.sample(m, prompts, REPORT_SEED).ids]
             for m in (self.reference, model)
         ]
         samples = report.table(["before", "after"], list(zip(*texts, strict=True)))

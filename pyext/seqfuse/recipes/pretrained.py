@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from seqfuse import data, models
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
@@ -11,12 +13,12 @@ from seqfuse.models.heads import Head
 
 
 def load_body(start: str) -> Model:
-    """The body of a trained model, its head left off. start: "minilm", or a folder that models.load takes.
+    """The body of a trained model in float32, its head left off. start: "minilm", or a folder that models.load takes.
 
     Raises DataError if it has no tokenizer.
     """
     folder = data.fetch(data.SETS["minilm"]) if start == "minilm" else Path(start)
-    model = models.load(folder)
+    model = models.load(folder, dtype=torch.float32)
     if model.tokenizer is None:
         raise DataError(f"{folder / 'tokenizer.json'}: there is no such file, and the model needs its own tokenizer")
     if isinstance(model, Head):

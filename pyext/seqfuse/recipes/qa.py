@@ -24,38 +24,44 @@ from seqfuse.recipes.text_to_text import TextToText, TextToTextConfig, text_to_t
 
 BLANK = "_____"
 BEFORE = 3  # sentences of a passage
-LONGEST = 60  # words of passage and question
+LONGEST = 90  # words of passage and question
+BLOCK = 200  # sentences that are in one split: passages overlap, but none reaches over a block's border
+BOOKS = ("austen", "bryant", "burgess", "carroll", "chesterton", "edgeworth", "melville")  # prose
 TITLES = {"Mr", "Mrs", "Miss", "Dr", "Sir", "Lady", "Lord", "Colonel", "Captain", "I", "Chapter"}
 
-Question = tuple[str, str, tuple[str, ...]]  # question, passage, answers
+Question = tuple[str, str, tuple[str, ...], str]  # question, passage, answers, what decides the split
 
 
 def qa(arch: str = "transformer", overfit: bool = False) -> TextToTextConfig:
     """arch: transformer, rnn or decoder. overfit: learn few questions by heart."""
-    return text_to_text("qa", arch, overfit, written=12)
+    return text_to_text("qa", arch, overfit, written=12, longest=160)
 
 
 class Answers(TextToText):
+    percent = 10.0, 10.0
+
     def pairs(self):
         questions, what = self.questions()
         self.answers = defaultdict(tuple)
         rows = []
-        for question, passage, answers in questions:
+        for question, passage, answers, group in questions:
             source = f"{passage} {question}"
             self.answers[source] += answers
             if answers:
-                rows.append((source, answers[0], passage))
+                rows.append((source, answers[0], group))
         return rows, f"{what}; {len(rows):,} questions with an answer"
 
     def questions(self) -> tuple[list[Question], str]:
         path = self.config.data
         if not path:
             item = data.SETS["gutenberg"]
-            return cloze(data.gutenberg("austen")), f"cloze questions from {item.source}; licence: {item.licence}"
+            books = "".join(map(data.gutenberg, BOOKS))
+            what = f"cloze questions from {item.source}, those called {', '.join(BOOKS)}; licence: {item.licence}"
+            return cloze(books), what
         if Path(path).suffix.lower() == ".json":
             return read_squad(path), f"{path}, in SQuAD's format"
         records = data.read_records(path, ("question", "passage", "answer"))
-        return [(question, passage, (answer,)) for question, passage, answer in records.rows], records.said
+        return [(question, passage, (answer,), passage) for question, passage, answer in records.rows], records.said
 
     def scores(self, sources, references, outputs):
         found = [metrics.answer_scores(o, self.answers[s]) for s, o in zip(sources, outputs, strict=True)]
@@ -64,10 +70,12 @@ class Answers(TextToText):
 
 
 def cloze(text: str) -> list[Question]:
-    """Of each sentence the last name in it that also stands in the sentences before."""
+    """Of each sentence the last name in it that also stands in the sentences before. Split by blocks of sentences."""
     sentences = re.split(r'(?<=[a-z][.!?"])\s+(?=[A-Z"])', " ".join(text.split()))
     found = []
-    for i in range(BEFORE, len(sentences)):
+    for i in range(len(sentences)):
+        if i % BLOCK < BEFORE:
+            continue
         passage, words = " ".join(sentences[i - BEFORE : i]), sentences[i].split()
         known = set(re.findall(r"\b[A-Z][a-z]+\b", passage)) - TITLES
         for place in range(len(words) - 1, 0, -1):
@@ -75,7 +83,7 @@ def cloze(text: str) -> list[Question]:
             if name and name[0] in known and words[place - 1][-1].isalpha():
                 if len(passage.split()) + len(words) <= LONGEST:
                     words[place] = BLANK + words[place][name.end() :]
-                    found.append((" ".join(words), passage, (name[0],)))
+                    found.append((" ".join(words), passage, (name[0],), f"block {i // BLOCK}"))
                 break
     return found
 
@@ -96,7 +104,7 @@ def read_squad(path: str | Path) -> list[Question]:
             for k, asked in enumerate(_key(paragraph, "qas", where)):
                 there = f"{where}.qas[{k}]"
                 answers = tuple(_key(a, "text", there) for a in _key(asked, "answers", there))
-                found.append((_key(asked, "question", there), passage, answers))
+                found.append((_key(asked, "question", there), passage, answers, passage))
     return found
 
 

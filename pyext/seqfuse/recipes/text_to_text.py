@@ -39,6 +39,12 @@ class TextToTextConfig(TranslateConfig):
         super().__post_init__()
         self.positive("written")
 
+    @property
+    def positions(self) -> int:
+        if self.model.encoder_decoder:
+            return max(self.longest, self.written + 1)
+        return self.longest + max(self.longest, self.written + 1)  # of the source and what stands behind it
+
 
 def text_to_text(recipe: str, arch: str, overfit: bool, **options) -> TextToTextConfig:
     """arch: transformer, rnn (GRU layers with Luong's attention) or decoder. overfit: what suits a few pairs."""

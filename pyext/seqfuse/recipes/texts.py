@@ -19,6 +19,7 @@ from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
 EVALUATED_ROWS = 64  # of a batch
+SAMPLED = 300  # tokens of the sample in the report, at most
 POOL = 32  # batches that are sorted by length together, before they are shuffled
 
 
@@ -80,6 +81,10 @@ class TextTask(Task):
                 "tokens"
             )
         self.examples = (len(self.train_ids) - 1) // config.length
+        most = getattr(config.model, "max_positions", None)
+        self.room = SAMPLED if most is None else min(SAMPLED, most - len(self.text_tokenizer.encode(config.prompt)))
+        if self.room < 1:
+            raise DataError(f"prompt: it leaves no room for a sample in the model's {most} positions (max_positions)")
 
     def read(self) -> tuple[str, str]:
         """The text, and what it is."""
@@ -132,5 +137,5 @@ class TextTask(Task):
         return x, y
 
     def report(self, model: Model) -> Findings:
-        sample = generate(model, self.config.prompt, max_new_tokens=300, temperature=0.8, seed=self.config.seed)
+        sample = generate(model, self.config.prompt, max_new_tokens=self.room, temperature=0.8, seed=self.config.seed)
         return Findings(self.evaluate(model), text=sample)

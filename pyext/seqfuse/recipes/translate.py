@@ -51,6 +51,16 @@ class TranslateConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.positive("vocab", "longest", "tested", "beams")
+        most, needed = getattr(self.model, "max_positions", None), self.positions
+        self.require(
+            most is None or needed <= most,
+            f"model.max_positions must be at least {needed} for longest={self.longest}, got {most}",
+        )
+
+    @property
+    def positions(self) -> int:
+        """That the model needs: a translation may have twice the tokens of the longest source, and <bos>."""
+        return 2 * self.longest + 1
 
 
 def translate(arch: Literal["transformer", "rnn"] = "transformer") -> TranslateConfig:
@@ -76,12 +86,14 @@ def translate(arch: Literal["transformer", "rnn"] = "transformer") -> TranslateC
 
 
 class Translate(Task):
+    percent = 5.0, 1.0  # of the groups, to test and to validate on
+
     def prepare(self) -> None:
         config = self.config
         splits: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
         pairs, what = self.read()
         for source, target, group in pairs:
-            splits["train" if config.overfit else data.split_of(group)].append((source, target))
+            splits["train" if config.overfit else data.split_of(group, *self.percent)].append((source, target))
         if config.overfit:
             splits["valid"] = splits["test"] = splits["train"]
         for name, part in splits.items():
@@ -151,14 +163,18 @@ class Translate(Task):
             yield self.collate(rows[start : start + DECODED_ROWS])
 
     def translations(self, model: Model, sources: list[str]) -> list[str]:
-        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-        found = [""] * len(sources)
+        """Sources for which the model has no positions are cut."""
+        most = getattr(model.config, "max_positions", None)
+        read = [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]]
+                for ids in self.pieces.encode_batch(sources)]  # fmt: skip
+        order = sorted(range(len(read)), key=lambda i: len(read[i]))
+        found = [""] * len(read)
         for start in range(0, len(order), DECODED_ROWS):
             some = order[start : start + DECODED_ROWS]
-            texts = generate(model, [sources[i] for i in some], num_beams=self.config.beams,
-                             max_new_tokens=2 * self.config.longest)  # fmt: skip
-            for i, text in zip(some, texts, strict=True):
-                found[i] = text
+            rows = generate(model, [read[i] for i in some], num_beams=self.config.beams,
+                            max_new_tokens=2 * self.config.longest)  # fmt: skip
+            for i, row in zip(some, rows, strict=True):
+                found[i] = self.pieces.decode(row)
         return found
 
     def report(self, model: Model) -> Findings:

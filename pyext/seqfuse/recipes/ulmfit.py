@@ -20,7 +20,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from seqfuse import data, models
+from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.heads import Classifier
 from seqfuse.models.recurrent import RNNLanguageModel, RNNLanguageModelConfig
@@ -95,7 +98,9 @@ class Stage(Task):
         return [text for text, _ in labelled_texts(self.config.data)[0] if split_of(text) != "test"]
 
     def train_tokenizer(self, text: str = "") -> Tokenizer:
-        """The same in each stage, as it is learned from the same texts."""
+        """That of the model to start from; else the same in each stage, as it is learned from the same texts."""
+        if self.config.start is not None:
+            return Tokenizer.load(Path(self.config.start) / "tokenizer.json")
         texts = [self.books(), *self.pool_of_texts()]
         return Tokenizer.train(texts, self.config.tokens, vocab=self.config.vocab)
 
@@ -116,8 +121,19 @@ class Stage(Task):
             if not train(dataclasses.replace(plain, max_steps=steps, **kept), self.before):
                 return False
             start = folder / self.before
-        self.weights(self.model).load_state_dict(models.load(Path(start)).state_dict())
+        self.take(Path(start))
         return True
+
+    def take(self, start: Path) -> None:
+        """The weights of the stage before. Raises DataError if its model is another one."""
+        mine, loaded = self.weights(self.model), models.load(start, dtype=torch.float32)
+        shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (mine, loaded)]
+        if shapes[0] != shapes[1]:
+            wanted, given = mine.config.to_dict(), loaded.config.to_dict()
+            names = [name for name in wanted if given.get(name) != wanted[name]]
+            differences = ", ".join(f"{name} is {given.get(name)!r}, not {wanted[name]!r}" for name in names)
+            raise DataError(f"{start}: its model is another one than this run's: {differences}")
+        mine.load_state_dict(loaded.state_dict())
 
     def weights(self, model: Model) -> RNNLanguageModel:
         return model
