@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+SETTLED = 1.0  # seconds at most that a process waits for gloo's threads when it leaves
 
 
 class Lost(Exception):
@@ -196,8 +201,23 @@ def processes(device: str) -> Iterator[tuple[Group, torch.device]]:
         reason = str(error).splitlines()[0]
         raise Lost(f"process {group.rank} of {group.size} lost another one ({reason})") from error
     else:
-        group.wait()  # a process that leaves early takes the connections along that others still need
-        distributed.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Together: a process that leaves early takes the connections along that others still need.
+
+    And not before gloo's threads have let go of what they summed. They need the interpreter's lock for that, while the
+    end of DistributedDataParallel holds it and waits for them: a process now and then hung in its last moment.
+    """
+    token = torch.zeros(1)
+    kept = weakref.ref(token)
+    distributed.all_reduce(token)
+    del token
+    end = time.monotonic() + SETTLED
+    while kept() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints in shares
