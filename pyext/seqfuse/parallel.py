@@ -10,10 +10,9 @@ the task alone. So the number of processes changes neither the order of the data
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import time
 import warnings
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +37,6 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-SETTLED = 1.0  # seconds at most that a process waits for gloo's threads when it leaves
 
 
 class Lost(Exception):
@@ -201,22 +197,18 @@ def processes(device: str) -> Iterator[tuple[Group, torch.device]]:
         reason = str(error).splitlines()[0]
         raise Lost(f"process {group.rank} of {group.size} lost another one ({reason})") from error
     else:
-        _leave()
+        _leave(group)
 
 
-def _leave() -> None:
+def _leave(group: Group) -> None:
     """Together: a process that leaves early takes the connections along that others still need.
 
-    And not before gloo's threads have let go of what they summed. They need the interpreter's lock for that, while the
-    end of DistributedDataParallel holds it and waits for them: a process now and then hung in its last moment.
+    The group itself is never taken apart, the end of the process does that: its destructor, called by
+    DistributedDataParallel's under the interpreter's lock, waits for gloo's threads, which may want that lock to let go
+    of what they summed. Processes now and then hung in their last moment.
     """
-    token = torch.zeros(1)
-    kept = weakref.ref(token)
-    distributed.all_reduce(token)
-    del token
-    end = time.monotonic() + SETTLED
-    while kept() is not None and time.monotonic() < end:
-        time.sleep(0.001)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
+    group.wait()
     distributed.destroy_process_group()
 
 
