@@ -35,6 +35,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files that train: tiny models gain nothing from a second thread, and lose much where other jobs run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     """csrc/cuda on the CPU (host_device/): one build a session, whichever test file asks first."""

@@ -25,14 +25,7 @@ from seqfuse.recipes import g2p
 TINY = {"max_steps": 12, "batch_size": 8, "model.embed": 16, "model.hidden": 32, "optim.warmup": 4,
         "evaluate_every": 5, "checkpoint_every": 4, "log_every": 1}  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models gain nothing from a second thread, and lose much where other jobs run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every"
 SMALL = {"model.body.embed": 16, "model.body.hidden": 16, "model.body.dropout_input": 0.0, "vocab": 280}
 ENCODER = {"arch": "transformer", "model.body.width": 16, "model.body.layers": 1, "model.body.heads": 2, "vocab": 280}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
