@@ -5,7 +5,7 @@ import torch
 from generating import TableModel, every_sequence, log_probability
 
 import seqfuse
-from seqfuse import native, ops
+from seqfuse import ops
 from seqfuse.beam import beam_search
 from seqfuse.sampling import Options
 
@@ -95,17 +95,14 @@ def drawn_step(batch, kept, vocab, beams, stops, seed=0):
     [(1, 1, 2, 4, [1]), (3, 4, 74, 4, [2]), (2, 5, 1000, 5, []), (33, 2, 129, 2, [0, 7, 9]), (1, 3, 6, 40, [5])],
     ids=str,
 )
-@pytest.mark.parametrize("level", native.LEVELS)
-def test_the_kernel_of_a_step_chooses_as_the_reference_does(level, sizes, normalised, last):
-    if native.missing() or native.LEVELS.index(level) > native.LEVELS.index(native.isa()):
-        pytest.skip(f"no {level} here")
+def test_the_kernel_of_a_step_chooses_as_the_reference_does(isa, sizes, normalised, last):
     *tensors, beams = drawn_step(*sizes)
     if not normalised:
         tensors[0] = tensors[0].log_softmax(-1)
     options = dict(beams=beams, step=3, last=last, divisor=3**0.7, flattering=9**0.7, normalised=normalised)
     with seqfuse.backend("reference"):
         wanted = ops.beam_step(*tensors, **options)
-    with seqfuse.backend("cpu"), native.isa_limit(level):
+    with seqfuse.backend("cpu"):
         found = ops.beam_step(*tensors, **options)
     for name, w, f in zip(
         ("scores", "parents", "tokens", "best_scores", "best_at", "over"), wanted, found, strict=True
