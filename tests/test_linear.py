@@ -39,9 +39,19 @@ def test_kernel(isa, rows, inputs, outputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-def test_kernel_of_several_threads(isa, dtype):
+@pytest.mark.parametrize("rows", [9, 16, 17, 33, 47, 64, 128])
+@pytest.mark.parametrize("inputs,outputs", [(1, 1), (5, 24), (64, 49), (257, 131)], ids=str)
+def test_kernel_of_many_rows(isa, rows, inputs, outputs, dtype):
+    x, weight, bias = sample(rows, inputs, outputs, dtype)
+    check(x, weight, bias)
+    check(x, torch.cat([weight, weight], 1)[:, inputs // 2 : inputs // 2 + inputs], None)  # its rows lie apart
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_kernel_of_several_threads(isa, rows, dtype):
     """Enough work for each thread to get portions, and outputs that no tile divides."""
-    x, weight, bias = sample(3, 130, 1003, dtype)
+    x, weight, bias = sample(rows, 130, 1003, dtype)
     check(x, weight, bias)
     with seqfuse.backend("cpu"):
         many = seqfuse.ops.linear(x, weight, bias)
@@ -53,7 +63,7 @@ def test_kernel_of_several_threads(isa, dtype):
 
 
 @given(
-    rows=st.integers(1, 8),
+    rows=st.integers(1, 128),
     inputs=st.integers(1, 150),
     outputs=st.integers(1, 90),
     dtype=st.sampled_from(DTYPES),
@@ -120,7 +130,7 @@ def test_auto(monkeypatch):
             assert chosen(*large).backend == "cpu"
             assert chosen(large[0], module.weight, module.bias).backend == "cpu"
             assert "measured faster" in why_not_cpu(chosen(*small))
-            assert "up to 8 rows, this is 9" in why_not_cpu(chosen(torch.randn(3, 3, 512), *large[1:]))
+            assert "up to 128 rows, this is 129" in why_not_cpu(chosen(torch.randn(3, 43, 512), *large[1:]))
             assert "not dense" in why_not_cpu(chosen(large[0], large[1].t(), large[2]))
             assert "one dimension" in why_not_cpu(chosen(large[0], large[1][0]))
             with torch.autocast("cpu", torch.bfloat16):
@@ -129,12 +139,24 @@ def test_auto(monkeypatch):
         assert "no gradient" in why_not_cpu(chosen(large[0], module.weight, module.bias))
         assert chosen(*large).backend == "cpu"  # nobody wants one
     assert chosen(*(t.double() for t in large)).backend == "torch"
-    monkeypatch.setitem(vars(sys.modules["seqfuse.ops.linear"]), "SLOW_BF16", False)  # ops.linear is the function
+    rules = vars(sys.modules["seqfuse.ops.linear"])  # ops.linear is the function
+    monkeypatch.setitem(rules, "NATIVE_BF16", False)
+    assert chosen(*sample(128, 512, 512, torch.bfloat16)).backend == "cpu"
+    monkeypatch.setitem(rules, "NATIVE_BF16", True)
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    seqfuse.dispatch.forget()
     many = sample(5, 512, 512, torch.bfloat16)
-    assert "widened" in why_not_cpu(chosen(*many))
+    assert "oneDNN" in why_not_cpu(chosen(*many))
     monkeypatch.setattr(native, "isa", lambda: "amx")
     seqfuse.dispatch.forget()
     assert chosen(*many).backend == "cpu"
+    assert "oneDNN" in why_not_cpu(chosen(*sample(9, 512, 512, torch.bfloat16)))
+    threads = torch.get_num_threads()
+    for rows, one, two in ((8, True, True), (9, False, False), (32, True, True), (33, False, True), (65, False, False)):
+        for count, ours in ((1, one), (2, two)):
+            torch.set_num_threads(count)
+            assert (chosen(*sample(rows, 512, 512, torch.float32)).backend == "cpu") == ours, (rows, count)
+    torch.set_num_threads(threads)
     monkeypatch.setattr(native, "isa", lambda: "baseline")
     seqfuse.dispatch.forget()
     assert "without AVX2" in why_not_cpu(chosen(*large))
@@ -220,7 +242,7 @@ def test_bad_input_gets_one_sentence(args, error, text):
 def test_the_op_itself_refuses_what_it_cannot_do():
     op = torch.ops.seqfuse.linear_fwd.default
     for args, text in (
-        ((torch.ones(9, 3), torch.ones(4, 3), None), "up to 8 rows, not 9"),
+        ((torch.ones(129, 3), torch.ones(4, 3), None), "up to 128 rows, not 129"),
         ((torch.ones(2, 3), torch.ones(4, 5), None), "x must be"),
         ((torch.ones(2, 3).half(), torch.ones(4, 3).half(), None), "float32 and bfloat16"),
         ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(1)), "bias must be"),

@@ -1,5 +1,7 @@
 """Products that are taken in float32 where the processor has no fast bfloat16 ones: equal results, on any machine."""
 
+import sys
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from seqfuse.testing import assert_accurate
 
 @pytest.fixture(params=[False, True], ids=["as-they-are", "widened"])
 def slow(request, monkeypatch):
-    monkeypatch.setattr(products, "SLOW_BF16", request.param)
+    monkeypatch.setattr(products, "WIDEN_FROM", 0 if request.param else sys.maxsize)
     return request.param
 
 
@@ -32,7 +34,7 @@ def test_products_keep_the_error_rule(slow, dtype):
 @pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
 def test_auto_keeps_bf16_where_pytorch_would_multiply_in_a_loop(kind, monkeypatch):
     monkeypatch.setattr("seqfuse.ops.rnn_rules.SLOW_BF16", True)
-    monkeypatch.setattr(products, "SLOW_BF16", True)
+    monkeypatch.setattr(products, "WIDEN_FROM", 0)
     seqfuse.dispatch.forget()
     module, x = seqfuse.fuse(kind(4, 6)).bfloat16(), torch.randn(3, 2, 4).bfloat16()
     with torch.no_grad():

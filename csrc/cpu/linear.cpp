@@ -1,9 +1,13 @@
-// y = x weight^T + bias on the CPU for up to 8 rows of x. Contract: seqfuse/linear.h
+// y = x weight^T + bias on the CPU for few rows of x. Contract: seqfuse/linear.h
 //
-// Floor: one read of the weights. A tile of outputs takes its rows of the weights as so many streams, each vector of
-// them once for all rows of x, which lie in the caches: converted and padded to whole vectors before the threads begin.
-// Sums run along the columns in the lanes and are put together at the end. Each line fetches the same one of the next
-// tile into the second-level cache: a hardware prefetcher begins anew at every row (26 to 35 GB/s with two threads).
+// Up to 8 rows (Linear). Floor: one read of the weights. A tile of outputs takes its rows of the weights as so many
+// streams, each vector of them once for all rows of x, which lie in the caches: converted and padded to whole vectors
+// before the threads begin. Sums run along the columns in the lanes and are put together at the end. Each line fetches
+// the same one of the next tile into the second-level cache: a hardware prefetcher begins anew at every row (26 to 35
+// GB/s with two threads).
+//
+// More rows (Product). Floor: the multiplications. The lanes are rows of x, which are turned once a call, so that each
+// number of the weights is one broadcast for one or two vectors of rows and nothing is added up across lanes.
 #include "seqfuse/linear.h"
 
 #include <type_traits>
@@ -122,8 +126,120 @@ struct Linear {
   }
 };
 
+// Outputs of a tile that has V vectors of rows: the sums, the rows and one number of the weights fit the registers.
+constexpr int wide_outputs_for(int vectors) {
+#if defined(__AVX512F__)
+  return vectors == 2 ? 12 : 24;
+#else
+  return vectors == 2 ? 6 : 12;
+#endif
+}
+
+template <class T>
+struct Product {
+  const LinearForward& a;
+  const int64_t padded;  // rows up to a whole vector
+  const float* x;        // [cols, padded]
+
+  // N outputs from `first` on, whose weights begin at w and lie `step` apart, for V vectors of rows from `row` on.
+  // Every third row of the weights has a pointer: one for each would not fit the processor's registers.
+  template <int V, int N>
+  SEQFUSE_INLINE void tile(int64_t first, int64_t row, const float* w, int64_t step, int64_t ahead) const {
+    constexpr int G = N % 3 == 0 ? 3 : 1, P = N / G;
+    const float* at[P];
+    vf sums[N][V];
+#pragma GCC unroll 24
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sums[n][v] = vf{};
+#pragma GCC unroll 24
+    for (int p = 0; p < P; p++) at[p] = w + p * G * step;
+    const float* from = x + row;
+    for (int64_t line = 0; line < a.cols; line += VL) {
+      if (ahead)
+#pragma GCC unroll 24
+        for (int n = 0; n < N; n++) __builtin_prefetch(at[n / G] + n % G * step + ahead, 0, 2);
+      const int64_t end = line + VL < a.cols ? line + VL : a.cols;
+      for (int64_t k = line; k < end; k++, from += padded) {
+        vf rows[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) rows[v] = load(from + v * VL);
+#pragma GCC unroll 24
+        for (int p = 0; p < P; p++) {
+#pragma GCC unroll 3
+          for (int g = 0; g < G; g++) {
+            const vf one = splat(at[p][g * step]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) sums[p * G + g][v] = sums[p * G + g][v] + one * rows[v];
+          }
+          at[p]++;
+          asm("" : "+r"(at[p]));  // the compiler would make it a pointer for each row again
+        }
+      }
+    }
+    float out[N][V * VL], bias[N];
+#pragma GCC unroll 24
+    for (int n = 0; n < N; n++) {
+      bias[n] = a.bias ? widen(static_cast<const T*>(a.bias)[first + n]) : 0.0f;
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) store(out[n] + v * VL, sums[n][v]);
+    }
+    for (int r = 0; r < V * VL && row + r < a.rows; r++)
+      for (int n = 0; n < N; n++) put(static_cast<T*>(a.y) + (row + r) * a.outputs + first + n, out[n][r] + bias[n]);
+  }
+
+  template <int V, int N>
+  SEQFUSE_INLINE void outputs(int64_t first, float* wide) const {
+    const T* const stored = static_cast<const T*>(a.weight) + first * a.weight_step;
+    const float* w = wide;
+    int64_t step = a.cols, ahead = 0;
+    if constexpr (sizeof(T) == sizeof(float))
+      w = stored, step = a.weight_step, ahead = N * step;  // the next tile is asked for with the first rows
+    else
+      for (int n = 0; n < N; n++) {
+        const T* const from = stored + n * a.weight_step;
+        float* const to = wide + n * a.cols;
+        for_vectors(0, a.cols, [=](int64_t i, int m) { give(to + i, take(from + i, m), m); });
+      }
+    int64_t row = 0;
+    for (; row + V * VL <= padded; row += V * VL, ahead = 0) tile<V, N>(first, row, w, step, ahead);
+    if (row < padded) tile<1, N>(first, row, w, step, ahead);
+  }
+
+  template <int V>
+  void run(const Parallel& parallel) const {
+    constexpr int N = wide_outputs_for(V);
+    deal_rows(parallel, ceil_div(a.outputs, N), N * a.cols * 4, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      float* wide = nullptr;
+      const int64_t space = sizeof(T) == sizeof(float) ? 0 : N * a.cols;
+      scratch.take(wide, space), scratch.allocate(), scratch.take(wide, space);
+      const int64_t last = end * N < a.outputs ? end * N : a.outputs;
+      int64_t n = begin * N;
+      for (; n + N <= last; n += N) outputs<V, N>(n, wide);
+      for (; n < last; n++) outputs<V, 1>(n, wide);
+    });
+  }
+};
+
+template <class T>
+void product(const LinearForward& a, const Parallel& parallel) {
+  const int64_t padded = ceil_div(a.rows, VL) * VL;
+  float* x = nullptr;
+  Scratch scratch;
+  scratch.take(x, a.cols * padded), scratch.allocate(), scratch.take(x, a.cols * padded);
+  deal_rows(parallel, a.cols, padded, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++)
+      for (int64_t r = 0; r < padded; r++)
+        x[k * padded + r] = r < a.rows ? widen(static_cast<const T*>(a.x)[r * a.cols + k]) : 0.0f;
+  });
+  const Product<T> all{a, padded, x};
+  padded > VL ? all.template run<2>(parallel) : all.template run<1>(parallel);
+}
+
 template <class T>
 void forward(const LinearForward& a, const Parallel& parallel) {
+  if (a.rows > linear_few_rows) return product<T>(a, parallel);
   using M = Meet<T>;
   const int64_t padded = ceil_div(a.cols, PL) * PL;
   typename M::Operand* x = nullptr;

@@ -8,7 +8,8 @@
 
 namespace seqfuse {
 
-constexpr int64_t linear_most_rows = 8;
+constexpr int64_t linear_few_rows = 8;  // one read of the weights is all that these cost
+constexpr int64_t linear_most_rows = 128;
 
 struct LinearForward {
   DType dtype;

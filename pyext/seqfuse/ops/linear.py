@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.products import SLOW_BF16
+from seqfuse.ops.products import NATIVE_BF16
 
-MOST_ROWS = 8  # csrc/include/seqfuse/linear.h
+FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h
 
 
 class LinearCase(NamedTuple):
@@ -33,9 +33,9 @@ def linear(x, weight, bias=None):
     """x weight^T + bias: torch.nn.functional.linear, faster where decoding calls it.
 
     x: [..., K]; weight: [N, K], or [K]; bias: [N], [] or None; all of one dtype. Returns [..., N], or [...].
-    On a CPU, up to 8 rows of float32 or bfloat16 without a gradient are multiplied by a kernel that reads the weights
-    once, with float32 sums; everything else is PyTorch's own call, so gradients, autocast, subclasses of tensors and
-    torch.func work as they do there. Parameters stay as nn.Linear keeps them: nothing is packed.
+    On a CPU, up to 128 rows of float32 or bfloat16 without a gradient can be multiplied by a kernel of ours, with
+    float32 sums; everything else is PyTorch's own call, so gradients, autocast, subclasses of tensors and torch.func
+    work as they do there. Parameters stay as nn.Linear keeps them: nothing is packed.
     Raises TypeError or ValueError on bad arguments.
     """
     key = None if traced() else _key(x, weight, bias)
@@ -133,14 +133,18 @@ def _cpu_refusal(case: LinearCase) -> str | None:
 _WORTH_IT = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
 _SIDE = 128
 _WIDENED_ROWS = 4
+# float32 with more than FEW_ROWS rows: from how many, up to how many on one thread, on more
+_ROWS = 12, 32, 64
 
 
 def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
-    widened = case.dtype == torch.bfloat16 and not native.isa_has("avx512_bf16")
-    if widened and case.rows > _WIDENED_ROWS and not SLOW_BF16:
-        return "for so many rows oneDNN was measured faster than bfloat16 that is widened"
+    if case.dtype == torch.bfloat16:
+        if NATIVE_BF16 and case.rows > (FEW_ROWS if native.isa_has("avx512_bf16") else _WIDENED_ROWS):
+            return "for so many rows oneDNN's own bfloat16 was measured faster"
+    elif FEW_ROWS < case.rows and not _ROWS[0] <= case.rows <= _ROWS[min(torch.get_num_threads(), 2)]:
+        return "for so many rows PyTorch's own product was measured faster"
     if min(case.inputs, case.outputs) >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None
     return "at this size PyTorch's own linear was measured faster"

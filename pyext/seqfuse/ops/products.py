@@ -1,39 +1,52 @@
-"""Matrix products over whole sequences: ATen's, in float32 where it has nothing better for bfloat16 than a plain loop.
+"""Matrix products over whole sequences: ATen's, in float32 where it has nothing better for bfloat16.
 
-oneDNN multiplies bfloat16 on processors with AVX-512 and later. On others ATen runs a loop at about 1 GFLOP/s where
-float32 runs at 50 to 150; there both operands are widened (exactly), multiplied in float32 and rounded once.
+Both operands are then widened (exactly), multiplied in float32 and rounded once. Without AVX-512 ATen multiplies
+bfloat16 in a plain loop, at about 1 GFLOP/s where float32 runs at 50 to 150. With AVX-512 but no bfloat16 instructions
+(Skylake to Ice Lake) oneDNN does their work in software, at 55 GFLOP/s where float32 runs at 210 (docs/linear.md).
 """
+
+import platform
+import sys
 
 import torch
 import torch.nn.functional as F
 
 
-def _slow_bf16() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False  # another architecture, another library: not measured
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _widen_from() -> int:
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return sys.maxsize  # another library: not measured
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0
+    return sys.maxsize if torch.cpu._is_avx512_bf16_supported() else 48
 
 
-SLOW_BF16 = _slow_bf16()  # on this machine's CPU
+# Products of bfloat16 whose three sizes are all at least this are taken in float32 on this machine's CPU: 0 for all.
+WIDEN_FROM = _widen_from()
+SLOW_BF16 = WIDEN_FROM == 0
+NATIVE_BF16 = WIDEN_FROM == sys.maxsize
 
 
-def widened(t: torch.Tensor) -> bool:
-    """Whether products of this tensor are taken in float32."""
-    return SLOW_BF16 and t.dtype == torch.bfloat16 and t.device.type == "cpu"
+def widened(t: torch.Tensor, *sizes: int) -> bool:
+    """Whether products of this tensor are taken in float32: those of these sizes, or without sizes all of them."""
+    if t.dtype != torch.bfloat16 or t.device.type != "cpu":
+        return False
+    return min(sizes, default=0) >= WIDEN_FROM
 
 
 def linear(x, w, b=None):
     """x @ w^T + b: x [..., K], w [N, K], b [N] or None."""
-    if not widened(x):
+    if not widened(x, x.numel() // max(x.shape[-1], 1), *w.shape):
         return F.linear(x, w, b)
     return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
 
 
 def matmul(a, b):
     """a [M, K] @ b [K, N]."""
-    return (a.float() @ b.float()).to(a.dtype) if widened(a) else a @ b
+    return (a.float() @ b.float()).to(a.dtype) if widened(a, *a.shape, b.shape[-1]) else a @ b
 
 
 def addmm(c, a, b):
     """c [M, N] + a [M, K] @ b [K, N]."""
-    return torch.addmm(c.float(), a.float(), b.float()).to(c.dtype) if widened(c) else torch.addmm(c, a, b)
+    if not widened(c, *a.shape, b.shape[-1]):
+        return torch.addmm(c, a, b)
+    return torch.addmm(c.float(), a.float(), b.float()).to(c.dtype)

@@ -69,7 +69,7 @@ def over_rows(a, b):
         return matmul(a.t(), b)
     piece = 512
     whole = rows // piece * piece
-    if widened(a):
+    if widened(a, piece, a.shape[1], b.shape[1]):
         return over_rows(a.float(), b.float()).to(a.dtype)
     parts = torch.bmm(
         a[:whole].reshape(-1, piece, a.shape[1]).transpose(1, 2), b[:whole].reshape(-1, piece, b.shape[1])
