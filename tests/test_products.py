@@ -41,3 +41,14 @@ def test_auto_keeps_bf16_where_pytorch_would_multiply_in_a_loop(kind, monkeypatc
         module(x)
     assert seqfuse.explain(module)[0].backend == "cpu"
     seqfuse.dispatch.forget()
+
+
+@pytest.mark.parametrize("rows", [11, 12, 40, 65])
+def test_many_rows_without_a_gradient(rows):
+    """In inference, and inside an autograd function, those that our kernel was measured faster with take it."""
+    x, w, b = torch.randn(rows, 130), torch.randn(200, 130), torch.randn(200)
+    exact = x.double() @ w.double().t() + b.double()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = products.linear(x, w, b)
+        assert_accurate(got, exact, torch.nn.functional.linear(x, w, b), dims=(0, 1))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.products import NATIVE_BF16
+from seqfuse.ops.products import NATIVE_BF16, many_rows_pay
 
 FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h
 
@@ -133,8 +133,6 @@ def _cpu_refusal(case: LinearCase) -> str | None:
 _WORTH_IT = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
 _SIDE = 128
 _WIDENED_ROWS = 4
-# float32 with more than FEW_ROWS rows: from how many, up to how many on one thread, on more
-_ROWS = 12, 32, 64
 
 
 def _cpu_prefers(case: LinearCase) -> str | None:
@@ -143,7 +141,7 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     if case.dtype == torch.bfloat16:
         if NATIVE_BF16 and case.rows > (FEW_ROWS if native.isa_has("avx512_bf16") else _WIDENED_ROWS):
             return "for so many rows oneDNN's own bfloat16 was measured faster"
-    elif FEW_ROWS < case.rows and not _ROWS[0] <= case.rows <= _ROWS[min(torch.get_num_threads(), 2)]:
+    elif FEW_ROWS < case.rows and not many_rows_pay(case.rows):
         return "for so many rows PyTorch's own product was measured faster"
     if min(case.inputs, case.outputs) >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None

@@ -11,6 +11,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from seqfuse import native
+from seqfuse.ops.autograd import traced
+
 
 def _widen_from() -> int:
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
@@ -33,9 +36,22 @@ def widened(t: torch.Tensor, *sizes: int) -> bool:
     return min(sizes, default=0) >= WIDEN_FROM
 
 
+# Rows from which our kernel was measured faster than ATen in float32, up to how many on one thread, on more than one:
+# it splits the outputs, ATen the rows (docs/linear.md). Up to 8 rows have a kernel of their own (ops/linear.py).
+ROWS = 12, 32, 64
+
+
+def many_rows_pay(rows: int) -> bool:
+    return native.isa() != "baseline" and ROWS[0] <= rows <= ROWS[min(torch.get_num_threads(), 2)]
+
+
 def linear(x, w, b=None):
     """x @ w^T + b: x [..., K], w [N, K], b [N] or None."""
-    if not widened(x, x.numel() // max(x.shape[-1], 1), *w.shape):
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not widened(x, rows, *w.shape):
+        ours = x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled() and not traced()
+        if ours and min(w.shape) >= 128 and many_rows_pay(rows):
+            return torch.ops.seqfuse.linear_fwd(x, w, b)
         return F.linear(x, w, b)
     return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
 

@@ -14,7 +14,7 @@ from torch import _VF
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced
-from seqfuse.ops.products import SLOW_BF16, addmm, linear, matmul
+from seqfuse.ops.products import SLOW_BF16, addmm, linear, many_rows_pay, matmul
 from seqfuse.ops.rnn_cell_loop import loop_of
 from seqfuse.ops.rnn_scan import CELLS
 
@@ -325,6 +325,8 @@ for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_step_bwd", "rnn_cell_bw
 
 def _cpu_prefers(case):
     bf16 = case.dtype == torch.bfloat16
+    if not (case.grad or bf16) and case.B <= 32 and case.hidden_size >= 128 and many_rows_pay(case.B):
+        return None  # its two products are (ops/products.py)
     if case.cell.startswith("rnn") and not (bf16 and (SLOW_BF16 or (case.grad and native.isa_has("amx")))):
         return "after its two products a plain cell is one activation: nothing to fuse, and PyTorch gets there sooner"
     return None
