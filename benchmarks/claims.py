@@ -300,7 +300,7 @@ CLAIMS = (
     Claim(
         "translate",
         (
-            Run("translate", "translate"),
+            Run("translate", "translate", {"max_steps": 500}),
             *(
                 Run(
                     f"overfit-{arch}",
