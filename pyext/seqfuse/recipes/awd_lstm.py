@@ -1,7 +1,7 @@
 """AWD-LSTM (Merity et al. 2018, arXiv:1708.02182): an LSTM language model kept from overfitting by its dropouts.
 
-Here weight-drop does most of it. The others are settings too (model.dropout_embedding, _input, _hidden): with 0.05, 0.2,
-0.1 and 0.2 at the output, so small a model learns too little for weight-drop to help (docs/recipes.md).
+Here weight-drop does most of it. The others are settings too (model.dropout_embedding, _input, _hidden): with 0.05,
+0.2, 0.1 and 0.2 at the output, so small a model learns too little for weight-drop to help (docs/recipes.md).
 
 The text is cut into batch_size long rows which are read side by side, `length` tokens a step; the state at the end of a
 step is where the next one starts (truncated backpropagation through time). At the end of an epoch it is forgotten.
