@@ -252,5 +252,9 @@ def test_the_order_of_a_task_depends_on_seed_and_epoch_alone():
     first = task.order(0)
     assert first == make().order(0) != task.order(1) and first != make(seed=1).order(0)
     assert all(len(batch) == 8 for batch in first) and sorted(sum(first, [])) == list(range(40))
+    far, further = make(seed=2**63 - 1), make(seed=2**63 - 2)
+    assert far.order(0) != further.order(0) and far.order(0) != far.order(1)
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*63"):
+        make(seed=2**63)
     few = Counting(dataclasses.replace(task.config, batch_size=64))
     assert [sorted(b) for b in few.order(0)] == [list(range(40))]

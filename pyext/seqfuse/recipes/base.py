@@ -86,6 +86,7 @@ class RunConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         self.positive("max_steps", "batch_size", "accumulate", "checkpoint_every", "evaluate_every", "log_every")
+        self.require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         for name in ("ema", "label_smoothing"):
             self.require(getattr(self, name) < 1, f"{name} must be below 1, got {getattr(self, name)!r}")
 
@@ -155,7 +156,7 @@ class Task:
     def order(self, epoch: int) -> list[list[int]]:
         """The global batches of an epoch: decided by seed and epoch only, so they are the same on any number of
         processes. Here: shuffled, a last incomplete batch left out."""
-        random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        random = generator(self.config.seed, epoch)
         shuffled, size = torch.randperm(self.examples, generator=random).tolist(), self.config.batch_size
         whole = [shuffled[i : i + size] for i in range(0, self.examples - size + 1, size)]
         return whole or [shuffled]
@@ -219,6 +220,11 @@ class Task:
         if self.folder is not None and (self.folder / file).is_file():
             return Tokenizer.load(self.folder / file)
         return train()
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """Of what is drawn at random for an epoch or an example, whatever the seed's size."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
 
 
 def fingerprint(*texts: str | bytes | Path) -> str:

@@ -16,7 +16,7 @@ from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import MaskedLM, MaskedLMConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe
+from seqfuse.recipes.base import Findings, Optim, Recipe, generator
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, TextConfig, TextTask
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
@@ -91,7 +91,7 @@ class MLM(TextTask):
         seen, targets = rows.clone(), torch.full_like(rows, IGNORED)
         first = len(SPECIALS) + 1  # special tokens are never put in
         for i, number in enumerate(numbers):
-            draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + number) % 2**63)
+            draw = generator(self.config.seed, number)
             count = max(1, round(self.config.mask * rows.shape[1]))
             places = torch.randperm(rows.shape[1], generator=draw)[:count]
             how = torch.rand(count, generator=draw)

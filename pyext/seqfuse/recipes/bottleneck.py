@@ -20,7 +20,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint, generator
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
 BATCHES = 500  # that are called an epoch: no example comes twice
@@ -80,7 +80,7 @@ class Bottleneck(Task):
     def batch(self, indices):
         """Letters of one length for the whole global batch, so nothing is padded."""
         config, number = self.config, indices[0] // self.config.batch_size
-        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + number + 1)
+        draw = generator(config.seed, number + 1)
         length = int(torch.randint(config.shortest, config.longest + 1, (), generator=draw))
         rows = [i % config.batch_size for i in indices]
         return self.examples_of(length, config.batch_size, draw)[rows], length
@@ -97,7 +97,7 @@ class Bottleneck(Task):
 
     def held_out(self):
         config = self.config
-        draw = torch.Generator().manual_seed(config.seed * 1_000_003)
+        draw = generator(config.seed, 0)
         for length in self.lengths():
             yield self.examples_of(length, config.measured_on, draw), length
 

@@ -25,7 +25,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint, generator
 from seqfuse.recipes.texts import IGNORED
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
@@ -102,7 +102,7 @@ class G2P(Task):
     def order(self, epoch: int) -> list[list[int]]:
         """Shuffled words of one length are cut into pools, and each pool is sorted by the target's length before it is
         cut into batches: that leaves little padding on the target side as well."""
-        draw, size = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch), self.config.batch_size
+        draw, size = generator(self.config.seed, epoch), self.config.batch_size
         batches = []
         for group in by_letters(range(self.examples), lambda i: self.train[i][0]):
             shuffled = [group[i] for i in torch.randperm(len(group), generator=draw).tolist()]

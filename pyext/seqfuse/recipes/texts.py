@@ -14,7 +14,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
-from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint, generator
 from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
@@ -26,7 +26,7 @@ POOL = 32  # batches that are sorted by length together, before they are shuffle
 def sorted_batches(lengths: Sequence[Any], size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch for examples of these lengths, which may be tuples: pools of shuffled examples are sorted
     by length before they are cut into batches of `size`, so little is padded."""
-    random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    random = generator(seed, epoch)
     shuffled = torch.randperm(len(lengths), generator=random).tolist()
     batches = []
     for start in range(0, len(lengths), POOL * size):
