@@ -281,7 +281,7 @@ class Trainer:
         self.group.wait()
         self.console.print(self.task.said, markup=False, soft_wrap=True)
         damaged = []
-        for path in self.folder.newest():
+        for path in self.group.agree(self.folder.newest()):
             try:
                 self.restore(path)
                 break
@@ -354,6 +354,7 @@ class Trainer:
     def finish(self) -> None:
         """The finished model, its results and the report, in the run's folder."""
         kind = "best" if self.config.keep == "best" and self.folder.newest("best") else "last"
+        kind = self.group.agree(kind)  # another process may look before the first one has renamed what it wrote
         if kind == "last":
             self.folder.save("last", self.progress.step, self.write_model, self.group)
         if self.group.first:
@@ -401,6 +402,7 @@ def train_in(group: Group, device: torch.device, config: RunConfig, folder: Path
         group.wait()
 
     def train_first(config: RunConfig, name: str) -> bool:
-        return RunFolder(folder / name).finished or train_in(group, device, config, folder / name, console)
+        finished = group.agree(RunFolder(folder / name).finished)
+        return finished or train_in(group, device, config, folder / name, console)
 
     return task.ready(folder, train_first) and Trainer(task, folder, group=group, console=console).run()
