@@ -276,6 +276,18 @@ def test_a_changed_config(tmp_path):
         run(tmp_path, {})
 
 
+def test_a_setting_that_is_newer_than_the_run(tmp_path):
+    """It was at its default, whether or not it had a name then."""
+    run(tmp_path, {})
+    path = tmp_path / "run.json"
+    settings = json.loads(path.read_text())
+    del settings["config"]["poison"], settings["config"]["model"]["weight_drop"]
+    path.write_text(json.dumps(settings))
+    assert run(tmp_path, {})
+    with pytest.raises(TrainError, match="run.json: the run has poison = 0, not 1"):
+        run(tmp_path, {"poison": 1})
+
+
 def test_changed_data(tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("as it was")

@@ -84,6 +84,15 @@ def test_resumed_on_as_many_processes_it_is_bit_identical(tmp_path, sharding, st
     assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+def test_a_full_disk_under_fsdp(tmp_path):
+    """One sentence on every process, and the checkpoint before is gone on with."""
+    changes = NO_DROPOUT["decoder"] | ALL | {"sharding": "fsdp", "max_steps": 12}
+    assert together(2, training.run_on_full_disk, tmp_path / "run", changes) == [0, 0]
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.newest()] == ["step-000004"] and not list(folder.path.rglob("*.part"))
+    assert together(2, run, folder.path, changes) == [0, 0] and folder.finished
+
+
 class LossOfHead(torch.nn.Module):
     def __init__(self):
         super().__init__()

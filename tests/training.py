@@ -8,13 +8,17 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from seqfuse import trainer
+from seqfuse.checkpoints import TrainError
 from seqfuse.cli_train import one_sentence
 from seqfuse.models import DecoderConfig, Model, RNNLanguageModelConfig
 from seqfuse.parallel import processes
@@ -121,6 +125,38 @@ def run_until(folder, changes, step: int) -> None:
 
         one.next_batch = interrupted
         assert not one.run()
+
+
+def run_recipe(folder, recipe: str, changes) -> bool:
+    """A run of any recipe, with one thread; several processes may call it together."""
+    torch.set_num_threads(1)
+    config = RECIPES[recipe].configure(changes)
+    return trainer.train(config, folder, device="cpu", console=Console(quiet=True))
+
+
+def run_on_full_disk(folder, changes) -> None:
+    """A run that can write no file of more than some bytes from its second checkpoint on: what a full disk is like."""
+    torch.set_num_threads(1)
+    config = RECIPE.configure(changes)
+    with processes("cpu") as (group, device):
+        one = trainer.Trainer(Counting(config, device), folder, group=group)
+        save = one.save
+
+        def save_on_full_disk():
+            if one.progress.step == 8:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            save()
+
+        one.save = save_on_full_disk
+        try:
+            one.run()
+        except TrainError as error:
+            assert "step-000008: could not be written: File too large" in str(error), error
+        else:
+            raise AssertionError("all was written")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 SERVER = multiprocessing.get_context("forkserver")  # processes that begin in no time, with torch imported once

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from seqfuse.models import files
+from seqfuse.models.base import Model
 from seqfuse.models.files import CheckpointError
 from seqfuse.parallel import Group, says_lost
 
@@ -78,7 +79,7 @@ class RunFolder:
 
     def check(self, settings: dict, config: dict, data: str | None, where: Path) -> None:
         """TrainError if `settings`, which stand in the file `where`, are not this config and this data."""
-        for name, (there, here) in differences(settings["config"], config).items():
+        for name, (there, here) in differences(with_new_settings(settings["config"]), config).items():
             if name == "data":  # where the file lies: what counts is what is in it
                 continue
             if name in PATHS and there and here and os.path.abspath(str(there)) == os.path.abspath(str(here)):
@@ -151,6 +152,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def with_new_settings(config: dict) -> dict:
+    """A run's config, and of settings that are newer than the run the defaults."""
+    from seqfuse.recipes import RECIPES
+
+    recipe = RECIPES.get(config.get("recipe"))
+    try:
+        return config if recipe is None else recipe.read(config).to_dict()
+    except ValueError:  # edited by hand, or older than a setting that is gone: the differences are to be seen
+        return config
+
+
 def differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
     """The values of two dicts of dicts that are not the same, by path: {"optim.lr": (0.1, 0.2)}."""
     found = {}
@@ -187,6 +199,14 @@ def writing(path: Path):
 def reason_of(error: Exception) -> str:
     """The first line of what an error says."""
     return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_weights(folder: Path, model: Model) -> None:
+    """Those of a step's checkpoint, adapters included, into the model that was trained."""
+    tensors, own = files.read_safetensors(folder / "model.safetensors"), files.tensors_of(model)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def save_state(folder: Path, state: dict) -> None:

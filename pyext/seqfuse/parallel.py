@@ -222,10 +222,15 @@ def _shares(loss: nn.Module, optimizer: torch.optim.Optimizer, average: list[Ten
 
 
 def save_shares(folder: Path, loss: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor]) -> None:
-    """Every process writes its share of weights, moments and averages; all must call it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(_shares(loss, optimizer, average), checkpoint_id=folder)
+    """Every process writes its share of weights, moments and averages; all must call it. What goes wrong on any of
+    them is raised on all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(_shares(loss, optimizer, average), checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # no Exception to Python: a bundle of those of all processes
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from None
 
 
 def load_shares(folder: Path, loss: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor]) -> None:
