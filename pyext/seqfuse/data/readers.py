@@ -8,6 +8,7 @@ records.said     "mine.tsv: 1,204 lines; source: column 1, target: column 2 of 3
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,13 @@ def read_records(path: str | Path, fields: Sequence[str], optional: Sequence[str
     return Records(rows, lines, f"{path.name}: {len(rows):,} lines; {what}")
 
 
-def read_conll(path: str | Path, tag_column: int | None = None) -> list[Sentence]:
+def read_conll(path: str | Path, tag_column: int | None = None, spans: bool = False) -> list[Sentence]:
     """Sentences of a CoNLL file: a word a line, its columns separated by tabs or spaces, a blank line after each
     sentence. The word is the first column, its tag column `tag_column` (counted from 0; by default the last).
 
     In a .conllu file words have numbers: the word is the second column, the tag by default the fourth (UPOS), and lines
     about several words in one (3-4) or about none (3.1) are left out. -DOCSTART- and comments, lines before a sentence
-    that start with "# ", are ignored. Raises DataError with file and line number.
+    that start with "# ", are ignored. spans: tags must mark spans of words. Raises DataError with file and line number.
     """
     path = Path(path)
     numbered = path.suffix.lower() == ".conllu"
@@ -113,6 +114,8 @@ def read_conll(path: str | Path, tag_column: int | None = None) -> list[Sentence
             if columns[0].replace("-", "").replace(".", "").isdigit():
                 continue
             raise DataError(f"{path}, line {number}: expected the number of a word, found {short(columns[0])}")
+        if spans and not re.fullmatch(r"O|[BIES]-.+", tag):
+            raise DataError(f"{path}, line {number}: expected O, or B-, I-, E- or S- and a type, found {short(tag)}")
         words.append(word)
         tags.append(tag)
     end()

@@ -91,26 +91,27 @@ def cloze(text: str) -> list[Question]:
 def read_squad(path: str | Path) -> list[Question]:
     """A file in SQuAD's format; a question may have several answers, or none. Raises DataError with file and place."""
     try:
-        articles = json.loads(data.read_text(path))["data"]
+        everything = json.loads(data.read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from None
-    except (KeyError, TypeError):
-        raise DataError(f"{path}: no SQuAD file: the key 'data' is missing") from None
     found = []
-    for i, article in enumerate(articles):
-        for j, paragraph in enumerate(_key(article, "paragraphs", f"{path}: data[{i}]")):
+    for i, article in enumerate(_key(everything, "data", f"{path}: no SQuAD file", list)):
+        for j, paragraph in enumerate(_key(article, "paragraphs", f"{path}: data[{i}]", list)):
             where = f"{path}: data[{i}].paragraphs[{j}]"
             passage = _key(paragraph, "context", where)
-            for k, asked in enumerate(_key(paragraph, "qas", where)):
+            for k, asked in enumerate(_key(paragraph, "qas", where, list)):
                 there = f"{where}.qas[{k}]"
-                answers = tuple(_key(a, "text", there) for a in _key(asked, "answers", there))
+                answers = tuple(_key(a, "text", there) for a in _key(asked, "answers", there, list))
                 found.append((_key(asked, "question", there), passage, answers, passage))
     return found
 
 
-def _key(values, name: str, where: str):
+def _key(values, name: str, where: str, kind: type = str):
+    """The value of a key that must be there; kind: str or list."""
     if not isinstance(values, dict) or name not in values:
         raise DataError(f"{where}: the key {name!r} is missing")
+    if not isinstance(values[name], kind):
+        raise DataError(f"{where}: the key {name!r} must be a {'list' if kind is list else 'text'}")
     return values[name]
 
 
