@@ -7,6 +7,7 @@ import random
 import tarfile
 
 import pytest
+import task_files
 import torch
 from rich.console import Console
 from training import together
@@ -20,25 +21,14 @@ from seqfuse.recipes.alignment import Rows
 from seqfuse.recipes.texts import IGNORED
 
 ALIGN = RECIPES["align"]
-SMALL = {
-    "model.width": 16, "model.layers": 1, "model.heads": 2, "model.mlp_width": 32, "vocab": 270, "longest": 24,
-    "answer": 8, "batch_size": 4, "samples": 3, "measured": 4, "max_steps": 3, "sft_steps": 2, "reward_steps": 2,
-    "evaluate_every": 2, "checkpoint_every": 1, "log_every": 1,
-}  # fmt: skip
+SMALL = task_files.ALIGN | {"batch_size": 4, "max_steps": 3, "evaluate_every": 2, "checkpoint_every": 1, "log_every": 1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Preferences: answers in capitals are liked better."""
-    path, draw = tmp_path_factory.mktemp("data") / "preferences.jsonl", random.Random(0)
-    lines = []
-    for i in range(60):
-        word = "".join(draw.choices("abcd", k=4))
-        lines.append(json.dumps({"prompt": f"say {i}", "chosen": word.upper(), "rejected": word}))
-    path.write_text("\n".join(lines))
-    return path
+    return task_files.write_preferences(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +86,10 @@ def test_a_stage_on_finished_ones(stage, earlier, tmp_path):
     before = models.load(earlier["start"]).state_dict()
     after = models.load(tmp_path).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    html = (tmp_path / "report.html").read_text()
+    assert all(
+        part in html for part in ("reward by step", "kl by step", "Before and after", "Samples", "reward_before")
+    )
 
 
 @pytest.mark.parametrize("stage, updates", [("grpo", 2), ("ppo", 3), ("dpo", 1)])

@@ -1,9 +1,9 @@
 """Recipe class_to_text: texts of a class, and the class of a text by Bayes' rule."""
 
 import json
-import random
 
 import pytest
+import task_files
 import torch
 from rich.console import Console
 
@@ -19,12 +19,7 @@ SMALL = {"model.embed": 16, "model.hidden": 24, "vocab": 280, "longest": 24, "ba
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Texts of two classes, of other letters each."""
-    path, draw = tmp_path_factory.mktemp("data") / "texts.tsv", random.Random(0)
-    letters = {"early": "abc", "late": "xyz"}
-    rows = [(name, "".join(draw.choices(letters[name], k=draw.randint(3, 9)))) for name in letters for _ in range(150)]
-    path.write_text("\n".join("\t".join(row) for row in rows))
-    return path
+    return task_files.write_classes(tmp_path_factory.mktemp("data"))
 
 
 def task_of(file, **changes):
@@ -39,6 +34,7 @@ def test_the_class_decides_the_text(file, tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert found["class_accuracy"] > 0.9 > found["majority_class"]
     task, model = task_of(file), models.load(tmp_path)
+    assert model.config.attribute_names == ("early", "late")
     for number, letters in enumerate(("abc", "xyz")):
         written = "".join(task.samples(model, number))
         assert sum(c in letters for c in written) > 0.8 * len(written) > 0

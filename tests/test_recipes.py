@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqfuse import comparison, data, models, trainer
+from seqfuse import comparison, data, models, run_report, trainer
 from seqfuse.benchmarks import claims
+from seqfuse.checkpoints import RunFolder
 from seqfuse.recipes import RECIPES
 from seqfuse.recipes.texts import IGNORED
 
@@ -76,9 +77,10 @@ def test_a_recipe_trains_reports_and_leaves_a_model(name, changes, files, tmp_pa
     assert model.tokenizer.vocab_size == model.config.vocab
 
 
-def test_a_resumed_recipe_ends_with_the_same_bytes(files, tmp_path, monkeypatch):
-    """The one with a state that goes from batch to batch: it is part of the checkpoint."""
-    config = configure("awd_lstm", files, {"max_steps": 6, "checkpoint_every": 100})
+@pytest.mark.parametrize("name", SMALL)
+def test_a_resumed_recipe_ends_with_the_same_bytes(name, files, tmp_path, monkeypatch):
+    """With a state that goes from batch to batch too, as that of awd_lstm: it is part of the checkpoint."""
+    config = configure(name, files, {"max_steps": 6, "checkpoint_every": 100})
     run(config, tmp_path / "whole")
     next_batch = trainer.Trainer.next_batch
 
@@ -89,9 +91,11 @@ def test_a_resumed_recipe_ends_with_the_same_bytes(files, tmp_path, monkeypatch)
     monkeypatch.setattr(trainer.Trainer, "next_batch", interrupted)
     assert not trainer.train(config, tmp_path / "parts", device="cpu", console=Console(quiet=True))
     monkeypatch.undo()
-    run(config, tmp_path / "parts")
+    found = run(config, tmp_path / "parts")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert a == b
+    task = RECIPES[name].task(config, "cpu", tmp_path / "parts")  # as `seqfuse eval` makes it
+    assert run_report.evaluate(task, RunFolder(tmp_path / "parts"))[0].metrics == found["metrics"]
 
 
 @pytest.mark.parametrize("name", [*SMALL, "translate rnn"])

@@ -4,11 +4,15 @@ import json
 import re
 
 import pytest
+import task_files
 import torch
 from rich.console import Console
+from task_files import BILSTM, ENCODER, RNN, TRANSFORMER, ULMFIT
+from typer.testing import CliRunner
 
 from seqfuse import data, models, schedules, trainer
 from seqfuse.checkpoints import RunFolder
+from seqfuse.cli import app
 from seqfuse.parallel import pick_device
 from seqfuse.recipes import RECIPES, qa
 from seqfuse.recipes.texts import IGNORED
@@ -16,22 +20,14 @@ from seqfuse.run_report import PastRun, by_setting, evaluate, findings_of
 from seqfuse.tokenizer import Tokenizer
 
 STEPS = {"max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "batch_size": 8, "optim.warmup": 2}
-SMALL = {"model.body.embed": 16, "model.body.hidden": 16, "model.body.dropout_input": 0.0, "vocab": 280}
-ENCODER = {"arch": "transformer", "model.body.width": 16, "model.body.layers": 1, "model.body.heads": 2, "vocab": 280}
+SMALL = BILSTM | {"model.body.dropout_input": 0.0}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory):
-    """Sentences in which a word's first letter is its tag."""
-    path = tmp_path_factory.mktemp("data") / "tagged.conll"
-    lines = []
-    for i in range(200):
-        words = [f"{'abc'[(i * j) % 3]}{(7 * i + j) % 10}" for j in range(1 + i % 7)]
-        lines += [f"{word}\tB-{word[0].upper()}" for word in words] + [""]
-    path.write_text("\n".join(lines))
-    return path
+    return task_files.write_tagged(tmp_path_factory.mktemp("data"))
 
 
 def configure(name, changes):
@@ -56,7 +52,13 @@ def test_tags_are_learned(name, size, tagged, tmp_path):
     config = configure(name, size | {"data": str(tagged), "max_steps": 60, "evaluate_every": 30, "optim.lr": 0.02})
     found = run(config, tmp_path / "run")
     assert found["metrics"][found["objective"]] > 0.9
-    assert isinstance(models.load(tmp_path / "run"), models.Tagger)
+    model = models.load(tmp_path / "run")
+    assert isinstance(model, models.Tagger) and model.config.label_names == ("B-A", "B-B", "B-C")
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "run")]).output
+    assert "label_names" in shown and "B-A" in shown
+    html = (tmp_path / "run" / "report.html").read_text()
+    for section in ("Confusion matrix", "precision", "F1", "Sentences of the test split"):
+        assert section in html
 
 
 def test_a_tagger_starts_from_any_folder(tagged, tmp_path):
@@ -104,20 +106,11 @@ def test_a_bad_line_of_a_tagged_file_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Texts and their last word; the same as passages, questions and answers."""
-    folder = tmp_path_factory.mktemp("pairs")
-    texts = [" ".join(f"{'abcd'[(i * j) % 4]}{(3 * i + j) % 7}" for j in range(1, 5 + i % 3)) for i in range(120)]
-    (folder / "summaries.tsv").write_text("\n".join(f"{text}\t{text.split()[-1]}" for text in texts))
-    (folder / "questions.tsv").write_text("\n".join(f"last?\t{text}\t{text.split()[-1]}" for text in texts))
-    return folder
+    return task_files.write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
-TINY = {"model.width": 16, "model.layers": 1, "model.heads": 2, "vocab": 280, "written": 4}
-ARCHS = {
-    "transformer": TINY,
-    "decoder": TINY,
-    "rnn": {"model.embed": 16, "model.hidden": 16, "vocab": 280, "written": 4},
-}
+TINY = TRANSFORMER | {"written": 4}
+ARCHS = {"transformer": TINY, "decoder": TINY, "rnn": RNN | {"written": 4}}
 FILES = {"summarize": "summaries.tsv", "qa": "questions.tsv"}
 
 
@@ -173,6 +166,20 @@ def test_squad_files(tmp_path):
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
     passage = "Ann came."
     assert qa.read_squad(path) == [("who?", passage, ("Ann", "Ann B."), passage), ("when?", passage, (), passage)]
+    there = f"{path}: data[0].paragraphs[0].qas[0]: the key "
+    for key, value, says in (
+        ("question", 1, "'question' must be a text"),
+        ("answers", {}, "'answers' must be a list"),
+        ("answers", [{}], "'text' is missing"),
+    ):
+        wrong = [asked[0] | {key: value}]
+        path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": wrong}]}]}))
+        with pytest.raises(data.DataError, match=re.escape(there + says)):
+            qa.read_squad(path)
+    for content in ("[]", '{"data": 5}', "{}"):
+        path.write_text(content)
+        with pytest.raises(data.DataError, match=re.escape(f"{path}: no SQuAD file: the key 'data' ")):
+            qa.read_squad(path)
     del asked[1]["question"]
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": asked}]}]}))
     with pytest.raises(data.DataError, match=re.escape(f"{path}: data[0].paragraphs[0].qas[1]: the key 'question'")):
@@ -202,29 +209,22 @@ def test_no_passage_reaches_over_the_border_of_a_block():
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """Texts with a good or a bad word in them."""
-    path = tmp_path_factory.mktemp("labelled") / "labelled.tsv"
-    rows = [(f"w{i % 9} {['bad', 'good'][i % 2]} v{i % 7} u{i}", ["neg", "pos"][i % 2]) for i in range(300)]
-    path.write_text("\n".join("\t".join(row) for row in rows))
-    return path
+    return task_files.write_labelled(tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, labelled):
     """The folder of an Encoder with a tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = Tokenizer.train([labelled.read_text()], "bpe", vocab=300)
-    torch.manual_seed(1)  # not that of a run
-    model = models.Encoder(models.EncoderConfig(width=16, layers=1, heads=2, **tokenizer.config()))
-    model.tokenizer = tokenizer
-    model.save(folder)
-    return folder
+    return task_files.write_body(tmp_path_factory.mktemp("encoder"), labelled.read_text())
 
 
 def test_sentiment_is_learned(labelled, encoder, tmp_path):
     changes = {"data": str(labelled), "start": str(encoder), "labelled": 100, "max_steps": 60, "optim.lr": 0.01}
     found = run(configure("sentiment", changes), tmp_path / "run")
     assert found["metrics"]["accuracy"] > 0.9 and found["metrics"]["labelled"] == 100
+    assert models.load(tmp_path / "run").config.label_names == ("neg", "pos")
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert all(section in html for section in ("Confusion matrix", "precision", "Surest mistakes"))
     task = RECIPES["sentiment"].task(configure("sentiment", changes))
     again, other = (RECIPES["sentiment"].task(configure("sentiment", changes | {"seed": s})) for s in (0, 1))
     assert task.train == again.train != other.train and task.test == other.test
@@ -242,6 +242,38 @@ def test_runs_that_differ_in_a_number_make_a_curve():
     assert "accuracy by labelled" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 6
     assert "scratch True" in chart and "scratch False" in chart
     assert by_setting(past[:1]) == by_setting(past[:2]) == []
+
+
+def test_a_curve_in_the_report(labelled, encoder, tmp_path):
+    """Accuracy against labelled examples, pretrained and from scratch, from runs within the run's folder."""
+    changes = {"data": str(labelled), "start": str(encoder), "labelled": 40, "curve": (20, 10), "max_steps": 2}
+    run(configure("sentiment", changes), tmp_path / "run")
+    html = (tmp_path / "run" / "report.html").read_text()
+    chart = html[html.index("Label efficiency") :].partition("</svg>")[0]
+    assert "labelled examples" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 3 + 2
+    for n in (10, 20):
+        for name, steps in ((f"labelled-{n}", 2), (f"labelled-{n}-scratch", 6)):
+            results = json.loads((tmp_path / "run" / name / "results.json").read_text())
+            assert results["metrics"]["labelled"] == n and results["steps"] == steps
+            assert f"{100 * results['metrics']['accuracy']:.1f}" in html
+    with pytest.raises(ValueError, match="a curve trains from scratch too"):
+        configure("sentiment", changes | {"scratch": True})
+    with pytest.raises(ValueError, match=r"curve must hold positive numbers, got \[0\]"):
+        configure("sentiment", changes | {"curve": (0,)})
+
+
+def test_examples_longer_than_the_body_has_positions_for(labelled, tagged, encoder, tmp_path):
+    says = "an example of .* tokens is longer than the 512 that the model has positions for .* lower longest"
+    with pytest.raises(data.DataError, match=f"longest: {says}"):
+        RECIPES["sentiment"].task(
+            configure("sentiment", {"data": str(labelled), "start": str(encoder), "longest": 513})
+        )
+    changes = ENCODER | {"data": str(tagged), "model.body.max_positions": 8}
+    with pytest.raises(data.DataError, match=f"longest: {says.replace('512', '8')}"):
+        RECIPES["pos"].task(configure("pos", changes))
+    task = RECIPES["pos"].task(configure("pos", changes | {"longest": 2}))
+    with torch.no_grad():
+        assert task.evaluate(task.model.eval())["loss"] > 0
 
 
 def test_scratch_is_the_same_architecture(labelled, encoder):
@@ -279,15 +311,12 @@ def test_sentiment_refuses(labelled, tmp_path):
         configure("sentiment", {"scratch": True, "lora": 4})
 
 
-ULMFIT = {"model.embed": 16, "model.hidden": 16, "vocab": 280, "limit": 20_000, "length": 10, "text": "stdlib",
-          "general_steps": 2, "target_steps": 2, "labelled": 40}  # fmt: skip
-
-
 def test_ulmfit_goes_through_its_stages(labelled, tmp_path, monkeypatch):
     config = configure("ulmfit", ULMFIT | {"data": str(labelled), "unfreeze": 2})
     run(config, tmp_path / "run")
     target, general = tmp_path / "run" / "target", tmp_path / "run" / "target" / "general"
     assert all(RunFolder(folder).finished for folder in (target, general))
+    assert models.load(tmp_path / "run").config.label_names == ("neg", "pos")
     whole = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "run", target, general)]
     assert whole[0] == whole[1] == whole[2]
 

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 
 from seqfuse import files, models, report
-from seqfuse.checkpoints import RunFolder, TrainError, writing
+from seqfuse.checkpoints import RunFolder, TrainError, load_weights, writing
 from seqfuse.models.files import read_json, write_json
 from seqfuse.recipes.base import Findings, Task
 from seqfuse.runlog import read_log
@@ -242,7 +242,11 @@ def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
     path = folder.path
     if not (path / "model.safetensors").is_file():
         found = [*folder.newest("best"), *folder.newest()]
+        found = [path for path in found if (path / "model.safetensors").is_file()]  # one in shares has none
         if not found:
-            raise TrainError(f"{path}: the run has no checkpoint yet")
+            raise TrainError(f"{path}: the run has no checkpoint yet that holds a whole model")
         path = found[0]
+        if path in folder.newest():  # the model as it is trained, perhaps with adapters
+            load_weights(path, task.model)
+            return findings_of(task, task.model), path
     return findings_of(task, models.load(path, device=task.device)), path

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from seqfuse import checkpoints, models, run_report, schedules
 from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.interrupts import CatchInterrupt
-from seqfuse.models import files
 from seqfuse.models.files import CheckpointError
 from seqfuse.parallel import Group, Lost, load_shares, local, processes, save_shares
+from seqfuse.recipes import lora
 from seqfuse.recipes.base import RunConfig, Task
 from seqfuse.runlog import RunLog
 
@@ -328,7 +328,7 @@ class Trainer:
         if self.config.sharding == "fsdp":
             load_shares(path, self.loss, self.optimizer, self.average)
         else:
-            self.load_weights(path)
+            checkpoints.load_weights(path, self.model)
             self.optimizer.load_state_dict(state["optimizer"])
             for average, saved in zip(self.average, state["average"], strict=True):
                 average.copy_(saved)
@@ -337,18 +337,12 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.order = []
 
-    def load_weights(self, folder: Path) -> None:
-        tensors, own = files.read_safetensors(folder / "model.safetensors"), files.tensors_of(self.model)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
-
     def write_model(self, folder: Path) -> None:
-        """The weights that were evaluated, as a model's folder."""
+        """The weights that were evaluated, as the folder of a plain model."""
         self.swap_average()
         tensors = self.group.whole(self.model)
         if self.group.first:
-            self.model.save(folder, self.task.exported(tensors))
+            self.model.save(folder, lora.merge(tensors))
         self.swap_average()
 
     def finish(self) -> None:

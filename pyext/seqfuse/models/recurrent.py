@@ -299,16 +299,20 @@ class RNNEncoder(Model):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassToTextConfig(RNNConfig):
-    """attributes: how many there are, each a number in [0, attributes); an example has one or several."""
+    """attributes: how many there are, each a number in [0, attributes); an example has one or several.
+    attribute_names: what each is called, or None."""
 
     model: ClassVar[str] = "ClassToText"
     encoder_decoder: ClassVar[bool] = True
 
     attributes: int = 2
+    attribute_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.positive("attributes")
+        named = self.attribute_names is None or len(self.attribute_names) == self.attributes
+        self.require(named, f"attribute_names must be as many as attributes, got {self.attribute_names!r}")
         self.require(self.bos_id is not None, "bos_id must be given: text starts with it")
 
     @property

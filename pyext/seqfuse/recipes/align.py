@@ -21,6 +21,7 @@ from torch import Tensor
 
 from seqfuse import losses, report
 from seqfuse.models.heads import Classifier
+from seqfuse.recipes import lora
 from seqfuse.recipes.alignment import (
     SAMPLING_SEED,
     SHOWN,
@@ -75,7 +76,7 @@ class RewardModel(OnPairs):
         return Classifier.on(super().build(), labels=1, pooling="last")
 
     def take_weights(self, model):
-        self.model.body.load_state_dict(model.state_dict())
+        lora.load_plain(self.model.body, model.state_dict())
 
     def loss(self, model, *batch):
         chosen, rejected = self.scores(model, Rows(*batch))

@@ -16,7 +16,9 @@ from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.decoder import DecoderConfig
+from seqfuse.recipes import lora
 from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
+from seqfuse.recipes.pretrained import check_positions
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 from seqfuse.tokenizer import Tokenizer
 
@@ -32,6 +34,8 @@ class AlignConfig(RunConfig):
     one, which is also the reference. reward: the folder of a reward model. Where they are not given, the earlier stages
     are trained first, into the run's own folders sft and reward: sft_steps and reward_steps, by default four and two
     for each step of this run.
+
+    lora: rank of the adapters that are trained instead of the model's own weights, 0: none.
 
     vocab: tokens of a new model. longest: tokens of prompt and answer together; answer: those of a new answer, at most.
     prompt_words: of a review, that an answer goes on from. gap: points between the ratings of a pair.
@@ -49,6 +53,7 @@ class AlignConfig(RunConfig):
     reward: str | None = None
     sft_steps: int | None = None
     reward_steps: int | None = None
+    lora: int = 0
     vocab: int = 2000
     longest: int = 56
     answer: int = 40
@@ -71,6 +76,8 @@ class AlignConfig(RunConfig):
         fits = self.answer + 2 <= self.longest
         self.require(fits, f"longest must leave room for a prompt: at least answer + 2, got {self.longest}")
         self.require(self.stage != "grpo" or self.samples > 1, "samples must be two at least in grpo: a group")
+        pretrained = self.stage != "sft" or self.start is not None or not self.lora
+        self.require(pretrained, "adapters (lora) are for a trained model, which start names")
         whole = self.sharding == "ddp" or self.stage not in ("grpo", "ppo")
         self.require(whole, f"{self.stage} draws answers from the whole model: sharding must be ddp, not fsdp")
         for name in ("clip", "lam"):
@@ -238,11 +245,13 @@ class Align(Task):
 
     def build(self) -> Model:
         if self.config.start is not None:
-            return self.loaded(self.config.start)
-        config = dataclasses.replace(self.config.model, **self.model_tokenizer.config())
-        model = MODELS[config.model](config)
-        model.tokenizer = self.model_tokenizer
-        return model
+            model = self.loaded(self.config.start)
+        else:
+            config = dataclasses.replace(self.config.model, **self.model_tokenizer.config())
+            model = MODELS[config.model](config)
+            model.tokenizer = self.model_tokenizer
+        check_positions(model.config, self.config.longest, "longest")
+        return lora.attach(model, self.config.lora) if self.config.lora else model
 
     def loaded(self, folder: str | Path) -> Model:
         return models.load(folder, dtype=torch.float32, device=self.device)
@@ -264,7 +273,7 @@ class Align(Task):
         return True
 
     def take_weights(self, model: Model) -> None:
-        self.model.load_state_dict(model.state_dict())
+        lora.load_plain(self.model, model.state_dict())
 
     @property
     def start_folder(self) -> Path:

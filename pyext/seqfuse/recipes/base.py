@@ -192,10 +192,6 @@ class Task:
         """What the learning rate of a group is multiplied by in a step, 0: it is frozen."""
         return 1.0
 
-    def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the model that is kept, from those of the model that is trained; by name."""
-        return tensors
-
     def finished(self, model: Model) -> Model:
         """What a finished run leaves of the model that was trained."""
         return model

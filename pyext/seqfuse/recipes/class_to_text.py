@@ -94,7 +94,7 @@ class OneToMany(Task):
         return [row for row in every if len(row[1]) <= self.config.longest]
 
     def build(self) -> Model:
-        own = {"attributes": len(self.classes), **self.pieces.config()}
+        own = {"attributes": len(self.classes), "attribute_names": tuple(self.classes), **self.pieces.config()}
         model = ClassToText(dataclasses.replace(self.config.model, **own))
         model.tokenizer = self.pieces
         return model

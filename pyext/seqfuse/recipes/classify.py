@@ -79,6 +79,10 @@ class Classification(Task):
     def text_tokenizer(self) -> Tokenizer:
         raise NotImplementedError
 
+    def labels(self) -> dict:
+        """What a ClassifierConfig says of them."""
+        return {"labels": len(self.names), "label_names": tuple(self.names)}
+
     def encode(self, rows: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
         """(ids, number of the label)."""
         texts = self.pieces.encode_batch([text for text, _ in rows])

@@ -16,13 +16,15 @@ from seqfuse.recipes.labels import confusion, f1_table
 from seqfuse.recipes.tagging import Tagging, TaggingConfig, flat, tagging
 
 
-def ner(arch: str = "bilstm", start: str | None = None) -> TaggingConfig:
-    """arch: bilstm or transformer. start: a pretrained body instead of both, "minilm" or a folder."""
-    return tagging("ner", arch, start, max_steps=600, batch_size=32, evaluate_every=100, vocab=2000)
+def ner(arch: str = "bilstm", start: str | None = None, lora: int = 0) -> TaggingConfig:
+    """arch: bilstm or transformer. start: a pretrained body instead of both, "minilm" or a folder. lora: rank of its
+    adapters."""
+    return tagging("ner", arch, start, lora, max_steps=600, batch_size=32, evaluate_every=100, vocab=2000)
 
 
 class Entities(Tagging):
     objective = "f1"
+    spans = True
 
     source = data.SETS["addresses"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqfuse import losses
 from seqfuse.models.heads import ActorCritic
+from seqfuse.recipes import lora
 from seqfuse.recipes.alignment import Rows
 from seqfuse.recipes.policies import Measured, log_probs
 from seqfuse.recipes.texts import IGNORED
@@ -112,7 +113,7 @@ class Ppo(OnPolicy):
         return ActorCritic.on(super().build())
 
     def take_weights(self, model):
-        self.model.body.load_state_dict(model.state_dict())
+        lora.load_plain(self.model.body, model.state_dict())
 
     def finished(self, model):
         return model.body

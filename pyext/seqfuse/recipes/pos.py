@@ -14,9 +14,10 @@ from seqfuse.recipes.labels import confusion, f1_table
 from seqfuse.recipes.tagging import Tagging, TaggingConfig, flat, tagging
 
 
-def pos(arch: str = "bilstm", start: str | None = None) -> TaggingConfig:
-    """arch: bilstm or transformer. start: a pretrained body instead of both, "minilm" or a folder."""
-    return tagging("pos", arch, start, max_steps=3000, batch_size=32, evaluate_every=500, checkpoint_every=500)
+def pos(arch: str = "bilstm", start: str | None = None, lora: int = 0) -> TaggingConfig:
+    """arch: bilstm or transformer. start: a pretrained body instead of both, "minilm" or a folder. lora: rank of its
+    adapters."""
+    return tagging("pos", arch, start, lora, max_steps=3000, batch_size=32, evaluate_every=500, checkpoint_every=500)
 
 
 class PartsOfSpeech(Tagging):
@@ -34,16 +35,16 @@ class PartsOfSpeech(Tagging):
     def report(self, model: Model) -> Findings:
         """Accuracy on the test split, of words that training has and of those it has not; F1 and confusions."""
         found, loss = self.tag(model, self.test)
-        true, predicted = flat([s.tags for s in self.test]), flat(found)
+        tags = [s.tags for s in self.test]
+        true, predicted = flat(tags), flat(found)
         unseen = [word not in self.known for s in self.test for word in s.words]
-        right = [a == b for a, b in zip(true, predicted, strict=True)]
+        right = sum(a == b and u for a, b, u in zip(true, predicted, unseen, strict=True))
         scores = metrics.class_scores(true, predicted)
-        values = {
-            "accuracy": sum(right) / len(right),
-            "accuracy_of_unseen_words": sum(r for r, u in zip(right, unseen, strict=True) if u) / max(1, sum(unseen)),
+        values = self.scores(tags, found) | {
+            "accuracy_of_unseen_words": right / max(1, sum(unseen)),
             "macro_f1": metrics.macro_f1(scores),
             "loss": loss,
-            "words": len(right),
+            "words": len(true),
             "unseen_words": sum(unseen),
         }
         sections = [f1_table("Parts of speech", scores), confusion(true, predicted), self.samples(found)]

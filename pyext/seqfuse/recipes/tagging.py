@@ -18,8 +18,9 @@ from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import Tagger, TaggerConfig
 from seqfuse.models.recurrent import RNNEncoderConfig
+from seqfuse.recipes import lora
 from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
-from seqfuse.recipes.pretrained import load_body
+from seqfuse.recipes.pretrained import check_positions, load_body
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 
@@ -29,13 +30,15 @@ SHOWN = 6  # sentences in the report
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaggingConfig(RunConfig):
-    """start: a pretrained body instead of the one in `model`: "minilm", or the folder of a model. column: of the tag in
+    """start: a pretrained body instead of the one in `model`: "minilm", or the folder of a model. lora: rank of the
+    adapters that are trained instead of that body's own weights, 0: none. column: of the tag in
     the user's file, counted from 0; by default the last, in a .conllu file the fourth. test: the user's file of
     sentences that the report is about; without it a tenth of `data`. vocab: pieces of words. longest: words of an
     example; longer sentences are cut. limit: sentences of training, 0: all.
     """
 
     start: str | None = None
+    lora: int = 0
     column: int | None = None
     test: str | None = None
     vocab: int = 8000
@@ -45,10 +48,12 @@ class TaggingConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.positive("vocab", "longest")
+        pretrained = self.start is not None or not self.lora
+        self.require(pretrained, "adapters (lora) are for a pretrained body, which start names")
 
 
-def tagging(recipe: str, arch: str, start: str | None, **options) -> TaggingConfig:
-    """arch: bilstm or transformer. With a start the rates are those of fine-tuning."""
+def tagging(recipe: str, arch: str, start: str | None, lora: int, **options) -> TaggingConfig:
+    """arch: bilstm or transformer. With a start the rates are those of fine-tuning, adapters have one of their own."""
     if arch not in ("bilstm", "transformer"):
         raise ValueError(f"{recipe}: arch must be bilstm or transformer, got {arch!r}")
     if arch == "bilstm":
@@ -56,20 +61,24 @@ def tagging(recipe: str, arch: str, start: str | None, **options) -> TaggingConf
     else:
         body = EncoderConfig(vocab=1, width=192, layers=4, heads=4, token_types=0, norm_first=True, dropout=0.1,
                              embedding_norm=False)  # fmt: skip
+    from_scratch = 1e-3 if arch == "transformer" else 3e-3
     return TaggingConfig(
         recipe=recipe,
         start=start,
-        optim=Optim(lr=3e-4) if start else Optim(lr=1e-3 if arch == "transformer" else 3e-3),
+        lora=lora,
+        optim=Optim(lr=2e-3 if lora else 3e-4 if start else from_scratch),
         model=TaggerConfig(body=body, labels=1, dropout=0.1 if start else 0.3),
         **options,
     )
 
 
 class Tagging(Task):
-    """A subclass gives sentences() and scores(), and what its report shows. source: of its sentences, for the user."""
+    """A subclass gives sentences() and scores(), and what its report shows. source: of its sentences, for the user.
+    spans: tags are those of spans."""
 
     unit = "words"
     higher = True
+    spans = False
     source: PackageFile
 
     def sentences(self) -> list[tuple[Sentence, str]]:
@@ -108,6 +117,8 @@ class Tagging(Task):
             self.pieces = self.tokenizer(lambda: Tokenizer.train(words, "bpe", vocab=config.vocab))
         self.ids_of: dict[str, list[int]] = {}
         self.encoded = [self.encode(s) for s in self.train]
+        most = max(len(ids) for ids, _ in (*self.encoded, *map(self.encode, (*self.valid, *self.test))))
+        check_positions(self.body.config if config.start else config.model.body, most, "longest")
 
     def what(self) -> str:
         """What was read, for the user."""
@@ -118,7 +129,7 @@ class Tagging(Task):
         return f"{self.source.source}; licence: {self.source.licence}"
 
     def read(self, path: str) -> list[tuple[Sentence, str]]:
-        return [(s, " ".join(s.words)) for s in data.read_conll(path, self.config.column)]
+        return [(s, " ".join(s.words)) for s in data.read_conll(path, self.config.column, self.spans)]
 
     def cut(self, sentence: Sentence) -> Iterator[Sentence]:
         for i in range(0, len(sentence.words), self.config.longest):
@@ -138,11 +149,13 @@ class Tagging(Task):
         return ids + last, starts
 
     def build(self) -> Model:
-        config, labels = self.config.model, len(self.names)
+        config = self.config.model
+        labels = {"labels": len(self.names), "label_names": tuple(self.names)}
         if self.config.start:
-            return Tagger.on(self.body, labels=labels, dropout=config.dropout)
+            model = Tagger.on(self.body, **labels, dropout=config.dropout)
+            return lora.attach(model, self.config.lora) if self.config.lora else model
         body = dataclasses.replace(config.body, **self.pieces.config())
-        model = Tagger(dataclasses.replace(config, body=body, labels=labels))
+        model = Tagger(dataclasses.replace(config, body=body, **labels))
         model.tokenizer = self.pieces
         return model
 

@@ -172,7 +172,7 @@ class ToClassifier(Stage, Classification):
     def build(self) -> Model:
         body = RNNLanguageModel(dataclasses.replace(self.config.model, **self.pieces.config()))
         body.tokenizer = self.pieces
-        model = Classifier.on(body, labels=len(self.names), pooling="concat", dropout=0.1)
+        model = Classifier.on(body, **self.labels(), pooling="concat", dropout=0.1)
         model.body.output.bias.requires_grad_(False)  # no token is predicted any more
         return model
 
