@@ -241,6 +241,14 @@ def test_axes(from_zero):
     assert "<polyline" in report.line_chart([report.Series("s", [1], [2.0])], "x", "y", "t", from_zero)
 
 
+def test_names_in_a_heat_map_have_room():
+    chart = report.heat_map(["a", "longer<"], ["of 12 letters"], [[0.5, 1.0]], "x", "y")
+    names = {e.text: e for e in xml.fromstring(chart).iter("text")}
+    assert "rotate(-90)" in names["longer<"].get("transform") and float(names["of 12 letters"].get("x")) > 13 * 8
+    short = report.heat_map(["a", "b"], ["c"], [[0.5, 1.0]], "x", "y")
+    assert short.count("rotate(-90)") == 1  # the axis
+
+
 # ------------------------------------------------------------------------------------------------------------- the log
 
 

@@ -130,8 +130,12 @@ def standalone(svg: str) -> str:
 def heat_map(
     columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]], x_label: str, y_label: str
 ) -> str:
-    """values[row][column] in [0, 1], drawn as cells from empty to full; hover shows the number."""
-    cell, left, top = 34, 84, 58
+    """values[row][column] in [0, 1], drawn as cells from empty to full; hover shows the number. Names of columns that
+    are wider than a cell stand upright."""
+    cell, letter = 34, 8
+    row_width, column_width = (letter * max(map(len, names), default=0) for names in (rows, columns))
+    upright = column_width > cell
+    left, top = max(84, 40 + row_width), max(58, 40 + column_width * upright)
     width, height = left + cell * len(columns) + 10, top + cell * len(rows) + 10
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(y_label)}">']
     middle = left + cell * len(columns) / 2
@@ -140,7 +144,9 @@ def heat_map(
     out.append(f'<text transform="translate(14 {across}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     for i, name in enumerate(columns):
         x = left + cell * (i + 0.5)
-        out.append(f'<text class="strong mono" x="{x}" y="{top - 12}" text-anchor="middle">{escape(name)}</text>')
+        place = f'transform="translate({x + 4} {top - 12}) rotate(-90)"' if upright else f'x="{x}" y="{top - 12}"'
+        anchor = "start" if upright else "middle"
+        out.append(f'<text class="strong mono" {place} text-anchor="{anchor}">{escape(name)}</text>')
     for j, name in enumerate(rows):
         y = top + cell * j
         out.append(
