@@ -224,6 +224,14 @@ def test_a_report_keeps_to_the_models_positions(files):
         configure("translate", files, positions | {"longest": 21})
     task = task_of("gpt", files, {"model.max_positions": 20})
     assert 4 < len(task.report(task.model).text) <= 20
+    with pytest.raises(
+        data.DataError, match="length: an example of 16 tokens is longer than the 15 that the model has"
+    ):
+        task_of("gpt", files, {"model.max_positions": 15})
+    with pytest.raises(
+        data.DataError, match="length: an example of 16 tokens is longer than the 15 that the model has"
+    ):
+        task_of("bert_mlm", files, {"model.body.max_positions": 15})
     with pytest.raises(data.DataError, match="prompt: it leaves no room for a sample in the model's 20 positions"):
         task_of("gpt", files, {"model.max_positions": 20, "prompt": "a" * 20})
 

@@ -307,6 +307,9 @@ def test_sentiment_refuses(labelled, tmp_path):
     path.write_text("good\tpos\nalone\n")
     with pytest.raises(data.DataError, match=re.escape(f"{path}, line 2: expected text<TAB>label")):
         RECIPES["ulmfit"].task(configure("ulmfit", {"data": str(path), "text": "stdlib"}))
+    path.write_text("\n".join(f"text {i}\tpos" for i in range(100)))
+    with pytest.raises(data.DataError, match=re.escape(f"{path}: all texts have the label 'pos'; two labels")):
+        RECIPES["ulmfit"].task(configure("ulmfit", {"data": str(path), "text": "stdlib"}))
     with pytest.raises(ValueError, match="not for scratch"):
         configure("sentiment", {"scratch": True, "lora": 4})
 

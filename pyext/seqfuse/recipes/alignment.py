@@ -17,8 +17,7 @@ from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.decoder import DecoderConfig
 from seqfuse.recipes import lora
-from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
-from seqfuse.recipes.pretrained import check_positions
+from seqfuse.recipes.base import Optim, RunConfig, Task, check_positions, fingerprint
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 from seqfuse.tokenizer import Tokenizer
 

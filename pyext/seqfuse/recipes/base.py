@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.config import Config, Settings
 from seqfuse.schedules import Schedule
@@ -230,6 +231,14 @@ def fingerprint(*texts: str | bytes | Path) -> str:
         data = text.read_bytes() if isinstance(text, Path) else text.encode() if isinstance(text, str) else text
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
+
+
+def check_positions(model: Config, tokens: int, setting: str) -> None:
+    """DataError if a model has not as many positions as the longest example, which `setting` limits, has tokens."""
+    most = getattr(model, "max_positions", None)
+    if most is not None and tokens > most:
+        raise DataError(f"{setting}: an example of {tokens} tokens is longer than the {most} that the model has "
+                        f"positions for (max_positions); lower {setting}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

@@ -73,6 +73,10 @@ class Classification(Task):
         self.train = [self.pool[i] for i in drawn[: config.labelled or None].tolist()]
         self.examples = len(self.train)
         self.names = sorted({label for _, label in rows})
+        if len(self.names) < 2:
+            raise DataError(
+                f"{config.data}: all texts have the label {self.names[0]!r}; two labels are wanted at least"
+            )
         self.pieces = self.text_tokenizer()
         self.encoded = self.encode(self.train)
 

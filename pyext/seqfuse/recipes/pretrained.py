@@ -9,7 +9,6 @@ import torch
 from seqfuse import data, models
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
-from seqfuse.models.config import Config
 from seqfuse.models.heads import Head
 
 
@@ -26,11 +25,3 @@ def load_body(start: str) -> Model:
         model.body.tokenizer = model.tokenizer
         return model.body
     return model
-
-
-def check_positions(body: Config, tokens: int, setting: str) -> None:
-    """DataError if a body has not as many positions as the longest example, which `setting` limits, has tokens."""
-    most = getattr(body, "max_positions", None)
-    if most is not None and tokens > most:
-        raise DataError(f"{setting}: an example of {tokens} tokens is longer than the {most} that the model has "
-                        f"positions for (max_positions); lower {setting}")  # fmt: skip

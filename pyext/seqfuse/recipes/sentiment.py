@@ -22,9 +22,9 @@ from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.files import read_json
 from seqfuse.models.heads import Classifier, ClassifierConfig
 from seqfuse.recipes import lora
-from seqfuse.recipes.base import Findings, Optim, Recipe
+from seqfuse.recipes.base import Findings, Optim, Recipe, check_positions
 from seqfuse.recipes.classify import Classification, ClassifyConfig
-from seqfuse.recipes.pretrained import check_positions, load_body
+from seqfuse.recipes.pretrained import load_body
 
 LONGER = 3  # times as many steps from scratch
 

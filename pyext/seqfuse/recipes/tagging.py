@@ -19,8 +19,8 @@ from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import Tagger, TaggerConfig
 from seqfuse.models.recurrent import RNNEncoderConfig
 from seqfuse.recipes import lora
-from seqfuse.recipes.base import Optim, RunConfig, Task, fingerprint
-from seqfuse.recipes.pretrained import check_positions, load_body
+from seqfuse.recipes.base import Optim, RunConfig, Task, check_positions, fingerprint
+from seqfuse.recipes.pretrained import load_body
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
 

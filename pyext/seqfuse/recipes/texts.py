@@ -14,7 +14,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
-from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint, generator
+from seqfuse.recipes.base import Findings, RunConfig, Task, check_positions, fingerprint, generator
 from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
@@ -81,6 +81,7 @@ class TextTask(Task):
                 "tokens"
             )
         self.examples = (len(self.train_ids) - 1) // config.length
+        check_positions(getattr(config.model, "body", config.model), config.length, "length")
         most = getattr(config.model, "max_positions", None)
         self.room = SAMPLED if most is None else min(SAMPLED, most - len(self.text_tokenizer.encode(config.prompt)))
         if self.room < 1:
