@@ -5,11 +5,12 @@ import json
 import pytest
 import task_files
 import torch
+from rich.console import Console
 from task_files import ALIGN, BILSTM, ENCODER, RNN, TRANSFORMER, ULMFIT
 from training import run_recipe, together
 from typer.testing import CliRunner
 
-from seqfuse import testing
+from seqfuse import comparison, recipes, testing
 from seqfuse.cli import app
 from seqfuse.run_report import show
 from seqfuse.runlog import read_log
@@ -126,3 +127,10 @@ def test_two_processes_train_what_one_trains(case, files, tmp_path):
             testing.assert_accurate(
                 torch.tensor(found), torch.tensor(truth, dtype=torch.float64), what=f"{stage}: loss"
             )
+
+
+@pytest.mark.parametrize("case", [case for case in PLAIN if case != "align"])  # which test_align.py compares
+def test_compared_with_plain_pytorch(case, files):
+    config = recipes.RECIPES[case.split()[0]].configure(settings(case, files) | {"max_steps": 2} | PLAIN[case])
+    found = comparison.compare(config, device="cpu", console=Console(quiet=True))
+    assert found.ratio > 0 and found.fused_loss == pytest.approx(found.plain_loss, rel=1e-3)

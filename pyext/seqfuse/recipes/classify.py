@@ -111,6 +111,11 @@ class Classification(Task):
     def loss(self, model, ids, labels, lengths):
         return ops.cross_entropy(model(ids, lengths), labels, **self.loss_options(model)), len(labels)
 
+    def held_out(self):
+        rows = sorted(self.encode(self.valid), key=lambda row: len(row[0]))
+        for start in range(0, len(rows), EVALUATED_ROWS):
+            yield self.collate(rows[start : start + EVALUATED_ROWS])
+
     def classify(self, model: Model, rows: list[tuple[str, str]]) -> tuple[list[str], list[float], float]:
         """(label that the model gives, how probable it finds it) of each text, and the mean loss."""
         encoded = self.encode(rows)

@@ -178,6 +178,12 @@ class Tagging(Task):
     def loss(self, model, ids, targets, lengths):
         return model.loss(ids, targets, lengths, **self.loss_options(model)), (targets != IGNORED).sum()
 
+    def held_out(self):
+        valid = sorted(self.valid, key=lambda sentence: len(sentence.words))
+        for start in range(0, len(valid), EVALUATED_ROWS):
+            some = valid[start : start + EVALUATED_ROWS]
+            yield self.collate([self.encode(s) for s in some], some)
+
     def tag(self, model: Model, sentences: Sequence[Sentence]) -> tuple[list[list[str]], float]:
         """The tags that the model gives, and the mean loss of a word."""
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].words))
