@@ -28,7 +28,7 @@ from seqfuse.data.sets import (
     translation_set,
     translations,
 )
-from seqfuse.data.tagged import addresses, brown
+from seqfuse.data.tagged import addresses, brown, brown_genres
 
 __all__ = [
     "CMUDICT",
@@ -43,6 +43,7 @@ __all__ = [
     "Sentence",
     "addresses",
     "brown",
+    "brown_genres",
     "cache_dir",
     "cached",
     "cmudict",

@@ -65,6 +65,26 @@ def brown() -> list[tuple[Sentence, str]]:
     return sentences
 
 
+# kinds of prose by the letters of Brown's categories; religion, hobbies, lore, essays and humour are none of them
+GENRES = {"news": "abc", "learned": "hj", "fiction": "klmnp"}
+PASSAGE = 50  # words, at least
+
+
+def brown_genres() -> list[tuple[str, str, str]]:
+    """(passage, "news", "learned" or "fiction", name of its text): the Brown corpus in passages of whole sentences."""
+    genre = {letter: name for name, letters in GENRES.items() for letter in letters}
+    passages, words, before = [], [], None
+    for sentence, text in brown():
+        if text != before:
+            words, before = [], text  # what was left of the text before is too short
+        words += sentence.words
+        if len(words) >= PASSAGE:
+            if text[1] in genre:
+                passages.append((" ".join(words), genre[text[1]], text))
+            words = []
+    return passages
+
+
 def addresses() -> list[Sentence]:
     """Addresses: each part (AddressNumber, StreetName, PlaceName ...) is a span, B- at its first word, I- inside."""
     sentences = []

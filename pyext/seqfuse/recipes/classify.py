@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,9 +22,11 @@ SPLITS = 20.0, 5.0  # percent of the texts to test and to validate on
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(RunConfig):
-    """labelled: examples that are trained on, drawn by the seed from the training split; 0: all of it. longest: tokens
-    of a text; longer ones are cut."""
+    """corpus: what is read without a file of your own, "reviews" or "genres" (see labelled_texts). labelled: examples
+    that are trained on, drawn by the seed from the training split; 0: all of it. longest: tokens of a text; longer ones
+    are cut."""
 
+    corpus: Literal["reviews", "genres"] = "reviews"
     labelled: int = 500
     longest: int = 64
 
@@ -32,20 +35,32 @@ class ClassifyConfig(RunConfig):
         self.positive("longest")
 
 
-def labelled_texts(path: str | None) -> tuple[list[tuple[str, str]], str]:
-    """(text, label) of each text once, and what was read: the user's file, or sentences of film reviews, "negative" or
-    "positive" by the sign of the mean rating that some twenty people gave them."""
-    if path:
-        records = data.read_records(path, ("text", "label"))
-        return list(dict(records.rows).items()), records.said
+class Example(NamedTuple):
+    text: str
+    label: str
+    group: str  # examples of one group are in one split
+
+
+def labelled_texts(config: ClassifyConfig) -> tuple[list[Example], str]:
+    """Each text once, and what was read: the user's file; sentences of film reviews, "negative" or "positive" by the
+    sign of the mean rating that some twenty people gave them; or passages of the Brown corpus, "news", "learned" or
+    "fiction"."""
+    if config.data:
+        records = data.read_records(config.data, ("text", "label"))
+        return [Example(text, label, text) for text, label in dict(records.rows).items()], records.said
+    if config.corpus == "genres":
+        rows = [Example(*row) for row in data.brown_genres()]
+        source = data.SETS["brown"]
+        return rows, f"{source.source}: passages by the kind of prose; licence: {source.licence}"
     rated = {review.text: "positive" if review.rating > 0 else "negative" for review in data.rated_reviews()
              if review.rating}  # fmt: skip
     source = data.SETS["ratings"]
-    return list(rated.items()), f"{source.source}: negative or positive by their sign; licence: {source.licence}"
+    said = f"{source.source}: negative or positive by their sign; licence: {source.licence}"
+    return [Example(text, label, text) for text, label in rated.items()], said
 
 
-def split_of(text: str) -> str:
-    return data.split_of(text, *SPLITS)
+def split_of(example: Example) -> str:
+    return data.split_of(example.group, *SPLITS)
 
 
 class Classification(Task):
@@ -58,21 +73,21 @@ class Classification(Task):
 
     def prepare(self) -> None:
         config = self.config
-        rows, what = labelled_texts(config.data)
+        rows, what = labelled_texts(config)
         splits: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
         for row in rows:
-            splits[split_of(row[0])].append(row)
+            splits[split_of(row)].append((row.text, row.label))
         for name, part in splits.items():
             if not part:
                 raise DataError(f"{config.data}: the {name} split is empty, {len(rows)} texts are too few")
-        self.fingerprint = fingerprint(repr(rows))
+        self.fingerprint = fingerprint(repr([tuple(row) for row in rows]))
         counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
         self.said = f"{what}\ntexts: {counts}"
         self.pool, self.valid, self.test = splits["train"], splits["valid"], splits["test"]
         drawn = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(config.seed))
         self.train = [self.pool[i] for i in drawn[: config.labelled or None].tolist()]
         self.examples = len(self.train)
-        self.names = sorted({label for _, label in rows})
+        self.names = sorted({row.label for row in rows})
         if len(self.names) < 2:
             raise DataError(
                 f"{config.data}: all texts have the label {self.names[0]!r}; two labels are wanted at least"

@@ -65,6 +65,8 @@ def ulmfit(stage: str = "classifier") -> UlmfitConfig:
     return UlmfitConfig(
         recipe="ulmfit",
         stage=stage,
+        corpus="genres",
+        longest=100,
         max_steps=700 if language_model else 150,
         batch_size=20,
         length=35,
@@ -95,7 +97,7 @@ class Stage(Task):
 
     def pool_of_texts(self) -> list[str]:
         """The task's texts, those of the test split left out."""
-        return [text for text, _ in labelled_texts(self.config.data)[0] if split_of(text) != "test"]
+        return [row.text for row in labelled_texts(self.config)[0] if split_of(row) != "test"]
 
     def train_tokenizer(self, text: str = "") -> Tokenizer:
         """That of the model to start from; else the same in each stage, as it is learned from the same texts."""
@@ -116,7 +118,19 @@ class Stage(Task):
         if start is None:
             plain = ulmfit(self.before)
             steps = config.general_steps if self.before == "general" else config.target_steps
-            same = ("seed", "data", "text", "books", "limit", "tokens", "vocab", "length", "general_steps", "model")
+            same = (
+                "seed",
+                "data",
+                "corpus",
+                "text",
+                "books",
+                "limit",
+                "tokens",
+                "vocab",
+                "length",
+                "general_steps",
+                "model",
+            )
             kept = {name: getattr(config, name) for name in same}
             if not train(dataclasses.replace(plain, max_steps=steps, **kept), self.before):
                 return False
