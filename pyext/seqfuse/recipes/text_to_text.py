@@ -58,7 +58,8 @@ def text_to_text(recipe: str, arch: str, overfit: bool, **options) -> TextToText
     if arch not in models:
         raise ValueError(f"{recipe}: arch must be {', '.join(models)}, got {arch!r}")
     if overfit:
-        options |= {"limit": 50, "max_steps": 300, "batch_size": 25, "vocab": 1000, "evaluate_every": 100,
+        steps = 500 if arch == "transformer" else 300  # it learns two embeddings and the way between them
+        options |= {"limit": 50, "max_steps": steps, "batch_size": 25, "vocab": 1000, "evaluate_every": 100,
                     "optim": Optim(lr=2e-3, warmup=30, beta2=0.98)}  # fmt: skip
     else:
         options |= {"max_steps": 3000, "evaluate_every": 500, "checkpoint_every": 500, "label_smoothing": 0.1,
