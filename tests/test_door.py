@@ -314,6 +314,23 @@ def test_a_step_of_decoding_is_that_of_the_long_way(options, new, integer, dtype
     assert all(map(torch.equal, *results))
 
 
+def test_a_module_that_decodes_hears_what_it_ran_on(passed):
+    module, q = torch.nn.Identity(), torch.randn(2, 4, 9, 16)
+    choices = []
+    for by_the_door in (False, True):
+        explanation.entering(module)
+        if by_the_door:
+            ops.attention_with_kv_cache(q, q, q, cache_lengths=ROOM)
+        else:
+            assert chosen(lambda: ops.attention_with_kv_cache(q, q, q, cache_lengths=ROOM)) == "cpu"
+            open_again()
+        choices.append(explanation._last.pop(module))
+        assert passed == ["attention_with_kv_cache"] * by_the_door
+    assert choices[0] == choices[1]
+    ops.swiglu(*tensors("swiglu"))
+    assert passed[1:] == ["gated"]
+
+
 def test_explain_knows_what_a_layer_norm_ran_on(passed):
     module, small, large = seqfuse.nn.LayerNorm(64), torch.randn(3, 64), torch.randn(4096, 64)
     for x, backend in ((small, "torch"), (large, "cpu"), (small, "torch")):

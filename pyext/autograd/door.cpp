@@ -230,11 +230,12 @@ PyObject* linear_cross_entropy(Arguments args) {
   });
 }
 
-template <Py_ssize_t count, PyObject* (*call)(Arguments)>
+// tells: whether Python tells a module that waits for it what such a call ran on.
+template <Py_ssize_t count, PyObject* (*call)(Arguments), bool tells>
 PyObject* enter(PyObject*, Arguments args, Py_ssize_t given) {
   HANDLE_TH_ERRORS
   if (given != count) return PyErr_Format(PyExc_TypeError, "takes %zd arguments, got %zd", count, given);
-  if (!opening || is_awaited || !is_eager()) Py_RETURN_NONE;
+  if (!opening || (is_awaited && !tells) || !is_eager()) Py_RETURN_NONE;
   return call(args);
   END_HANDLE_TH_ERRORS
 }
@@ -278,14 +279,15 @@ PyObject* awaited(PyObject*, PyObject* whether) {
   Py_RETURN_NONE;
 }
 
-template <Py_ssize_t count, PyObject* (*call)(Arguments)>
+template <Py_ssize_t count, PyObject* (*call)(Arguments), bool tells = false>
 PyMethodDef entry(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(enter<count, call>)), METH_FASTCALL, nullptr};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(enter<count, call, tells>)), METH_FASTCALL,
+          nullptr};
 }
 
 PyMethodDef methods[] = {
     entry<7, attention>("attention"),
-    entry<8, attention_with_kv_cache>("attention_with_kv_cache"),
+    entry<8, attention_with_kv_cache, true>("attention_with_kv_cache"),
     entry<3, gated>("gated"),
     entry<7, layer_norm>("layer_norm"),
     entry<4, linear_cross_entropy>("linear_cross_entropy"),

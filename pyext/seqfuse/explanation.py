@@ -49,6 +49,12 @@ def note(choice: dispatch.Choice, case) -> None:
     door.awaited(False)
 
 
+def told(choice: dispatch.Choice) -> None:
+    """A call went through the door as the dispatcher would have chosen: a module that waits for it hears so."""
+    if _current is not None:
+        note(choice, None)
+
+
 class Row(NamedTuple):
     """One line of the table."""
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 
-from seqfuse import dispatch, reference
+from seqfuse import dispatch, explanation, reference
 from seqfuse.native import door
 from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
@@ -63,6 +63,7 @@ def attention_with_kv_cache(
     if bare and not is_dynamo_compiling():
         out = door.attention_with_kv_cache(q, k_cache, v_cache, k, v, cache_lengths, causal, scale)
         if out is not None:
+            explanation.told(_CHOICE)
             return out
     key = _key(q, k_cache, v_cache, k, v, cache_lengths, block_table, causal, scale, window, softcap, alibi_slopes,
                return_lse)  # fmt: skip
@@ -96,6 +97,9 @@ def attention_with_kv_cache(
         call.softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+_CHOICE = dispatch.Choice("attention_decode", "cpu", "the first that fits")  # of all that goes through the door
 
 
 class _Call(NamedTuple):
