@@ -182,7 +182,10 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
             compile_one("cxx", source, [*binding_flags, "-O0", built_with])
         else:
             compile_one("cxx", source, [*use_parsed, *binding_flags], needs=parsed)
-    for name, linked, flags in (("_C", objects, libraries), ("_autograd", nodes, [*libraries, "-lc10"])):
+    for name, linked, flags in (
+        ("_C", objects, libraries),
+        ("_autograd", nodes, [*libraries, "-lc10", "-ltorch_python"]),
+    ):
         lines.append(f"build {targets[name].as_posix()}: link {' '.join(linked)}\n  flags = {' '.join(flags)}")
     return "\n".join(lines) + "\n"
 
@@ -216,7 +219,7 @@ class NinjaBuild(build_ext):
         if not built and subprocess.run([*command, target.as_posix()], cwd=ROOT).returncode:
             if not ext.optional:
                 raise SystemExit("seqfuse: the build failed; the compiler's messages are above")
-            print(f"seqfuse: {ext.name} could not be built and is left out; small calls under autograd cost more.")
+            print(f"seqfuse: {ext.name} could not be built and is left out; small calls cost more.")
 
     def copy_extensions_to_source(self):  # --inplace and editable installs
         everything = self.extensions

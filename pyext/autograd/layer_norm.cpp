@@ -4,7 +4,6 @@
 // The same ops inside (seqfuse::layer_norm_fwd and _bwd); only the 30 us are gone that a Python autograd.Function costs
 // a call. It needs torch's C++ autograd, which has no stable ABI: the library is used only under the torch that it was
 // built with (seqfuse.native.nodes_missing), and everything works without it.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <torch/csrc/autograd/function.h>
@@ -12,9 +11,12 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include "nodes.h"
+
 namespace {
 
 using at::Tensor;
+using seqfuse::find;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -26,11 +28,6 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Optional&, const Tensor&,
                                                             const Optional&, const Tensor&, const Tensor&, bool, bool,
                                                             bool, const Optional&, double, bool, bool);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // torch 2.13 counts the references to a node inside it, 2.11 beside it
 template <class T>
@@ -112,8 +109,10 @@ Tensor or_undefined(const Optional& t) {
   return t ? *t : Tensor();
 }
 
-std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual, const Optional& weight,
-                                      const Optional& bias, double eps, bool rms) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> seqfuse::layer_norm(const Tensor& x, const Optional& residual, const Optional& weight,
+                                               const Optional& bias, double eps, bool rms) {
   static const auto op = find<Forward>("seqfuse::layer_norm_fwd");
   decltype(make_node<LayerNormNode>()) node;
   if (at::GradMode::is_enabled() && (x.requires_grad() || wants(residual) || wants(weight) || wants(bias))) {
@@ -137,11 +136,9 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Optional& residual,
   return {y, sum};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms=False) "
       "-> (Tensor y, Tensor sum)",
-      layer_norm);
+      seqfuse::layer_norm);
 }

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from seqfuse import tuned
+from seqfuse.native import door
 
 PLAIN = "plain PyTorch"  # what plain() forces: no name for users
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "torch")
@@ -67,6 +68,7 @@ _ops: dict[str, dict[str, Backend]] = {}
 _forced: str = os.environ.get("SEQFUSE_BACKEND", "auto")
 _cache: dict[Any, Choice] = {}
 _listeners: list[Callable[[Choice, Any], None]] = []
+_least: dict[str, Callable[[], tuple[int, ...]]] = {}
 _changes = 0  # how often anything that decisions depend on has changed
 
 
@@ -75,9 +77,14 @@ def size_class(n: int) -> str:
     return f"2^{max(n, 1).bit_length()}"
 
 
-def register(op: str, *backends: Backend) -> None:
-    """Make an op known, with its backends in the order in which `auto` asks them."""
+def register(op: str, *backends: Backend, least: Callable[[], tuple[int, ...]] | None = None) -> None:
+    """Make an op known, with its backends in the order in which `auto` asks them.
+
+    least(): of an op with a door (pyext/autograd/door.cpp), the sizes from which `cpu` prefers to run its usual calls.
+    """
     _ops[op] = {b.name: b for b in backends}
+    if least is not None:
+        _least[op] = least
 
 
 def get(op: str, name: str) -> Backend:
@@ -133,6 +140,7 @@ def forced_backend() -> str:
 def _changed() -> None:
     global _changes
     _changes += 1
+    door.shut()
 
 
 def epoch() -> int:
@@ -168,9 +176,14 @@ def select(op: str, case: Any) -> Choice:
 
 
 def tell(choice: Choice, case: Any) -> None:
-    """Let the listeners hear of a decision: select does, and whoever remembers one and goes straight there."""
+    """Let the listeners hear of a decision: select does, and whoever remembers one and goes straight there.
+
+    The door is opened here where it may be: it is shut by whatever may change a decision.
+    """
     for listener in _listeners:
         listener(choice, case)
+    if not door.opened() and may_shortcut():
+        door.open({op: least() for op, least in _least.items()})
 
 
 def _decide(op: str, case: Any, name: str, compiling: bool) -> Choice:
@@ -215,6 +228,7 @@ def forget() -> None:
 def add_listener(record: Callable[[Choice, Any], None]) -> None:
     """Call `record(choice, case)` for every decision from now on."""
     _listeners.append(record)
+    door.shut()
 
 
 @contextlib.contextmanager

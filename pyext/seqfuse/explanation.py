@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from seqfuse import dispatch
+from seqfuse.native import door
 
 _last: "weakref.WeakKeyDictionary[torch.nn.Module, dispatch.Choice]" = weakref.WeakKeyDictionary()
 _current: weakref.ref | None = None
@@ -17,11 +18,7 @@ def entering(module: torch.nn.Module) -> None:
     global _current
     if not torch.compiler.is_compiling():
         _current = weakref.ref(module)
-
-
-def nobody_is_running() -> bool:
-    """Whether no fused module waits for the dispatcher's choice of its op: an op called by itself need not tell one."""
-    return _current is None
+        door.awaited(True)  # the op takes the long way, on which its choice is told
 
 
 def handed_over(module: torch.nn.Module, reason: str) -> None:
@@ -49,6 +46,13 @@ def note(choice: dispatch.Choice, case) -> None:
         module.__dict__.pop(_REASON, None)
         _last[module] = choice
     _current = None
+    door.awaited(False)
+
+
+def told(choice: dispatch.Choice) -> None:
+    """A call went through the door as the dispatcher would have chosen: a module that waits for it hears so."""
+    if _current is not None:
+        note(choice, None)
 
 
 class Row(NamedTuple):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from seqfuse import native
+
 _table: dict | None = None
 _generation = 0
 
@@ -27,8 +29,6 @@ def path() -> Path:
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    from seqfuse import native
-
     return f"cpu {native.isa()} x{torch.get_num_threads()}"
 
 
@@ -67,6 +67,7 @@ def save(device: str, op: str, winners: dict[str, str]) -> Path:
         json.dump(table, f, indent=1, sort_keys=True)
     os.replace(f.name, path())
     _generation += 1
+    native.door.shut()
     return path()
 
 
@@ -75,6 +76,7 @@ def reload() -> None:
     global _table, _generation
     _table = None
     _generation += 1
+    native.door.shut()
 
 
 def generation() -> int:

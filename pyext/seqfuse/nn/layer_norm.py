@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, explanation, ops
+from seqfuse.native import door
 from seqfuse.ops.autograd import traced, wants_gradient
 from seqfuse.ops.layer_norm import LayerNormCase, run
 
@@ -19,6 +21,7 @@ class _Route(NamedTuple):
     grad: bool
     epoch: int
     threads: int
+    opening: int  # of the door
     backend: str
 
 
@@ -32,28 +35,16 @@ class LayerNorm(torch.nn.LayerNorm):
     _route: _Route | None = None
 
     def forward(self, input, residual=None):
-        if not traced():
-            route = self._route  # a call like the last one goes where that went, with as little in between as can be
-            if route is not None and route.shape == input.shape and route.dtype is input.dtype and input.is_cpu:
-                parameters = self._parameters
-                weight, bias = parameters.get("weight"), parameters.get("bias")
-                if (
-                    weight is not None
-                    and bias is not None
-                    and weight.dtype is route.dtype is bias.dtype
-                    and route.epoch == dispatch.epoch()
-                    and route.threads == torch.get_num_threads()
-                    and route.residual == (residual is not None)
-                    and (residual is None or (residual.shape == route.shape and residual.dtype is route.dtype))
-                    and route.grad == wants_gradient(input, weight, bias, residual)
-                    and not torch.is_autocast_enabled("cpu")
-                ):
-                    if route.backend == "torch":
-                        s = input if residual is None else input + residual
-                        y = torch.layer_norm(s, self.normalized_shape, weight, bias, self.eps, False)
-                    else:
-                        y, s = run(route.backend, input, residual, weight, bias, self.eps, route.grad)
-                    return y if residual is None else (y, s)
+        # a call like the last one goes where that went, with as little in between as can be
+        route = None if is_dynamo_compiling() else self._route
+        if route is not None:
+            weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+            out = door.layer_norm(input, residual, weight, bias, self.eps, route.opening, route.backend)
+            if out is not None:
+                return out
+            if _is_like(route, input, residual, weight, bias):
+                y, s = run(route.backend, input, residual, weight, bias, self.eps, route.grad)
+                return y if residual is None else (y, s)
         return self._look_closely(input, residual)
 
     def _look_closely(self, input, residual):
@@ -87,7 +78,7 @@ class LayerNorm(torch.nn.LayerNorm):
             return
         grad = wants_gradient(input, self.weight, self.bias, residual)
         self._route = _Route(input.shape, input.dtype, residual is not None, grad, dispatch.epoch(),
-                             torch.get_num_threads(), choice.backend)  # fmt: skip
+                             torch.get_num_threads(), door.opened(), choice.backend)  # fmt: skip
 
     def __getstate__(self):  # a copy, or a pickle, starts afresh
         return {k: v for k, v in self.__dict__.items() if k != "_route"}
@@ -100,6 +91,25 @@ class LayerNorm(torch.nn.LayerNorm):
         return "layer_norm", LayerNormCase(
             self.weight.device.type, dtype, dtype, 2048, self.weight.numel(), False, self.training
         )
+
+
+def _is_like(route, input, residual, weight, bias):
+    """Whether a call is like the one that took this route: where the door is shut, for a tuned table say."""
+    return (
+        not traced()
+        and route.shape == input.shape
+        and route.dtype is input.dtype
+        and input.is_cpu
+        and weight is not None
+        and bias is not None
+        and weight.dtype is route.dtype is bias.dtype
+        and route.epoch == dispatch.epoch()
+        and route.threads == torch.get_num_threads()
+        and route.residual == (residual is not None)
+        and (residual is None or (residual.shape == route.shape and residual.dtype is route.dtype))
+        and route.grad == wants_gradient(input, weight, bias, residual)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def mixes(dtype, param):

@@ -3,7 +3,9 @@
 import math
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
+from seqfuse.native import door
 from seqfuse.ops import attention_checks as check
 from seqfuse.ops.attention_function import attend, autocast, shortcuts
 from seqfuse.reference import AttentionOptions
@@ -62,9 +64,12 @@ def attention(
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; Dao et al. 2022 (arXiv:2205.14135).
     """
     key = None
-    hides_more = window is not None or mask is not None or key_lengths is not None
-    adds = softcap is not None or bias is not None or alibi_slopes is not None
-    if not (hides_more or adds or dropout_p or return_lse or deterministic):
+    bare = window is mask is key_lengths is softcap is bias is alibi_slopes is None
+    if bare and not (dropout_p or return_lse or deterministic):
+        if not is_dynamo_compiling():
+            out = door.attention(q, k, v, causal, False, scale, True)
+            if out is not None:
+                return out
         key = shortcuts.key(q, k, v, "causal" if causal else "dense", scale)
         out = shortcuts.follow(key, q, k, v)
         if out is not None:
@@ -160,6 +165,10 @@ def scaled_dot_product_attention(
     names = ("query", "key", "value")
     plain = None
     if attn_mask is None and not dropout_p:
+        if not is_dynamo_compiling():
+            out = door.attention(query, key, value, is_causal, True, scale, enable_gqa)
+            if out is not None:
+                return out
         kind = "top-left" if is_causal else "dense"
         plain = shortcuts.key(query, key, value, kind, scale, enable_gqa)
         out = shortcuts.follow(plain, query, key, value)

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
-from seqfuse import dispatch, reference
+from seqfuse import dispatch, explanation, reference
+from seqfuse.native import door
 from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
 from seqfuse.ops import checks, library
@@ -57,6 +59,12 @@ def attention_with_kv_cache(
     before anything is written; lengths and page numbers are looked at on a CPU only, where that waits for no device.
     Source: split-KV decoding as in Dao et al., "Flash-Decoding", 2023; pages as in Kwon et al. 2023 (arXiv:2309.06180).
     """
+    bare = block_table is window is softcap is alibi_slopes is None and not return_lse
+    if bare and not is_dynamo_compiling():
+        out = door.attention_with_kv_cache(q, k_cache, v_cache, k, v, cache_lengths, causal, scale)
+        if out is not None:
+            explanation.told(_CHOICE)
+            return out
     key = _key(q, k_cache, v_cache, k, v, cache_lengths, block_table, causal, scale, window, softcap, alibi_slopes,
                return_lse)  # fmt: skip
     call = _known.get(key)
@@ -89,6 +97,9 @@ def attention_with_kv_cache(
         call.softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+_CHOICE = dispatch.Choice("attention_decode", "cpu", "the first that fits")  # of all that goes through the door
 
 
 class _Call(NamedTuple):
@@ -225,4 +236,5 @@ dispatch.register(
                      rules.triton_prefers, note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", _torch_decode, None, rules.torch_refusal, note="PyTorch's own op under a mask"),
     dispatch.Backend("reference", reference.attention_decode, None),
+    least=lambda: (rules.WIDEST[False] + 1,),
 )  # fmt: skip

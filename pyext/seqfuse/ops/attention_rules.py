@@ -1,5 +1,6 @@
 """Which backend runs a call of attention or of decoding, what each of them takes, and the built-in rules of `auto`."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -178,17 +179,20 @@ CPU_FASTER_FROM_WITH_TILES = {
 }
 
 
+def _least(dtype, grad, hides):
+    if native.isa_has("amx"):
+        return CPU_FASTER_FROM_WITH_TILES.get((dtype, grad), 0)
+    if dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
+        return CPU_FASTER_FROM_WITH_DOTS[grad]
+    return CPU_FASTER_FROM.get((dtype, grad), (0, 0))[hides]
+
+
 def _cpu_prefers(case):
     if torch_refusal(case) is not None:
         return None  # what is left is the reference, which keeps whole matrices of Tq x Tk
     scores = case.B * case.Hq * case.Tq * case.Tk * (case.D + case.Dv) // 128
     hides = "causal" in case.options or any(o in _MASKED for o in case.options)
-    least = CPU_FASTER_FROM.get((case.dtype, case.grad), (0, 0))[hides]
-    if native.isa_has("amx"):
-        least = CPU_FASTER_FROM_WITH_TILES.get((case.dtype, case.grad), 0)
-    elif case.dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
-        least = CPU_FASTER_FROM_WITH_DOTS[case.grad]
-    if scores < least:
+    if scores < _least(case.dtype, case.grad, hides):
         return "at this size PyTorch's own scaled_dot_product_attention was measured faster"
     return None
 
@@ -213,6 +217,7 @@ dispatch.register(
                      note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", torch_attention, None, torch_refusal, note="PyTorch's own op", path=_torch_path),
     dispatch.Backend("reference", _reference, None, path=lambda c: "whole matrices of Tq x Tk in float32"),
+    least=lambda: tuple(_least(*c) for c in itertools.product((torch.float32, torch.bfloat16), *[(False, True)] * 2)),
 )  # fmt: skip
 
 for _name in ("attention_fwd", "attention_bwd"):

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, reference
-from seqfuse.ops import checks, handover, library, loss_blocks
+from seqfuse.native import door
+from seqfuse.ops import checks, library, loss_blocks
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
 from seqfuse.reference import LossOptions
 
@@ -63,8 +65,10 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     usual = bias is class_weight is softcap is None and z_loss == label_smoothing == 0.0 and reduction == "mean"
-    if usual and _is_small(x, weight, target) and not torch.is_autocast_enabled("cpu"):
-        return _torch_cross_entropy(x, weight, None, target, None, LossOptions(ignore_index), reduction)
+    if usual and not is_dynamo_compiling():
+        loss = door.linear_cross_entropy(x, weight, target, ignore_index)
+        if loss is not None:
+            return loss
     checks.tensor(op, "x", x)
     checks.tensor(op, "weight", weight, (2,))
     x, weight, bias = _autocast(x, weight, bias)
@@ -106,19 +110,6 @@ def cross_entropy(
     _check_targets(op, logits, logits.shape[:-1], logits.shape[-1], target, class_weight, reduction)
     rows = logits.reshape(-1, logits.shape[-1])
     return _loss(op, rows, None, None, target, class_weight, options, reduction)
-
-
-def _is_small(x, weight, target):
-    """Whether these are good arguments of a linear_cross_entropy that goes to PyTorch without another look."""
-    return (
-        all(isinstance(t, torch.Tensor) for t in (x, weight, target))
-        and x.dim() == weight.dim() == 2
-        and x.shape[1] == weight.shape[1]
-        and target.dtype is torch.int64
-        and target.shape == x.shape[:1]
-        and target.is_cpu
-        and handover.is_certain(x.shape[0] * weight.shape[0], _WORTH_IT, x, weight)
-    )
 
 
 def _loss(op, x, weight, bias, target, class_weight, options, reduction):
@@ -295,7 +286,7 @@ def _cpu_prefers(case: LossCase) -> str | None:
     return "at this size PyTorch's own call costs less than ours does to reach its kernel"
 
 
-for _op in ("cross_entropy", "linear_cross_entropy"):
+for _op, _least in (("cross_entropy", None), ("linear_cross_entropy", lambda: (_WORTH_IT,))):
     dispatch.register(
         _op,
         dispatch.Backend(
@@ -311,4 +302,5 @@ for _op in ("cross_entropy", "linear_cross_entropy"):
         ),
         dispatch.Backend("torch", _torch_cross_entropy, None, note="PyTorch's own cross_entropy, of whole logits"),
         dispatch.Backend("reference", _reference, None),
+        least=_least,
     )

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, reference
-from seqfuse.ops import checks, handover, library
+from seqfuse.native import door
+from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
 from seqfuse.reference.gated import ACTIVATIONS
 
@@ -46,13 +48,10 @@ def geglu(gate, up, *, approximate="none"):
 
 
 def _gated(op, gate, up, activation):
-    if (
-        isinstance(gate, torch.Tensor)
-        and isinstance(up, torch.Tensor)
-        and handover.is_certain(gate.numel(), _WORTH_IT[activation], gate, up)
-        and gate.is_same_size(up)
-    ):
-        return _torch_gated(gate, up, activation)
+    if not is_dynamo_compiling():
+        y = door.gated(gate, up, activation)
+        if y is not None:
+            return y
     checks.tensor(op, "gate", gate)
     checks.tensor(op, "up", up)
     checks.shape(op, "up", up, gate.shape)
@@ -135,4 +134,5 @@ dispatch.register(
                      note=library.NOT_RUN_ON_GPU),
     dispatch.Backend("torch", _torch_gated, None, note="PyTorch's own activation and product"),
     dispatch.Backend("reference", reference.gated, None),
+    least=lambda: tuple(_WORTH_IT.values()),
 )  # fmt: skip

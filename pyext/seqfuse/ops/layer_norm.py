@@ -1,12 +1,15 @@
 """Layer and RMS normalisation, with dropout and the residual addition before them: y = norm(dropout(x) + residual)."""
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, native, reference
+from seqfuse.native import door
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
 
@@ -57,6 +60,10 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Differentiable twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450); the residual as in pre-norm transformers.
     """
+    if not (dropout_p or zero_centered or is_dynamo_compiling()):
+        out = door.layer_norm(x, residual, weight, bias, eps, None, None)
+        if out is not None:
+            return out
     plain = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
     if not (
         plain
@@ -329,5 +336,7 @@ BACKENDS = (
     dispatch.Backend("torch", _torch_norm, None, note="PyTorch's own op"),
     dispatch.Backend("reference", reference.layer_norm, None),
 )
-for _op in ("layer_norm", "rms_norm"):
-    dispatch.register(_op, *BACKENDS)
+dispatch.register("rms_norm", *BACKENDS)
+dispatch.register("layer_norm", *BACKENDS, least=lambda: tuple(
+    _WORTH_IT[case] for case in itertools.product((True, False), (False, True), ("no gradients", "node"))
+))  # fmt: skip
