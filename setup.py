@@ -161,8 +161,9 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
         return f"{name}.gch", ["-include", name]
 
     # ninja begins at the top: what takes longest comes first, or it would be waited for at the end
-    for source in files["autograd"]:
-        compile_one("cxx", source, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers], objects=nodes)
+    first, *others = files["autograd"]  # compiled as one file: torch's headers are most of their time
+    others = [f"-include {source}" for source in others]
+    compile_one("cxx", first, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers, *others], objects=nodes)
     for source in files["cuda"] if cuda else []:
         compile_one("nvcc", source, nvcc_flags(Path(source).name))
     for level, isa in cpu_levels().items():
