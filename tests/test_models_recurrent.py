@@ -7,6 +7,7 @@ from generating import every_sequence, log_probability
 import seqfuse
 from seqfuse import models, native, ops, testing
 from seqfuse.beam import beam_search
+from seqfuse.models.recurrent import RecurrentState
 from seqfuse.sampling import Options
 
 CELLS = ("rnn", "lstm", "gru")
@@ -139,6 +140,29 @@ def test_dropout_takes_the_same_units_at_all_times_and_whole_words():
     x = model.body.embed(torch.arange(11).repeat(1, 2))[0]
     gone = (x == 0).all(1)
     assert torch.equal(gone[:11], gone[11:]) and torch.equal(gone, (x == 0).any(1))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_many_rows_see_what_has_changed_between_them(cell, inference):
+    """With many rows of few tokens the embedding's products are taken once and kept, as long as they are true."""
+    with torch.inference_mode(inference):
+        model = language_model(cell, tied=False)
+    ids = drawn(11, 40, 3)
+    changes = [
+        lambda: None,
+        lambda: model.body.embedding.weight.mul_(2),
+        lambda: model.body.layers[0].weight_ih_l0.mul_(2),
+        lambda: model.body.layers[0].bias_ih_l0.add_(1),
+        lambda: setattr(model.body.embedding, "weight", torch.nn.Parameter(model.body.embedding.weight * 2)),
+    ]
+    with torch.inference_mode(inference), torch.no_grad(), seqfuse.backend("cpu"):
+        _, cache = model.begin(ids, None, 20)
+        for change in changes:
+            change()
+            layers, found = list(cache.layers), model.step(ids[:, 0], cache)
+            fresh = RecurrentState(layers, model.body.cells())
+            assert torch.equal(found, model.step(ids[:, 0], fresh))
 
 
 # ----------------------------------------------------------------------------------------------------- encoder-decoder
