@@ -5,6 +5,7 @@ import html.parser
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,16 +206,38 @@ def test_plot(finished, tmp_path):
     assert code == 1 and "a.pdf: a plot is written as .svg, .html or .png" in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
-def test_png_without_matplotlib(finished, tmp_path):
+def test_png_without_matplotlib(finished, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     code, text = call("plot", finished / "first", "--out", tmp_path / "a.png")
     assert code == 1 and "PNG needs matplotlib" in text and not (tmp_path / "a.png").exists()
 
 
 def test_png(finished, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert call("plot", finished / "first", "--out", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    """The losses of the logs, in a picture that shows something."""
+    image = pytest.importorskip("matplotlib.image")
+    runs = run_report.open_runs([finished / "first", finished / "second"])
+    (axes,) = run_report.matplotlib_figure(runs).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    for one in runs:
+        trained = [[r["step"], r["loss"]] for r in one.log if "loss" in r]
+        held = [[r["step"], r["evaluation"]["loss"]] for r in one.log if "evaluation" in r]
+        assert drawn[f"{one.name} training"] == trained and drawn[f"{one.name} held-out"] == held
+    assert len(drawn) == 4 == len(axes.get_legend().get_texts()) and axes.get_ylabel() == "loss"
+    assert call("plot", finished / "first", finished / "second", "--out", tmp_path / "new/a.png")[0] == 0
+    pixels = image.imread(tmp_path / "new/a.png")
+    assert pixels.shape[1] > pixels.shape[0] > 300 and pixels.std() > 0.05
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_runs_of_one_name_are_told_apart(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(finished / "first", tmp_path / name / "run")
+    assert call("plot", "a/run", "b/run") == (0, "comparison.html\n")
+    page = (tmp_path / "comparison.html").read_text()
+    for what in ("<td>a/run</td>", "<td>b/run</td>", "a/run training", "b/run held-out"):
+        assert what in page, what
 
 
 def test_plot_of_a_run_that_has_not_begun(tmp_path):
@@ -231,6 +254,48 @@ def test_curves_leave_out_nothing():
     assert sum(series.y) / len(series.y) == pytest.approx(500.5)
     chart = run_report.curves({f"run{i}": log for i in range(9)})[0]
     assert chart.count("<polyline") == 9 > len(report.COLORS)
+
+
+def test_lines_of_one_run_have_one_colour():
+    log = [{"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "lr": 0.1}, {"step": 1, "evaluation": {"loss": 1.0}}]
+    chart = run_report.curves({f"run{i}": log for i in range(9)})[0]
+    strokes = [e.get("style") for e in xml.fromstring(chart).iter("polyline")]
+    assert strokes[::2] == strokes[1::2] and len({*strokes}) == 9
+    assert run_report.curves({"one": log})[0].count("var(--two)") > 0
+
+
+def places(svg: str) -> list[tuple[float, float, float, str]]:
+    """(left, right, baseline, text) of the level texts of a picture, at 7 units a character."""
+    found = []
+    for e in xml.fromstring(svg).iter("text"):
+        if e.get("transform") is None:
+            x, wide = float(e.get("x")), 7 * len(e.text)
+            left = x - {"start": 0, "middle": wide / 2, "end": wide}[e.get("text-anchor", "start")]
+            found.append((left, left + wide, float(e.get("y")), e.text))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_names_of_lines_neither_overlap_nor_leave_the_picture(count):
+    series = [report.Series(f"a-run-with-a-name-{i} held-out", [0, 1e5], [0, 2.5e6]) for i in range(count)]
+    chart = report.line_chart(series, "step", "tokens per second", "t")
+    width, height = map(float, xml.fromstring(chart).get("viewBox").split()[2:])
+    texts = places(chart)
+    assert all(0 <= left and right <= width and y < height for left, right, y, _ in texts)
+    for i, (left, right, y, text) in enumerate(texts):
+        for other in texts[i + 1 :]:
+            assert y != other[2] or right < other[0] or other[1] < left, (text, other)
+    assert "2.5M" in [text for *_, text in texts]
+
+
+def test_long_names_beside_a_heat_map():
+    """Written upwards where a cell is too narrow, cut where they are very long; whole under the mouse."""
+    long = "configuration" * 3
+    short, wide = (report.heat_map([name, "b"], [name], [[0.1, 0.2]], "x", "y") for name in ("ab", long))
+    assert short.count("rotate(-90)") == 1 and wide.count("rotate(-90)") == 3  # one is the axis's own name
+    assert all(left >= 0 for left, *_ in places(wide))
+    texts = [e.text for e in xml.fromstring(wide).iter("text")]
+    assert texts.count(long[: report.LONGEST - 1] + "…") == 2 and f"{long} for {long}: 0.10" in wide
 
 
 @pytest.mark.parametrize("from_zero", [True, False])

@@ -148,7 +148,7 @@ def plot(
 
     with one_sentence():
         path = out or (runs[0] / "curves.svg" if len(runs) == 1 else Path("comparison.html"))
-        run_report.plot([run_report.PastRun.open(run) for run in runs], path)
+        run_report.plot(run_report.open_runs(runs), path)
         typer.echo(path)
 
 

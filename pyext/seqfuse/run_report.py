@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -97,14 +98,15 @@ def curves(logs: dict[str, list[dict]]) -> list[str]:
     """Charts (SVG) of one run or several, by name: losses and every other number of the evaluations, and the speed."""
     several = len(logs) > 1
     series: dict[str, list[report.Series]] = {"loss": []}
-    for run, log in logs.items():
-        prefix = f"{run} " if several else ""
+    for number, (run, log) in enumerate(logs.items()):
+        prefix, color = (f"{run} ", number) if several else ("", None)
         trained = [r for r in log if "evaluation" not in r]
-        series["loss"].append(line(f"{prefix}training", trained, "loss"))
+        series["loss"].append(line(f"{prefix}training", trained, "loss", color))
         evaluations = [r["evaluation"] | {"step": r["step"]} for r in log if "evaluation" in r]
         for name in dict.fromkeys(name for e in evaluations for name in e if name != "step"):
             points = [e for e in evaluations if name in e]
-            one = report.Series(f"{prefix}held-out", [e["step"] for e in points], [e[name] for e in points], marks=True)
+            steps, values = [e["step"] for e in points], [e[name] for e in points]
+            one = report.Series(f"{prefix}held-out", steps, values, marks=True, color=color)
             series.setdefault(name, []).append(one)
     for name, key in (("tokens per second", "tokens_per_second"), ("learning rate", "lr")):
         series[name] = [line(run, [r for r in log if key in r], key) for run, log in logs.items()]
@@ -112,10 +114,11 @@ def curves(logs: dict[str, list[dict]]) -> list[str]:
     return [report.line_chart(lines, "step", name, f"{name} by step", name in zero) for name, lines in series.items()]
 
 
-def line(name: str, records: Sequence[dict], key: str) -> report.Series:
+def line(name: str, records: Sequence[dict], key: str, color: int | None = None) -> report.Series:
     size = -(-len(records) // POINTS) or 1
     groups = [records[i : i + size] for i in range(0, len(records), size)]
-    return report.Series(name, [g[-1]["step"] for g in groups], [fmean(r[key] for r in g) for g in groups])
+    means = [fmean(r[key] for r in g) for g in groups]
+    return report.Series(name, [g[-1]["step"] for g in groups], means, color=color)
 
 
 # ------------------------------------------------------------------------------------------------------- several runs
@@ -177,9 +180,9 @@ def by_setting(runs: Sequence[PastRun]) -> list[str]:
     for name in differing:
         lines: dict[tuple, list[tuple[float, float]]] = {}
         for run, values in zip(done, settings, strict=True):
-            if values.get(name, "").replace(".", "", 1).isdigit():
+            x, y = number(values.get(name, "")), next(iter(run.results["metrics"].values()))
+            if x is not None:
                 others = tuple((n, values.get(n)) for n in differing if n != name)
-                x, y = float(values[name]), next(iter(run.results["metrics"].values()))
                 lines.setdefault(others, []).append((x, y))
         series = []
         for others, points in lines.items():
@@ -192,13 +195,21 @@ def by_setting(runs: Sequence[PastRun]) -> list[str]:
     return charts
 
 
+def number(setting: str) -> float | None:
+    try:
+        return float(setting)
+    except ValueError:
+        return None
+
+
 def logs_of(runs: Sequence[PastRun]) -> dict[str, list[dict]]:
-    """By name; runs of one name get a number."""
-    logs: dict[str, list[dict]] = {}
-    for run in runs:
-        name = run.name if run.name not in logs else f"{run.name} ({len(logs) + 1})"
-        logs[name] = run.log
-    return logs
+    return {run.name: run.log for run in runs}
+
+
+def open_runs(paths: Sequence[Path]) -> list[PastRun]:
+    """Runs by the names of their folders, or by their paths where two folders have one name."""
+    runs, names = list(map(PastRun.open, paths)), Counter(path.name for path in paths)
+    return [dataclasses.replace(r, name=str(p)) if names[p.name] > 1 else r for r, p in zip(runs, paths, strict=True)]
 
 
 def plot(runs: Sequence[PastRun], path: Path) -> None:
@@ -221,20 +232,27 @@ def plot(runs: Sequence[PastRun], path: Path) -> None:
 def _png(runs: Sequence[PastRun], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise TrainError(f"{path}: PNG needs matplotlib (pip install matplotlib); .svg and .html need nothing")
+    figure = matplotlib_figure(runs)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+
+
+def matplotlib_figure(runs: Sequence[PastRun]):
+    """The losses of runs; training and evaluation of a run in one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for name, log in logs_of(runs).items():
+    for i, (name, log) in enumerate(logs_of(runs).items()):
         trained = line(name, [r for r in log if "evaluation" not in r], "loss")
-        axes.plot(trained.x, trained.y, label=f"{name} training")
-        held = [r for r in log if "loss" in r.get("evaluation", {})]
-        axes.plot([r["step"] for r in held], [r["evaluation"]["loss"] for r in held], "o-", label=f"{name} held-out")
+        axes.plot(trained.x, trained.y, color=f"C{i}", label=f"{name} training")
+        held = [(r["step"], r["evaluation"]["loss"]) for r in log if "loss" in r.get("evaluation", {})]
+        if held:
+            axes.plot(*zip(*held, strict=True), "o--", color=f"C{i}", label=f"{name} held-out")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+    return figure
 
 
 def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
