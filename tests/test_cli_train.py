@@ -75,7 +75,7 @@ def test_list_and_print_config(tmp_path):
         (["train"], 2, "which recipe? There are"),
         (["train", "cooking"], 2, "there is no recipe 'cooking'; there are"),
         (["train", "counting", "--set", "lr"], 2, "--set takes KEY=VALUE, got 'lr'"),
-        (["train", "counting", "--set", "lr=1"], 2, "unknown key 'lr'; there are"),
+        (["train", "counting", "--set", "lr=1"], 2, "unknown key 'lr' (did you mean 'optim.lr'?); there are"),
         (["train", "counting", "--set", "optim.lr=fast"], 2, "Optim: lr must be a number, got 'fast'"),
         (["train", "counting", "--set", "model.cell=gnu"], 2, "cell must be 'rnn' or 'lstm' or 'gru'"),
         (["train", "--resume", "nowhere"], 1, "nowhere/run.json: there is no such file"),

@@ -128,7 +128,7 @@ def test_evaluations_do_not_change_the_training(tmp_path):
 
 
 def test_a_large_seed(tmp_path):
-    trainer = trainer_of(tmp_path, seed=2**40)
+    trainer = trainer_of(tmp_path, seed=2**43 - 1)
     trainer.step(trainer.next_batch())
     assert trainer.progress.step == 1
 
@@ -239,7 +239,16 @@ def test_settings_by_path():
         ({"optim.lr": "fast"}, "lr must be a number"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"model.layers": 0}, "layers must be positive"),
-        ({"seed.x": 0}, "no settings called 'seed'"),
+        ({"seed.x": 0}, "no settings called 'seed'; settings of their own have optim, model"),
+        ({"optim.lrr": 1}, r"unknown key 'optim.lrr' \(did you mean 'optim.lr'\?\); there are beta1"),
+        ({"lr": 1}, r"unknown key 'lr' \(did you mean 'optim.lr'\?\); there are accumulate"),
+        ({"max_step": 1}, r"unknown key 'max_step' \(did you mean 'max_steps'\?\)"),
+        ({"model.hiden": 1}, r"\(did you mean 'model.hidden'\?\)"),
+        ({"recipe": "gpt"}, "unknown key 'recipe'"),
+        ({"optim.lr": float("inf")}, "lr must be finite, got inf"),
+        ({"optim.lr": float("nan")}, "lr must be finite, got nan"),
+        ({"seed": 2**43}, r"seed must be below 2\*\*43"),
+        ({"model": 3}, '"model" must be one of ClassToText|ActorCritic, .*got None'),
         ({"precision": "fp8"}, "precision must be 'fp32' or 'bf16'"),
         ({"label_smoothing": 1.0}, "label_smoothing must be below 1"),
     ):
