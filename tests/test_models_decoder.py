@@ -10,6 +10,7 @@ from hf_checks import close, greedy, loaded, randomised, returned
 import seqfuse
 from seqfuse import models
 from seqfuse.models import Decoder
+from seqfuse.models.attention_maps import attention_maps
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([4, 9, 7])
@@ -70,6 +71,20 @@ def test_same_logits_same_greedy_ids_and_back(family, tmp_path):
     assert torch.equal(
         again.generate(IDS, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(IDS)), wanted
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama-llama3"])
+def test_attention_maps_are_theirs(family, tmp_path):
+    theirs = FAMILIES[family]()
+    ours = loaded(theirs, tmp_path)
+    theirs.set_attn_implementation("eager")
+    before = ours(IDS)
+    maps = attention_maps(ours, IDS)
+    assert list(maps) == ["stack.blocks.0.attention", "stack.blocks.1.attention"]
+    for got, wanted in zip(maps.values(), theirs(IDS, output_attentions=True).attentions, strict=True):
+        close(got, wanted)
+    assert torch.equal(ours(IDS), before) and not any(m._forward_pre_hooks for m in ours.modules())
 
 
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json"])

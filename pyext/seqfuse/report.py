@@ -37,6 +37,8 @@ code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaV
 .tile { background: var(--fill); border-radius: .5rem; padding: .9rem 1.1rem; }
 .tile b { display: block; font-size: 1.65rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; line-height: 1.35; display: block; margin-top: .15rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--fill); border-radius: .5rem;
+  padding: .9rem 1.1rem; }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 1rem 0; }
 .scroll { overflow-x: auto; }
@@ -227,6 +229,11 @@ def figure(content: str, caption: str = "") -> str:
 
 def paragraph(text: str, soft: bool = False) -> str:
     return f'<p class="soft">{escape(text)}</p>' if soft else f"<p>{escape(text)}</p>"
+
+
+def verbatim(text: str) -> str:
+    """Text with its own lines and spaces, such as what a model wrote."""
+    return f'<div class="text mono">{escape(text)}</div>'
 
 
 def details(summary: str, content: str) -> str:

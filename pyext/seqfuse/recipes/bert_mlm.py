@@ -12,11 +12,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from seqfuse import report
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import MaskedLM, MaskedLMConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe, generator
+from seqfuse.recipes import attention
+from seqfuse.recipes.base import Findings, Optim, Recipe
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, TextConfig, TextTask
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
@@ -120,7 +122,10 @@ class MLM(TextTask):
             pairs = zip(truth[where].tolist(), guess[where].tolist(), strict=True)
             words = [f"{self.text_tokenizer.decode([t])!r} as {self.text_tokenizer.decode([g])!r}" for t, g in pairs]
             lines.append(f"{self.text_tokenizer.decode(row, specials=True)}\n  guessed: {', '.join(words)}")
-        return Findings(self.evaluate(model), text="\n".join(lines))
+        text = "\n".join(lines)
+        sections = [report.section("Hidden tokens", report.verbatim(text))]
+        sections += attention.to_itself(model, self.text_tokenizer, seen[0])
+        return Findings(self.evaluate(model), sections, text)
 
 
 RECIPE = Recipe("bert_mlm", "pretrain an encoder as BERT: guess hidden tokens", bert_mlm, MLM)

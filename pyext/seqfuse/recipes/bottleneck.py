@@ -20,7 +20,8 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint, generator
+from seqfuse.recipes import attention
+from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
 BATCHES = 500  # that are called an epoch: no example comes twice
@@ -118,7 +119,15 @@ class Bottleneck(Task):
         name = "a fixed vector" if self.config.model.attention is None else f"attention ({self.config.model.attention})"
         chart = curves({name: found})
         values = {f"accuracy_at_{length}": value for length, value in found.items()}
-        return Findings(self.evaluate(model) | values, [report.section("Accuracy by length", report.figure(chart))])
+        sections, rows = [report.section("Accuracy by length", report.figure(chart))], []
+        for source, length in self.held_out():
+            letters = source[0].tolist()
+            written = generate(model, source[:1].to(self.device), max_new_tokens=length, stop=())[0].tolist()
+            rows.append([self.letters.decode(ids) for ids in (letters, letters[::-1], written)])
+        sections.append(report.section("Samples", report.table(["letters", "backwards", "model"], rows)))
+        sections += attention.to_the_source(model, letters, written)
+        text = "\n".join(f"{given} -> {wrote}" for given, _, wrote in rows)
+        return Findings(self.evaluate(model) | values, sections, text)
 
 
 def curves(found: dict[str, dict[int, float]]) -> str:
