@@ -99,6 +99,7 @@ def test_what_cannot_be_gets_one_sentence(decoder, seq2seq, tmp_path):
         (("info", broken), "model.safetensors: is damaged"),
         (("generate", decoder, "a", "--top-k", 3), "temperature=0 draws nothing"),
         (("generate", decoder, "a", "--device", "tpu"), "unknown device 'tpu'"),
+        (("generate", decoder, "a", "--max-new-tokens", 5000), "more than the 1024 that the model has positions for"),
         (("import", bare, decoder), "exists already, and nothing is written over"),
         (("import", tmp_path, tmp_path / "new"), "config.json: there is no such file"),
         (("export", seq2seq, tmp_path / "new"), "no Hugging Face family has such a RNNSeq2Seq"),

@@ -145,6 +145,9 @@ def test_eval(finished, tmp_path):
     code, text = call("eval", run_folder, "--device", "cpu")
     results = json.loads((run_folder / "results.json").read_text())
     assert code == 0 and f"loss: {run_report.show(results['metrics']['loss'])}\nsignature: exact" in text
+    assert text.splitlines()[-1] == f"{run_folder / 'evaluation.html'}: the same with pictures"
+    page = (run_folder / "evaluation.html").read_text()
+    assert is_self_contained(page) and "signature" in page and torch.__version__ in page
     trainer = Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path / "half")
     trainer.begin()
     code, text = call("eval", tmp_path / "half")

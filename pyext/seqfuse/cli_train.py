@@ -121,10 +121,10 @@ def _train(config, folder: Path, device: str) -> int:
 
 
 def eval_(run: Run, device: DeviceName = "auto") -> None:
-    """Measure a run's model on held-out data: what its recipe reports."""
+    """Measure a run's model on held-out data: what its recipe reports. The pictures go into RUN/evaluation.html."""
     from seqfuse.checkpoints import RunFolder
     from seqfuse.parallel import pick_device
-    from seqfuse.run_report import evaluate, show
+    from seqfuse.run_report import evaluate, show, write_evaluation
 
     with one_sentence():
         config, _ = _config(None, None, None, [], run)
@@ -137,6 +137,7 @@ def eval_(run: Run, device: DeviceName = "auto") -> None:
             typer.echo(f"{name}: {show(value)}")
         if findings.text:
             typer.echo(f"\n{findings.text}")
+        typer.echo(f"\n{write_evaluation(task, folder, findings, path)}: the same with pictures")
 
 
 def plot(

@@ -268,3 +268,18 @@ def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
             load_weights(path, task.model)
             return findings_of(task, task.model), path
     return findings_of(task, models.load(path, device=task.device)), path
+
+
+def write_evaluation(task: Task, folder: RunFolder, findings: Findings, model: Path) -> Path:
+    """evaluation.html in the run's folder: what the terminal shows, and the pictures."""
+    path = folder.path / "evaluation.html"
+    html = report.page(
+        f"{task.config.recipe}: evaluation",
+        report.paragraph(f"Of the model in {model}, on held-out data."),
+        report.section("Results", report.table(["", ""], [(k, show(v)) for k, v in findings.metrics.items()], (1,))),
+        *findings.sections,
+        report.section("How it was made", report.table(["", ""], report.environment(task.device))),
+    )
+    with writing(path):
+        files.save_atomically(path, lambda part: part.write_text(html, encoding="utf-8"))
+    return path
