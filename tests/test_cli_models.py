@@ -1,5 +1,7 @@
 """The commands of models: what they print, and one sentence with exit code 2 for what can't be."""
 
+import sys
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -61,6 +63,11 @@ def test_translate_gives_a_line_for_each_line(seq2seq):
     for arguments, given in ((lines, None), ([], "\n".join(lines) + "\n"), ([*lines, "--batch", 2], None)):
         result = run("translate", seq2seq, *arguments, "--max-new-tokens", 5, input=given)
         assert (result.exit_code, result.stdout) == (0, expected)
+
+
+def test_a_translation_of_several_lines_stays_one(seq2seq, monkeypatch):
+    monkeypatch.setattr(sys.modules["seqfuse.generate"], "generate", lambda model, lines, **_: ["a\nb"] * len(lines))
+    assert run("translate", seq2seq, "abc", "d").stdout == "a b\na b\n"
 
 
 def test_info_shows_a_model(seq2seq):

@@ -306,7 +306,11 @@ def test_axes(from_zero):
     chart = report.line_chart([report.Series("s", [0, 10], [1.91, 1.99])], "x", "y", "t", from_zero)
     marks = [e.text for e in xml.fromstring(chart).iter("text")]
     assert ("0" in marks[:2]) == from_zero and ("1.92" in marks) == (not from_zero)
-    assert "<polyline" in report.line_chart([report.Series("s", [1], [2.0])], "x", "y", "t", from_zero)
+    for value in (2.0, 0.0, 3e-5):
+        flat = report.line_chart([report.Series("s", [1], [value])], "x", "y", "t", from_zero)
+        marks = [e for e in xml.fromstring(flat).iter("text") if e.get("text-anchor") == "end"]
+        assert "<polyline" in flat and len(marks) > 1 and (value or marks[-1].text == "1")
+        assert all(float(e.get("x")) - 7 * len(e.text) > 22 for e in marks)  # beside the axis's name
 
 
 def test_names_in_a_heat_map_have_room():

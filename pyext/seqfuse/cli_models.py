@@ -78,7 +78,7 @@ def translate(
         options = dict(max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty)
         for i in range(0, len(lines), batch):
             for line in run(loaded, lines[i : i + batch], **options):
-                typer.echo(line)
+                typer.echo(" ".join(line.splitlines()))
 
 
 def import_(

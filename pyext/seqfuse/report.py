@@ -85,7 +85,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str,
 
     NaN and infinite values are left out. from_zero: where the vertical axis starts; else near the smallest value.
     """
-    width, left, right, bottom = 880, 58, 32, 50
+    width, left, right, bottom = 880, 74, 32, 50
     keys = legend([s.name for s in series], width - right)
     top = 34 + LEGEND_ROW * max((row for _, row in keys), default=0)
     height = 306 + top
@@ -96,7 +96,8 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str,
     x_high = max(x for x, _ in every) or 1.0
     highest = max(y for _, y in every)
     y_low = 0.0 if from_zero else min(y for _, y in every)
-    y_ticks = ticks(y_low, max(y_low + 1e-9, highest))
+    highest = highest if highest > y_low else y_low + 1.0
+    y_ticks = ticks(y_low, highest)
     y_low, y_high = min([y_low, *y_ticks]), max(highest + 0.03 * (highest - y_low), *y_ticks)
 
     def px(x: float) -> float:
