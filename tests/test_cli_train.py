@@ -3,6 +3,7 @@
 import copy
 import html.parser
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 import torch
+from rich.console import Console
 from training import RECIPE, run
 from typer.testing import CliRunner
 
@@ -21,7 +23,7 @@ from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.cli import app
 from seqfuse.comparison import compare
 from seqfuse.recipes import RECIPES
-from seqfuse.runlog import read_log
+from seqfuse.runlog import RunLog, read_log
 from seqfuse.trainer import Trainer
 
 
@@ -322,6 +324,29 @@ def test_names_in_a_heat_map_have_room():
 
 
 # ------------------------------------------------------------------------------------------------------------- the log
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_progress_bar_fits_a_terminal(tmp_path, width):
+    """... and begins where a resumed run goes on."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    log = RunLog(tmp_path, console, 30_000, "characters")
+    log.rewind(1200, 1200)
+    with log:
+        assert "1200/30000" in rendered(log, width)
+        log.trained({"step": 2000, "loss": 12.3456, "tokens_per_second": 123456.0})
+        log.evaluated(2000, {"loss": 2.71828, "perplexity": 15.16, "bits_per_byte": 3.97})
+        line = rendered(log, width)
+        for what in ("2000/30000", "loss 12.346", "held-out 2.718", "123,456 characters/s", "left"):
+            assert what in line, line
+        assert line.index("2000") >= 6  # the bar itself
+
+
+def rendered(log: RunLog, width: int) -> str:
+    screen = Console(file=io.StringIO(), width=width)
+    screen.print(log.bar.get_renderable())
+    assert screen.file.getvalue().count("\n") == 1
+    return screen.file.getvalue()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from seqfuse.files import save_atomically
 
 
 def progress_bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held]}"))
+    bar = BarColumn(max(6, min(40, console.width - 82)))  # what stands beside it is to fit
+    columns = (bar, MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held]}"))
     columns += (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left"))
     return Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal)
 
@@ -40,10 +41,11 @@ class RunLog:
     def __init__(self, folder: Path, console: Console, steps: int, unit: str, first: bool = True):
         self.folder, self.path, self.first = folder, folder / "log.jsonl", first
         self.console, self.steps, self.unit = console, steps, unit
-        self.told = ""  # the newest numbers, for a printed line
+        self.told, self.begun = "", 0  # the newest numbers, for a printed line; where this session goes on
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop what a run wrote after the checkpoint it goes on from."""
+        self.begun = step
         if self.first:
             kept = [r for r in read_log(self.path) if r["step"] <= (evaluated if "evaluation" in r else step)]
             text = "".join(json.dumps(r) + "\n" for r in kept)
@@ -53,7 +55,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.bar = progress_bar(self.console)
         self.bar.start()
-        self.task = self.bar.add_task("training", total=self.steps, loss="", held="", speed="")
+        self.task = self.bar.add_task("training", total=self.steps, completed=self.begun, loss="", held="", speed="")
         self.file = open(self.path, "a", encoding="utf-8") if self.first else None  # noqa: SIM115
         self.board = None
         if self.first and importlib.util.find_spec("tensorboard"):
@@ -78,7 +80,7 @@ class RunLog:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, "evaluation": metrics}, metrics, "held-out")
         held = "  ".join(f"held-out {name} {value:.4g}" for name, value in metrics.items())
-        self.bar.update(self.task, completed=step, held=held)
+        self.bar.update(self.task, completed=step, held=held.partition("  ")[0].replace(" loss ", " "))  # room is short
         self.console.print(f"step {step:,}/{self.steps:,}  {self.told}{held}", highlight=False, soft_wrap=True)
 
     def _write(self, record: dict, numbers: dict[str, float], kind: str) -> None:
