@@ -245,6 +245,28 @@ def test_runs_of_one_name_are_told_apart(finished, tmp_path, monkeypatch):
         assert what in page, what
 
 
+def test_damaged_files_of_a_run(finished, tmp_path):
+    """Lines of a log that are none are passed over, by plot and by a run that goes on; the rest gets one sentence."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "first", folder)
+    log, whole = folder / "log.jsonl", read_log(folder / "log.jsonl")
+    good = log.read_bytes().splitlines(keepends=True)
+    bad = [b"[1]\n", b'{"step": "x", "loss": 1}\n', b'{"x": 1}\n', b"\xff\n", b"3\n", b'{"step": 5, "lo\n', b"\n"]
+    log.write_bytes(b"".join(b"".join(pair) for pair in zip(good, bad, strict=False)) + b"".join(good[len(bad) :]))
+    assert read_log(log) == whole and call("plot", folder)[0] == 0
+    (folder / "results.json").unlink()
+    assert call("train", "--resume", folder, "--device", "cpu")[0] == 0 and log.read_bytes() == b"".join(good)
+    settings = json.loads((folder / "run.json").read_text())
+    settings["config"]["recipe"] = ["counting"]
+    (folder / "run.json").write_text(json.dumps(settings))
+    for arguments in (("eval", folder), ("train", "--resume", folder)):
+        code, text = call(*arguments)
+        assert code == 2 and "run.json: there is no recipe ['counting']; there are" in text
+    del settings["config"]["recipe"]
+    (folder / "run.json").write_text(json.dumps(settings))
+    assert call("plot", folder, finished / "second", "--out", tmp_path / "a.html")[0] == 0
+
+
 def test_plot_of_a_run_that_has_not_begun(tmp_path):
     Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path).begin()
     code, text = call("plot", tmp_path)

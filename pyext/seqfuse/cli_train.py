@@ -85,7 +85,7 @@ def _config(recipe: str | None, data: Path | None, out: Path | None, changes: li
 def _recipe(name: object):
     from seqfuse.recipes import RECIPES
 
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
 

@@ -148,7 +148,7 @@ def comparison(runs: Sequence[PastRun]) -> str:
     metrics = list(dict.fromkeys(name for r in runs for name in r.results.get("metrics", {})))
     facts = ["steps", "best", "best_step", "tokens_per_second", "seconds", "parameters"]
     rows = [
-        (r.name, str(r.config["recipe"]), *(show(r.results.get("metrics", {}).get(m, "")) for m in metrics),
+        (r.name, str(r.config.get("recipe")), *(show(r.results.get("metrics", {}).get(m, "")) for m in metrics),
          *(show(r.results.get(f) if r.results.get(f) is not None else "") for f in facts))
         for r in runs
     ]  # fmt: skip

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seqfuse.checkpoints import writing
 from seqfuse.files import save_atomically
 
+TRAINED = ("loss", "lr", "tokens_per_second")  # that a line about training has, among others
+
 
 def progress_bar(console: Console) -> Progress:
     bar = BarColumn(max(6, min(40, console.width - 82)))  # what stands beside it is to fit
@@ -21,14 +23,25 @@ def progress_bar(console: Console) -> Progress:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a killed run left half is passed over."""
+    """The lines of a log.jsonl. Others, such as one that a killed run left half, are passed over."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if is_record(record):
+            lines.append(record)
     return lines
+
+
+def is_record(record: object) -> bool:
+    """Whether RunLog writes such lines."""
+    if not isinstance(record, dict):
+        return False
+    evaluation = record.get("evaluation")
+    values = evaluation if isinstance(evaluation, dict) else {name: record.get(name) for name in TRAINED}
+    return all(isinstance(v, int | float) for v in (record.get("step"), *values.values()))
 
 
 class RunLog:
