@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import seqfuse
@@ -86,6 +87,17 @@ def test_a_checkpoint_goes_out_and_comes_back(decoder, tmp_path):
     ids = torch.randint(3, 260, (2, 7))
     assert torch.equal(ours(ids), first(ids))
     assert seqfuse.generate(ours, "abc", max_new_tokens=4) == seqfuse.generate(first, "abc", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_full_disk_gets_one_sentence(decoder, tmp_path, monkeypatch, command):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("seqfuse.models.files.save_file", full)
+    result = run(command, decoder, tmp_path / "new")
+    assert result.exit_code == 2 and result.stderr == "seqfuse: I/O error: No space left on device (os error 28)\n"
+    assert not (tmp_path / "new/model.safetensors").exists()
 
 
 def test_what_cannot_be_gets_one_sentence(decoder, seq2seq, tmp_path):

@@ -324,13 +324,21 @@ def test_it_compiles_without_a_break(make, count):
 
 @pytest.mark.parametrize(("make", "count"), EVERY)
 def test_every_backend_gives_the_same(make, count):
+    """Logits, and the gradients of their squares; on Triton: test_models_interpret.py."""
     model, args = make().eval(), inputs(count)
-    found = {}
-    for backend in ("auto", "reference"):
+    backends = ("reference", "auto") if native.missing() else ("reference", "auto", "cpu")
+
+    def outcome(backend):
         with seqfuse.backend(backend):
-            found[backend] = model(*args)
-    exact = model.double()(*args)
-    testing.assert_accurate(found["auto"], exact, found["reference"], dims=(0, 1))
+            logits = model(*args)
+        return [logits, *torch.autograd.grad(logits.square().sum(), model.parameters())]
+
+    found = {backend: outcome(backend) for backend in backends}
+    model.double()
+    exact = outcome("reference")
+    for backend in backends[1:]:
+        for got, truth, plain in zip(found[backend], exact, found["reference"], strict=True):
+            testing.assert_accurate(got, truth, plain, dims=(0, 1) if got.dim() == 3 else (), what=backend)
 
 
 def test_checkpointing_changes_no_gradient():
