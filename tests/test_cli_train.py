@@ -153,7 +153,7 @@ def test_eval(finished, tmp_path):
     trainer = Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path / "half")
     trainer.begin()
     code, text = call("eval", tmp_path / "half")
-    assert code == 1 and "has no checkpoint yet" in text
+    assert code == 1 and "has no checkpoint yet that holds a whole model" in text
     trainer.step(trainer.next_batch())
     trainer.save()
     code, text = call("eval", tmp_path / "half")
@@ -204,9 +204,12 @@ def test_plot(finished, tmp_path):
     page = (tmp_path / "both.html").read_text()
     assert code == 0 and is_self_contained(page)
     assert "first training" in page and "second held-out" in page
+    assert "<tr><td>signature</td><td>exact</td><td>exact</td></tr>" in page and '<th class="number">loss</th>' in page
     settings = page[page.index("Settings that differ") :]
     assert "optim.lr" in settings and "0.03" in settings and "0.01" in settings and "optim.beta1" not in settings
     assert call("plot", finished / "first", "--out", tmp_path / "one.html")[0] == 0
+    assert call("plot", finished / "first", finished / "first", "--out", tmp_path / "same.html")[0] == 0
+    assert "None: only the data" in (tmp_path / "same.html").read_text()
     code, text = call("plot", finished / "first", "--out", tmp_path / "a.pdf")
     assert code == 1 and "a.pdf: a plot is written as .svg, .html or .png" in text
 

@@ -145,12 +145,14 @@ class PastRun:
 
 def comparison(runs: Sequence[PastRun]) -> str:
     """A page about several runs: results side by side, curves in one picture, the settings in which they differ."""
-    metrics = list(dict.fromkeys(name for r in runs for name in r.results.get("metrics", {})))
+    found = [r.results.get("metrics", {}) for r in runs]
+    words = list(dict.fromkeys(name for each in found for name, value in each.items() if isinstance(value, str)))
+    metrics = [name for name in dict.fromkeys(name for each in found for name in each) if name not in words]
     facts = ["steps", "best", "best_step", "tokens_per_second", "seconds", "parameters"]
     rows = [
-        (r.name, str(r.config.get("recipe")), *(show(r.results.get("metrics", {}).get(m, "")) for m in metrics),
+        (r.name, str(r.config.get("recipe")), *(show(each.get(m, "")) for m in metrics),
          *(show(r.results.get(f) if r.results.get(f) is not None else "") for f in facts))
-        for r in runs
+        for r, each in zip(runs, found, strict=True)
     ]  # fmt: skip
     settings = [dict(flat(r.config)) for r in runs]
     names = list(dict.fromkeys(name for s in settings for name in s))
@@ -160,14 +162,22 @@ def comparison(runs: Sequence[PastRun]) -> str:
         report.section(
             "Results",
             report.table(["run", "recipe", *metrics, *facts], rows, range(2, 2 + len(metrics) + len(facts))),
+            *([side_by_side(runs, [(n, *(str(each.get(n, "")) for each in found)) for n in words])] if words else []),
         ),
         *([report.section("By setting", *map(report.figure, charts))] if (charts := by_setting(runs)) else []),
         report.section("Curves", *(report.figure(svg) for svg in curves(logs_of(runs)))),
         report.section(
             "Settings that differ",
-            report.table(["", *(r.name for r in runs)], [(n, *(s.get(n, "") for s in settings)) for n in differing]),
+            side_by_side(runs, [(n, *(s.get(n, "") for s in settings)) for n in differing])
+            if differing
+            else report.paragraph("None: only the data can make a difference."),
         ),
     )
+
+
+def side_by_side(runs: Sequence[PastRun], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a column for each run."""
+    return report.table(["", *(run.name for run in runs)], rows)
 
 
 def by_setting(runs: Sequence[PastRun]) -> list[str]:
@@ -259,14 +269,10 @@ def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
     """What `seqfuse eval` shows: the finished model's findings, or of a run under way those of its best checkpoint."""
     path = folder.path
     if not (path / "model.safetensors").is_file():
-        found = [*folder.newest("best"), *folder.newest()]
-        found = [path for path in found if (path / "model.safetensors").is_file()]  # one in shares has none
-        if not found:
+        whole = [p for p in (*folder.newest("best"), *folder.newest()) if (p / "config.json").is_file()]
+        if not whole:  # those of fsdp are in shares until the first evaluation
             raise TrainError(f"{path}: the run has no checkpoint yet that holds a whole model")
-        path = found[0]
-        if path in folder.newest():  # the model as it is trained, perhaps with adapters
-            load_weights(path, task.model)
-            return findings_of(task, task.model), path
+        path = whole[0]
     return findings_of(task, models.load(path, device=task.device)), path
 
 
