@@ -439,3 +439,13 @@ def test_the_kernel_of_a_readout_is_as_accurate_as_pytorchs_ops(level, width, le
     with seqfuse.backend("cpu"), native.isa_limit(level):
         found = ops.luong_readout(*tensors, lengths)
     testing.assert_accurate(found, truth, plain, dims=(0,))
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("lengths", [None, [1, 7, 4]], ids=["whole", "ragged"])
+def test_the_kernel_of_a_readout_is_an_op_like_pytorchs(lengths):
+    draw = torch.Generator().manual_seed(0)
+    query, added = (torch.randn(3 * 4, 20, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(3, 7, 20, generator=draw) for _ in range(2))
+    lengths = None if lengths is None else torch.tensor(lengths)
+    torch.library.opcheck(torch.ops.seqfuse.luong_readout.default, (query, keys, values, added, lengths))
