@@ -153,7 +153,7 @@ def test_eval(finished, tmp_path):
     trainer = Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path / "half")
     trainer.begin()
     code, text = call("eval", tmp_path / "half")
-    assert code == 1 and "has no checkpoint yet that holds a whole model" in text
+    assert code == 1 and "has no checkpoint yet" in text
     trainer.step(trainer.next_batch())
     trainer.save()
     code, text = call("eval", tmp_path / "half")
@@ -316,16 +316,6 @@ def test_names_of_lines_neither_overlap_nor_leave_the_picture(count):
         for other in texts[i + 1 :]:
             assert y != other[2] or right < other[0] or other[1] < left, (text, other)
     assert "2.5M" in [text for *_, text in texts]
-
-
-def test_long_names_beside_a_heat_map():
-    """Written upwards where a cell is too narrow, cut where they are very long; whole under the mouse."""
-    long = "configuration" * 3
-    short, wide = (report.heat_map([name, "b"], [name], [[0.1, 0.2]], "x", "y") for name in ("ab", long))
-    assert short.count("rotate(-90)") == 1 and wide.count("rotate(-90)") == 3  # one is the axis's own name
-    assert all(left >= 0 for left, *_ in places(wide))
-    texts = [e.text for e in xml.fromstring(wide).iter("text")]
-    assert texts.count(long[: report.LONGEST - 1] + "…") == 2 and f"{long} for {long}: 0.10" in wide
 
 
 @pytest.mark.parametrize("from_zero", [True, False])

@@ -56,7 +56,6 @@ svg .series { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-lineca
 COLORS = ("var(--one)", "var(--two)", "var(--good)", "var(--four)", "var(--five)", "var(--six)")
 DASHES = ("", ";stroke-dasharray:7 4", ";stroke-dasharray:2 4")  # of lines beyond as many colours
 LEGEND_ROW = 19
-LONGEST = 24  # characters of a name beside a heat map; of longer ones the beginning is shown
 
 
 @dataclass(frozen=True)
@@ -170,25 +169,24 @@ def standalone(svg: str) -> str:
 def heat_map(
     columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]], x_label: str, y_label: str
 ) -> str:
-    """values[row][column] in [0, 1], drawn as cells from empty to full; hover shows the number."""
-    cell, wide = 34, 8  # a cell's side, a character's width
-    across, down = ([n if len(n) <= LONGEST else n[: LONGEST - 1] + "…" for n in names] for names in (columns, rows))
-    longest = max(map(len, across), default=0)
-    upright = longest * wide <= cell  # else the names of columns are written upwards
-    left = max(84, 36 + wide * max(map(len, down), default=0))
-    top = 58 if upright else 40 + wide * longest
+    """values[row][column] in [0, 1], drawn as cells from empty to full; hover shows the number. Names of columns that
+    are wider than a cell stand upright."""
+    cell, letter = 34, 8
+    row_width, column_width = (letter * max(map(len, names), default=0) for names in (rows, columns))
+    upright = column_width > cell
+    left, top = max(84, 40 + row_width), max(58, 40 + column_width * upright)
     width, height = left + cell * len(columns) + 10, top + cell * len(rows) + 10
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(y_label)}">']
     middle = left + cell * len(columns) / 2
     out.append(f'<text x="{middle}" y="14" text-anchor="middle">{escape(x_label)}</text>')
-    centre = top + cell * len(rows) / 2
-    out.append(f'<text transform="translate(14 {centre}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    for i, name in enumerate(across):
+    across = top + cell * len(rows) / 2
+    out.append(f'<text transform="translate(14 {across}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    for i, name in enumerate(columns):
         x = left + cell * (i + 0.5)
-        place = f'x="{x}" y="{top - 12}" text-anchor="middle"'
-        place = place if upright else f'transform="translate({x + 4} {top - 10}) rotate(-90)"'
-        out.append(f'<text class="strong mono" {place}>{escape(name)}</text>')
-    for j, name in enumerate(down):
+        place = f'transform="translate({x + 4} {top - 12}) rotate(-90)"' if upright else f'x="{x}" y="{top - 12}"'
+        anchor = "start" if upright else "middle"
+        out.append(f'<text class="strong mono" {place} text-anchor="{anchor}">{escape(name)}</text>')
+    for j, name in enumerate(rows):
         y = top + cell * j
         out.append(
             f'<text class="strong mono" x="{left - 12}" y="{y + cell / 2 + 4}" text-anchor="end">{escape(name)}</text>'
@@ -196,7 +194,7 @@ def heat_map(
         for i, value in enumerate(values[j]):
             box = f'x="{left + cell * i + 1}" y="{y + 1}" width="{cell - 2}" height="{cell - 2}" rx="3"'
             out.append(f'<rect {box} style="fill:var(--fill)"/>')
-            tip = f"{escape(columns[i])} for {escape(rows[j])}: {value:.2f}"
+            tip = f"{escape(columns[i])} for {escape(name)}: {value:.2f}"
             strength = min(1.0, max(0.0, value))
             out.append(f'<rect {box} style="fill:var(--one)" fill-opacity="{strength:.3f}"><title>{tip}</title></rect>')
     return "".join(out) + "</svg>"

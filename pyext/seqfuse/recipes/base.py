@@ -87,7 +87,6 @@ class RunConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         self.positive("max_steps", "batch_size", "accumulate", "checkpoint_every", "evaluate_every", "log_every")
-        self.require(self.seed < 2**43, f"seed must be below 2**43, got {self.seed}")  # seeds of epochs are made of it
         for name in ("ema", "label_smoothing"):
             self.require(getattr(self, name) < 1, f"{name} must be below 1, got {getattr(self, name)!r}")
 
@@ -233,14 +232,6 @@ def fingerprint(*texts: str | bytes | Path) -> str:
     return digest.hexdigest()
 
 
-def paths(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys of a dict of dicts: ["seed", "optim", "optim.lr", ...]."""
-    found = []
-    for name, value in values.items():
-        found += [prefix + name, *(paths(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [])]
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -277,3 +268,11 @@ class Recipe:
     def read(self, values: dict) -> RunConfig:
         """From what RunConfig.to_dict() gave."""
         return type(self.config()).from_dict(values)
+
+
+def paths(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys of a dict of dicts: ["seed", "optim", "optim.lr", ...]."""
+    found = []
+    for name, value in values.items():
+        found += [prefix + name, *(paths(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [])]
+    return found
