@@ -12,12 +12,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from seqfuse import report
+from seqfuse import attention_pictures, report
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import MaskedLM, MaskedLMConfig
-from seqfuse.recipes import attention
 from seqfuse.recipes.base import Findings, Optim, Recipe
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, TextConfig, TextTask
 from seqfuse.tokenizer import SPECIALS, Tokenizer
@@ -124,7 +123,7 @@ class MLM(TextTask):
             lines.append(f"{self.text_tokenizer.decode(row, specials=True)}\n  guessed: {', '.join(words)}")
         text = "\n".join(lines)
         sections = [report.section("Hidden tokens", report.verbatim(text))]
-        sections += attention.to_itself(model, self.text_tokenizer, seen[0])
+        sections += attention_pictures.to_itself(model, self.text_tokenizer, seen[0])
         return Findings(self.evaluate(model), sections, text)
 
 

@@ -15,12 +15,11 @@ import string
 import torch
 from torch import Tensor
 
-from seqfuse import report
+from seqfuse import attention_pictures, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
-from seqfuse.recipes import attention
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
@@ -125,7 +124,7 @@ class Bottleneck(Task):
             written = generate(model, source[:1].to(self.device), max_new_tokens=length, stop=())[0].tolist()
             rows.append([self.letters.decode(ids) for ids in (letters, letters[::-1], written)])
         sections.append(report.section("Samples", report.table(["letters", "backwards", "model"], rows)))
-        sections += attention.to_the_source(model, letters, written)
+        sections += attention_pictures.to_the_source(model, letters, written)
         text = "\n".join(f"{given} -> {wrote}" for given, _, wrote in rows)
         return Findings(self.evaluate(model) | values, sections, text)
 

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seqfuse import data, metrics, report
+from seqfuse import attention_pictures, data, metrics, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
-from seqfuse.recipes import attention
 from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
 from seqfuse.tokenizer import Tokenizer
 
@@ -142,5 +141,5 @@ class TextTask(Task):
         """What evaluate() says, a text that the model wrote, and where it looks if it has attention."""
         sample = generate(model, self.config.prompt, max_new_tokens=self.room, temperature=0.8, seed=self.config.seed)
         sections = [report.section("Sample", report.verbatim(sample))]
-        sections += attention.to_itself(model, self.text_tokenizer, self.held_ids)
+        sections += attention_pictures.to_itself(model, self.text_tokenizer, self.held_ids)
         return Findings(self.evaluate(model), sections, sample)

@@ -17,14 +17,13 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from seqfuse import data, metrics, report
+from seqfuse import attention_pictures, data, metrics, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.models.seq2seq import RNNSeq2SeqConfig
 from seqfuse.models.transformer import TransformerConfig
-from seqfuse.recipes import attention
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
 from seqfuse.recipes.texts import IGNORED, sorted_batches
 from seqfuse.tokenizer import Tokenizer
@@ -200,13 +199,13 @@ class Translate(Task):
         else:
             values |= {"BLEU": "not computed: sacrebleu is not installed (pip install seqfuse[eval])"}
         sides = list(zip(*map(self.pieces.encode_batch, (sources, outputs)), strict=True))
-        sections += attention.to_the_source(model, *next(filter(is_drawn, sides), sides[0]))
+        sections += attention_pictures.to_the_source(model, *next(filter(is_drawn, sides), sides[0]))
         return Findings(values, sections, text)
 
 
 def is_drawn(sides: tuple[list[int], list[int]]) -> bool:
     """Whether a source and what was written for it fit into a picture, and make one."""
-    return all(3 < len(side) <= attention.MOST for side in sides)
+    return all(3 < len(side) <= attention_pictures.MOST for side in sides)
 
 
 def length_chart(by_length: list[tuple[str, int, float]]) -> str:
