@@ -8,7 +8,7 @@ import transformers
 from hf_checks import close, greedy, loaded, randomised, returned
 
 import seqfuse
-from seqfuse import models
+from seqfuse import models, testing
 from seqfuse.models import Decoder
 from seqfuse.models.attention_maps import attention_maps
 
@@ -159,6 +159,20 @@ def test_fullgraph(name):
     model = small(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(compiled(IDS), model(IDS))
+
+
+def test_a_loss_compiles_with_its_gradients_and_activation_checkpointing():
+    model = small("llama", layers=1, checkpoint=True).train()
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+
+    def outcome(f):
+        loss = f(IDS[:, :-1], IDS[:, 1:])
+        return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+    found, eager = outcome(compiled), outcome(model.loss)
+    model.double()
+    for got, truth, theirs in zip(found, outcome(model.loss), eager, strict=True):
+        testing.assert_accurate(got, truth, theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -322,6 +322,25 @@ def test_it_compiles_without_a_break(make, count):
         testing.assert_accurate(compiled(*args), model(*args).double(), model(*args))
 
 
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [pytest.param(lambda: language_model(layers=1, checkpoint=True, activation=1.0).train(), 1, id="language-model"),
+     pytest.param(lambda: seq2seq(layers=1, norm=True), 2, id="seq2seq")],
+)  # fmt: skip
+def test_a_loss_compiles_with_its_gradients(make, count):
+    model, args = make(), inputs(count)
+    plain, compiled = model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+
+    def outcome(f):
+        loss = f(*args, args[-1])
+        return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+    found, eager = outcome(compiled), outcome(plain)
+    model.double()
+    for got, truth, theirs in zip(found, outcome(plain), eager, strict=True):
+        testing.assert_accurate(got, truth, theirs)
+
+
 @pytest.mark.parametrize(("make", "count"), EVERY)
 def test_every_backend_gives_the_same(make, count):
     """Logits, and the gradients of their squares; on Triton: test_models_interpret.py."""
