@@ -270,9 +270,13 @@ def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
     path = folder.path
     if not (path / "model.safetensors").is_file():
         found = [*folder.newest("best"), *folder.newest()]
+        found = [path for path in found if (path / "model.safetensors").is_file()]  # one in shares has none
         if not found:
-            raise TrainError(f"{path}: the run has no checkpoint yet")
+            raise TrainError(f"{path}: the run has no checkpoint yet that holds a whole model")
         path = found[0]
+        if path in folder.newest():  # the model as it is trained, perhaps with adapters
+            load_weights(path, task.model)
+            return findings_of(task, task.model), path
     return findings_of(task, models.load(path, device=task.device)), path
 
 

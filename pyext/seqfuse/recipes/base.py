@@ -87,6 +87,7 @@ class RunConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         self.positive("max_steps", "batch_size", "accumulate", "checkpoint_every", "evaluate_every", "log_every")
+        self.require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         for name in ("ema", "label_smoothing"):
             self.require(getattr(self, name) < 1, f"{name} must be below 1, got {getattr(self, name)!r}")
 
@@ -230,6 +231,14 @@ def fingerprint(*texts: str | bytes | Path) -> str:
         data = text.read_bytes() if isinstance(text, Path) else text.encode() if isinstance(text, str) else text
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
+
+
+def check_positions(model: Config, tokens: int, setting: str) -> None:
+    """DataError if a model has not as many positions as the longest example, which `setting` limits, has tokens."""
+    most = getattr(model, "max_positions", None)
+    if most is not None and tokens > most:
+        raise DataError(f"{setting}: an example of {tokens} tokens is longer than the {most} that the model has "
+                        f"positions for (max_positions); lower {setting}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

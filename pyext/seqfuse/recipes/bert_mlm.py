@@ -17,7 +17,7 @@ from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
 from seqfuse.models.heads import MaskedLM, MaskedLMConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe
+from seqfuse.recipes.base import Findings, Optim, Recipe, generator
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED, TextConfig, TextTask
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 

@@ -20,7 +20,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
-from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint, generator
 from seqfuse.tokenizer import SPECIALS, Tokenizer
 
 BATCHES = 500  # that are called an epoch: no example comes twice

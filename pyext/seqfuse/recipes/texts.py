@@ -14,7 +14,7 @@ from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
-from seqfuse.recipes.base import Findings, RunConfig, Task, fingerprint
+from seqfuse.recipes.base import Findings, RunConfig, Task, check_positions, fingerprint, generator
 from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
