@@ -257,7 +257,9 @@ def test_a_curve_in_the_report(labelled, encoder, tmp_path):
     run(configure("sentiment", changes), tmp_path / "run")
     html = (tmp_path / "run" / "report.html").read_text()
     chart = html[html.index("Label efficiency") :].partition("</svg>")[0]
-    assert "labelled examples" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 3 + 2 + 2  # and the keys
+    assert (
+        "labelled examples" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 3 + 2 + 2
+    )  # and the keys
     for n in (10, 20):
         for name, steps in ((f"labelled-{n}", 2), (f"labelled-{n}-scratch", 6)):
             results = json.loads((tmp_path / "run" / name / "results.json").read_text())
