@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 BUILD_TOOLS := "setuptools>=68" wheel "pybind11>=2.12" ninja
 RUNTIME := numpy safetensors tokenizers typer
-TESTING := pytest pytest-benchmark hypothesis expecttest transformers "sacrebleu>=2" seqeval rouge-score peft
+TESTING := pytest pytest-benchmark hypothesis expecttest transformers "sacrebleu>=2" seqeval rouge-score peft matplotlib
 
 .PHONY: demo test lint bench claims clean
 

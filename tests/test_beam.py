@@ -5,11 +5,12 @@ import torch
 from generating import TableModel, every_sequence, log_probability
 
 import seqfuse
-from seqfuse import ops
+from seqfuse import native, ops, testing
 from seqfuse.beam import beam_search
 from seqfuse.sampling import Options
 
 STOPS = torch.tensor([2])
+OUTPUTS = ("scores", "parents", "tokens", "best_scores", "best_at", "over")
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
@@ -100,15 +101,34 @@ def test_the_kernel_of_a_step_chooses_as_the_reference_does(isa, sizes, normalis
     if not normalised:
         tensors[0] = tensors[0].log_softmax(-1)
     options = dict(beams=beams, step=3, last=last, divisor=3**0.7, flattering=9**0.7, normalised=normalised)
+    exact = [t.double() if t.is_floating_point() else t for t in tensors]
     with seqfuse.backend("reference"):
-        wanted = ops.beam_step(*tensors, **options)
+        truth, plain = ops.beam_step(*exact, **options), ops.beam_step(*tensors, **options)
     with seqfuse.backend("cpu"):
         found = ops.beam_step(*tensors, **options)
-    for name, w, f in zip(
-        ("scores", "parents", "tokens", "best_scores", "best_at", "over"), wanted, found, strict=True
-    ):
-        assert w.shape == f.shape and w.dtype == f.dtype, name
-        torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for name, t, p, f in zip(OUTPUTS, truth, plain, found, strict=True):
+        assert p.shape == f.shape and p.dtype == f.dtype, name
+        if f.is_floating_point():
+            testing.assert_accurate(f, t, p, what=name)
+        else:
+            assert torch.equal(f, t), name
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("sizes", [(3, 4, 74, 4, [2]), (1, 3, 6, 40, [])], ids=str)
+def test_the_kernel_of_a_step_is_an_op_like_pytorchs(sizes):
+    """Schema and fake say what the kernel does, so a search may stand in a compiled function."""
+    *tensors, beams = drawn_step(*sizes)
+    arguments = (*tensors, beams, 3, False, 2.0, 3.0, True)
+    torch.library.opcheck(torch.ops.seqfuse.beam_step.default, arguments)
+
+    def step(*tensors):
+        return ops.beam_step(*tensors, beams=beams, step=3, last=False, divisor=2.0, flattering=3.0, normalised=True)
+
+    with seqfuse.backend("cpu"):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
+        for name, a, b in zip(OUTPUTS, compiled, step(*tensors), strict=True):
+            assert torch.equal(a, b), name
 
 
 def test_a_search_runs_on_every_backend_by_name():

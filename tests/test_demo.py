@@ -215,7 +215,7 @@ def test_report_escapes_what_users_give():
 
 def test_line_chart_leaves_out_what_is_not_finite():
     chart = report.line_chart([report.Series("a", [1, 2, 3], [1.0, float("nan"), 2.0], marks=True)], "x", "y", "t")
-    assert "nan" not in chart and chart.count("<circle") == 2
+    assert "nan" not in chart and chart.count("<circle") == 3  # two points, and the key
     assert "Nothing was recorded" in report.line_chart([report.Series("a", [], [])], "x", "y", "t")
     assert report.ticks(0, 3.1) == [0, 1, 2, 3] and report.ticks(0, 0.42) == [0, 0.1, 0.2, 0.3, 0.4]
 

@@ -241,6 +241,28 @@ def test_wrong_calls_get_one_sentence(prompts, options, sentence):
         seqfuse.generate(TableModel(), prompts, **options)
 
 
+@pytest.mark.parametrize(
+    ("encoder_decoder", "prompt", "new", "sentence"),
+    [
+        (False, [3] * 4, 7, "a prompt of 4 tokens and max_new_tokens=7 are 11 tokens, more than the 10 that the model"),
+        (False, [3] * 10, 1, "a prompt of 10 tokens and max_new_tokens=1 are 11 tokens, more than the 10"),
+        (True, [3] * 4, 10, "max_new_tokens=10 and the token that starts a target are more than the 10"),
+        (True, [3] * 11, 2, "a source of 11 tokens is more than the 10 that the model has positions for .max_pos"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"num_beams": 2}], ids=str)
+def test_a_text_that_has_no_room_is_refused_before_the_model_runs(encoder_decoder, prompt, new, sentence, options):
+    model = TableModel(encoder_decoder=encoder_decoder)
+    model.config.max_positions = 10
+    with pytest.raises(ValueError, match=sentence):
+        seqfuse.generate(model, [prompt], max_new_tokens=new, **options)
+    assert model.steps == 0
+    out = seqfuse.generate(model, [prompt[:4]], max_new_tokens=6, stop=(), **options)
+    assert len(list(out) if "stream" in options else out[0]) == 6 + 4 * (
+        not encoder_decoder and "stream" not in options
+    )
+
+
 def test_a_model_without_the_protocol_is_named():
     with pytest.raises(TypeError, match="Linear does not generate: it has no method begin"):
         seqfuse.generate(torch.nn.Linear(2, 2), [[3]])

@@ -8,8 +8,9 @@ import transformers
 from hf_checks import close, greedy, loaded, randomised, returned
 
 import seqfuse
-from seqfuse import models
+from seqfuse import models, testing
 from seqfuse.models import Decoder
+from seqfuse.models.attention_maps import attention_maps
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([4, 9, 7])
@@ -70,6 +71,20 @@ def test_same_logits_same_greedy_ids_and_back(family, tmp_path):
     assert torch.equal(
         again.generate(IDS, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(IDS)), wanted
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama-llama3"])
+def test_attention_maps_are_theirs(family, tmp_path):
+    theirs = FAMILIES[family]()
+    ours = loaded(theirs, tmp_path)
+    theirs.set_attn_implementation("eager")
+    before = ours(IDS)
+    maps = attention_maps(ours, IDS)
+    assert list(maps) == ["stack.blocks.0.attention", "stack.blocks.1.attention"]
+    for got, wanted in zip(maps.values(), theirs(IDS, output_attentions=True).attentions, strict=True):
+        close(got, wanted)
+    assert torch.equal(ours(IDS), before) and not any(m._forward_pre_hooks for m in ours.modules())
 
 
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
@@ -144,6 +159,20 @@ def test_fullgraph(name):
     model = small(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(compiled(IDS), model(IDS))
+
+
+def test_a_loss_compiles_with_its_gradients_and_activation_checkpointing():
+    model = small("llama", layers=1, checkpoint=True).train()
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+
+    def outcome(f):
+        loss = f(IDS[:, :-1], IDS[:, 1:])
+        return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+    found, eager = outcome(compiled), outcome(model.loss)
+    model.double()
+    for got, truth, theirs in zip(found, outcome(model.loss), eager, strict=True):
+        testing.assert_accurate(got, truth, theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,6 +4,8 @@ import json
 import pickle
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +71,11 @@ def test_shared_weights_are_saved_once(tmp_path):
         ("{}", "got model_type None"),
         ('{"model_type": "t5"}', "got model_type 't5'"),
         ('{"model": "Dreamer"}', '"model" must be one of'),
+        ('{"model": "Head"}', '"model" must be one of'),
+        ('{"model": ["Decoder"]}', '"model" must be one of'),
+        ('{"model_type": ["gpt2"]}', "got model_type ['gpt2']"),
+        (json.dumps(CONFIG | {"model": "Decoder", "eps": float("inf")}), "eps must be finite, got inf"),
+        (json.dumps(CONFIG | {"model": "Decoder", "dropout": float("nan")}), "dropout must be finite, got nan"),
         ('{"model": "Decoder"}', "the key 'vocab' is missing"),
         ("\ud800", "is not JSON"),
     ],
@@ -226,6 +233,30 @@ FAMILIES = {
 def theirs(request, tmp_path):
     FAMILIES[request.param]().save_pretrained(tmp_path)
     return tmp_path
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("transformers", "peft", "sacrebleu", "seqeval", "matplotlib", "accelerate")))
+import seqfuse, torch, seqfuse.recipes, seqfuse.trainer, seqfuse.cli
+from seqfuse import models
+for name in sys.argv[2:]:
+    theirs = f"{sys.argv[1]}/{name}"
+    model = models.load(theirs)
+    if model.config.model in ("Decoder", "Transformer"):
+        seqfuse.generate(model, torch.tensor([[3, 4, 5]]), max_new_tokens=4)
+    seqfuse.interop.export_hf(model, theirs + "-again")
+    assert models.load(theirs + "-again").num_parameters() == model.num_parameters()
+"""
+
+
+def test_their_folders_need_nothing_of_theirs(tmp_path):
+    """Loaded, generated from and exported in a process where an import of transformers fails."""
+    for name, make in FAMILIES.items():
+        make().save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path), *FAMILIES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_their_tensors_are_named_as_they_name_them(theirs):

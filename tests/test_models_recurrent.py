@@ -7,6 +7,7 @@ from generating import every_sequence, log_probability
 import seqfuse
 from seqfuse import models, native, ops, testing
 from seqfuse.beam import beam_search
+from seqfuse.models.recurrent import RecurrentState
 from seqfuse.sampling import Options
 
 CELLS = ("rnn", "lstm", "gru")
@@ -139,6 +140,29 @@ def test_dropout_takes_the_same_units_at_all_times_and_whole_words():
     x = model.body.embed(torch.arange(11).repeat(1, 2))[0]
     gone = (x == 0).all(1)
     assert torch.equal(gone[:11], gone[11:]) and torch.equal(gone, (x == 0).any(1))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_many_rows_see_what_has_changed_between_them(cell, inference):
+    """With many rows of few tokens the embedding's products are taken once and kept, as long as they are true."""
+    with torch.inference_mode(inference):
+        model = language_model(cell, tied=False)
+    ids = drawn(11, 40, 3)
+    changes = [
+        lambda: None,
+        lambda: model.body.embedding.weight.mul_(2),
+        lambda: model.body.layers[0].weight_ih_l0.mul_(2),
+        lambda: model.body.layers[0].bias_ih_l0.add_(1),
+        lambda: setattr(model.body.embedding, "weight", torch.nn.Parameter(model.body.embedding.weight * 2)),
+    ]
+    with torch.inference_mode(inference), torch.no_grad(), seqfuse.backend("cpu"):
+        _, cache = model.begin(ids, None, 20)
+        for change in changes:
+            change()
+            layers, found = list(cache.layers), model.step(ids[:, 0], cache)
+            fresh = RecurrentState(layers, model.body.cells())
+            assert torch.equal(found, model.step(ids[:, 0], fresh))
 
 
 # ----------------------------------------------------------------------------------------------------- encoder-decoder
@@ -298,15 +322,42 @@ def test_it_compiles_without_a_break(make, count):
         testing.assert_accurate(compiled(*args), model(*args).double(), model(*args))
 
 
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [pytest.param(lambda: language_model(layers=1, checkpoint=True, activation=1.0).train(), 1, id="language-model"),
+     pytest.param(lambda: seq2seq(layers=1, norm=True), 2, id="seq2seq")],
+)  # fmt: skip
+def test_a_loss_compiles_with_its_gradients(make, count):
+    model, args = make(), inputs(count)
+    plain, compiled = model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+
+    def outcome(f):
+        loss = f(*args, args[-1])
+        return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+    found, eager = outcome(compiled), outcome(plain)
+    model.double()
+    for got, truth, theirs in zip(found, outcome(plain), eager, strict=True):
+        testing.assert_accurate(got, truth, theirs)
+
+
 @pytest.mark.parametrize(("make", "count"), EVERY)
 def test_every_backend_gives_the_same(make, count):
+    """Logits, and the gradients of their squares; on Triton: test_models_interpret.py."""
     model, args = make().eval(), inputs(count)
-    found = {}
-    for backend in ("auto", "reference"):
+    backends = ("reference", "auto") if native.missing() else ("reference", "auto", "cpu")
+
+    def outcome(backend):
         with seqfuse.backend(backend):
-            found[backend] = model(*args)
-    exact = model.double()(*args)
-    testing.assert_accurate(found["auto"], exact, found["reference"], dims=(0, 1))
+            logits = model(*args)
+        return [logits, *torch.autograd.grad(logits.square().sum(), model.parameters())]
+
+    found = {backend: outcome(backend) for backend in backends}
+    model.double()
+    exact = outcome("reference")
+    for backend in backends[1:]:
+        for got, truth, plain in zip(found[backend], exact, found["reference"], strict=True):
+            testing.assert_accurate(got, truth, plain, dims=(0, 1) if got.dim() == 3 else (), what=backend)
 
 
 def test_checkpointing_changes_no_gradient():
@@ -407,3 +458,13 @@ def test_the_kernel_of_a_readout_is_as_accurate_as_pytorchs_ops(level, width, le
     with seqfuse.backend("cpu"), native.isa_limit(level):
         found = ops.luong_readout(*tensors, lengths)
     testing.assert_accurate(found, truth, plain, dims=(0,))
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("lengths", [None, [1, 7, 4]], ids=["whole", "ragged"])
+def test_the_kernel_of_a_readout_is_an_op_like_pytorchs(lengths):
+    draw = torch.Generator().manual_seed(0)
+    query, added = (torch.randn(3 * 4, 20, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(3, 7, 20, generator=draw) for _ in range(2))
+    lengths = None if lengths is None else torch.tensor(lengths)
+    torch.library.opcheck(torch.ops.seqfuse.luong_readout.default, (query, keys, values, added, lengths))

@@ -8,6 +8,7 @@ from hf_checks import close, greedy, loaded, randomised, returned
 import seqfuse
 from seqfuse import models
 from seqfuse.models import Transformer
+from seqfuse.models.attention_maps import attention_maps
 
 SRC = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 TGT = torch.randint(3, 50, (3, 7), generator=torch.Generator().manual_seed(2))
@@ -60,6 +61,25 @@ def test_same_logits_same_greedy_ids_and_back(family, tmp_path):
         close(again(SRC, attention_mask=MASK, decoder_input_ids=TGT).logits, wanted)
     # their configs make transformers end with eos where it may go no further
     assert torch.equal(again.generate(SRC, **options)[:, :-1], ids[:, :-1])
+
+
+@torch.no_grad()
+def test_attention_maps_are_theirs(tmp_path):
+    """Of the encoder, the decoder, and the decoder over the source, whose padding nobody sees."""
+    theirs = FAMILIES["marian"]()
+    ours = loaded(theirs, tmp_path)
+    theirs.set_attn_implementation("eager")
+    out = theirs(SRC, attention_mask=MASK, decoder_input_ids=TGT, output_attentions=True)
+    maps = attention_maps(ours, SRC, TGT, LENGTHS)
+    wanted = {f"encoder.blocks.{i}.attention": t for i, t in enumerate(out.encoder_attentions)}
+    wanted |= {
+        "decoder.blocks.0.attention": out.decoder_attentions[0],
+        "decoder.blocks.0.cross": out.cross_attentions[0],
+    }
+    assert list(maps) == list(wanted)
+    for name, t in wanted.items():
+        close(maps[name], t)
+    assert (maps["decoder.blocks.0.cross"][0, :, :, LENGTHS[0] :] == 0).all()
 
 
 def test_a_checkpoint_with_copies_of_its_embedding(tmp_path):

@@ -72,8 +72,11 @@ def test_a_recipe_trains_reports_and_leaves_a_model(name, changes, files, tmp_pa
         config = configure(name, files, changes)
     found = run(config, tmp_path / "run")
     assert found["steps"] == 4 and found["tokens"] > 0 and math.isfinite(found["metrics"]["loss"])
-    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    page = (tmp_path / "run" / "report.html").read_text()
     model = models.load(tmp_path / "run")
+    assert re.search("<h2>(Sample|Samples|Translations|Held-out words|Hidden tokens)</h2>", page)
+    looks = name not in ("charlm", "awd_lstm") and getattr(model.config, "attention", "") is not None
+    assert ("<h2>Attention</h2>" in page) == (page.count("fill-opacity") > 8) == looks
     assert model.tokenizer.vocab_size == model.config.vocab
 
 

@@ -239,9 +239,16 @@ def test_runs_that_differ_in_a_number_make_a_curve():
         for n in (100, 50, 500) for scratch in (False, True)
     ]  # fmt: skip
     (chart,) = by_setting(past)
-    assert "accuracy by labelled" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 6
+    assert "accuracy by labelled" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 6 + 2
     assert "scratch True" in chart and "scratch False" in chart
     assert by_setting(past[:1]) == by_setting(past[:2]) == []
+    rates = [
+        PastRun(str(lr), configure("sentiment", {"optim.lr": lr}).to_dict(), [], {"metrics": {"accuracy": lr}})
+        for lr in (3e-5, 1e-4, 1e-3)
+    ]
+    (chart,) = by_setting(rates)
+    points = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)[:3]]
+    assert points == sorted(points) and points[2] - points[0] > 700  # of 880: 3e-05 is a number like 0.001
 
 
 def test_a_curve_in_the_report(labelled, encoder, tmp_path):
@@ -250,7 +257,9 @@ def test_a_curve_in_the_report(labelled, encoder, tmp_path):
     run(configure("sentiment", changes), tmp_path / "run")
     html = (tmp_path / "run" / "report.html").read_text()
     chart = html[html.index("Label efficiency") :].partition("</svg>")[0]
-    assert "labelled examples" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 3 + 2
+    assert (
+        "labelled examples" in chart and chart.count("<polyline") == 2 and chart.count("<circle") == 3 + 2 + 2
+    )  # and the keys
     for n in (10, 20):
         for name, steps in ((f"labelled-{n}", 2), (f"labelled-{n}-scratch", 6)):
             results = json.loads((tmp_path / "run" / name / "results.json").read_text())

@@ -182,6 +182,36 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path, kind):
         testing.assert_accurate(second[name], tensor.double(), what=name)
 
 
+RECURRENT = {"vocab": 19, "bos_id": 1, "embed": 16, "hidden": 32, "layers": 2}
+BLOCKS = {"vocab": 19, "bos_id": 1, "width": 32, "heads": 2, "layers": 3, "max_positions": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "inputs"),
+    [("RNNLanguageModel", RECURRENT, 1), ("RNNLanguageModel", RECURRENT | {"cell": "gru"}, 1),
+     ("RNNSeq2Seq", RECURRENT, 2), ("Decoder", BLOCKS, 1), ("Transformer", BLOCKS, 2)],
+)  # fmt: skip
+def test_activation_checkpointing_keeps_less(kind, config, inputs):
+    """Bytes that the backward pass is kept for, parameters aside: less than half."""
+    ids = torch.randint(3, 19, (4, 40))
+
+    def kept(checkpoint: bool) -> int:
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.data_ptr()] = max(tensor.nbytes, sizes.get(tensor.data_ptr(), 0))
+            return tensor
+
+        model = models.MODELS[kind].from_config(config | {"checkpoint": checkpoint}).train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(*[ids] * inputs, ids)
+        own = {p.data_ptr() for p in model.parameters()}
+        assert loss.requires_grad
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    assert kept(True) < kept(False) / 2
+
+
 def test_weight_decay_is_of_matrices_only(tmp_path):
     trainer = trainer_of(tmp_path, **{"optim.weight_decay": 0.1})
     decayed, others = trainer.optimizer.param_groups
@@ -239,7 +269,15 @@ def test_settings_by_path():
         ({"optim.lr": "fast"}, "lr must be a number"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"model.layers": 0}, "layers must be positive"),
-        ({"seed.x": 0}, "no settings called 'seed'"),
+        ({"seed.x": 0}, "no settings called 'seed'; settings of their own have optim, model"),
+        ({"optim.lrr": 1}, r"unknown key 'optim.lrr' \(did you mean 'optim.lr'\?\); there are beta1"),
+        ({"lr": 1}, r"unknown key 'lr' \(did you mean 'optim.lr'\?\); there are accumulate"),
+        ({"max_step": 1}, r"unknown key 'max_step' \(did you mean 'max_steps'\?\)"),
+        ({"model.hiden": 1}, r"\(did you mean 'model.hidden'\?\)"),
+        ({"recipe": "gpt"}, "unknown key 'recipe'"),
+        ({"optim.lr": float("inf")}, "lr must be finite, got inf"),
+        ({"optim.lr": float("nan")}, "lr must be finite, got nan"),
+        ({"model": 3}, '"model" must be one of ClassToText|ActorCritic, .*got None'),
         ({"precision": "fp8"}, "precision must be 'fp32' or 'bf16'"),
         ({"label_smoothing": 1.0}, "label_smoothing must be below 1"),
     ):

@@ -28,12 +28,14 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of those that `seqfuse data list` shows.")],
 ) -> None:
     """Bring a set into the cache, once; after that no network is needed. Prints where it is."""
-    from seqfuse.data import SETS, DataError
+    from seqfuse.data import SETS, DataError, cached
     from seqfuse.data import fetch as run
 
     with one_sentence():
         if name not in SETS:
             raise DataError(f"there is no set called {name!r}; there are {', '.join(SETS)}")
+        if not cached(SETS[name]):
+            typer.echo(f"fetching {name}, {SETS[name].size / 1e6:.1f} MB and what it is packed with ...", err=True)
         path = run(SETS[name])
         typer.echo(path)
         typer.echo(f"{SETS[name].source}; licence: {SETS[name].licence}", err=True)

@@ -78,7 +78,7 @@ def translate(
         options = dict(max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty)
         for i in range(0, len(lines), batch):
             for line in run(loaded, lines[i : i + batch], **options):
-                typer.echo(line)
+                typer.echo(" ".join(line.splitlines()))
 
 
 def import_(
@@ -132,11 +132,13 @@ def model_rows(path: Path) -> Iterator[tuple[str, object]]:
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """What a user can have given wrongly ends the command with one sentence and exit code 2."""
+    from safetensors import SafetensorError  # of a file that could not be written
+
     from seqfuse.data import DataError
 
     try:
         yield
-    except (DataError, ValueError, TypeError, OSError) as error:
+    except (DataError, ValueError, TypeError, OSError, SafetensorError) as error:
         typer.echo(f"seqfuse: {error}", err=True)
         raise typer.Exit(2) from None
 

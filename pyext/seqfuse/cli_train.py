@@ -85,7 +85,7 @@ def _config(recipe: str | None, data: Path | None, out: Path | None, changes: li
 def _recipe(name: object):
     from seqfuse.recipes import RECIPES
 
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
@@ -121,10 +121,10 @@ def _train(config, folder: Path, device: str) -> int:
 
 
 def eval_(run: Run, device: DeviceName = "auto") -> None:
-    """Measure a run's model on held-out data: what its recipe reports."""
+    """Measure a run's model on held-out data: what its recipe reports. The pictures go into RUN/evaluation.html."""
     from seqfuse.checkpoints import RunFolder
     from seqfuse.parallel import pick_device
-    from seqfuse.run_report import evaluate, show
+    from seqfuse.run_report import evaluate, show, write_evaluation
 
     with one_sentence():
         config, _ = _config(None, None, None, [], run)
@@ -137,6 +137,7 @@ def eval_(run: Run, device: DeviceName = "auto") -> None:
             typer.echo(f"{name}: {show(value)}")
         if findings.text:
             typer.echo(f"\n{findings.text}")
+        typer.echo(f"\n{write_evaluation(task, folder, findings, path)}: the same with pictures")
 
 
 def plot(
@@ -148,7 +149,7 @@ def plot(
 
     with one_sentence():
         path = out or (runs[0] / "curves.svg" if len(runs) == 1 else Path("comparison.html"))
-        run_report.plot([run_report.PastRun.open(run) for run in runs], path)
+        run_report.plot(run_report.open_runs(runs), path)
         typer.echo(path)
 
 

@@ -97,6 +97,7 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
             raise ValueError(f"generate: forbidden names token {token}, but there are {model.config.vocab}")
     if cuda_graph and not ids.is_cuda:
         raise ValueError(f"generate: cuda_graph=True needs a model on a CUDA GPU, this one is on {ids.device}")
+    _check_room(model, ids, options)
     report = Report(device=ids.device.type, step_bytes=model.weight_bytes())
     alone = model.config.encoder_decoder
     writers = None
@@ -213,6 +214,19 @@ def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report,
 def capacity(model, ids: Tensor, options: Options) -> int:
     """Positions that a cache must hold: an encoder-decoder's first token is <bos>, others have the prompt."""
     return options.max_new_tokens + (1 if model.config.encoder_decoder else ids.shape[1])
+
+
+def _check_room(model, ids: Tensor, options: Options) -> None:
+    config, needed = getattr(model.config, "body", model.config), capacity(model, ids, options)
+    most = getattr(config, "max_positions", None)
+    if most is None or max(needed, ids.shape[1]) <= most:
+        return
+    tokens, new = ids.shape[1], f"max_new_tokens={options.max_new_tokens}"
+    if model.config.encoder_decoder:
+        what = f"a source of {tokens} tokens is" if tokens > most else f"{new} and the token that starts a target are"
+    else:
+        what = f"a prompt of {tokens} tokens and {new} are {needed} tokens,"
+    raise ValueError(f"generate: {what} more than the {most} that the model has positions for (max_positions)")
 
 
 def padding(model) -> int:

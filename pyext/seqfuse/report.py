@@ -6,7 +6,6 @@ reader's light or dark setting, charts included.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -38,6 +37,8 @@ code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaV
 .tile { background: var(--fill); border-radius: .5rem; padding: .9rem 1.1rem; }
 .tile b { display: block; font-size: 1.65rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; line-height: 1.35; display: block; margin-top: .15rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--fill); border-radius: .5rem;
+  padding: .9rem 1.1rem; }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 1rem 0; }
 .scroll { overflow-x: auto; }
@@ -53,16 +54,20 @@ svg .series { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-lineca
 """
 
 COLORS = ("var(--one)", "var(--two)", "var(--good)", "var(--four)", "var(--five)", "var(--six)")
+DASHES = ("", ";stroke-dasharray:7 4", ";stroke-dasharray:2 4")  # of lines beyond as many colours
+LEGEND_ROW = 19
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. marks: draw a dot at each point (for a few measured values, not for thousands)."""
+    """One line of a chart. marks: draw a dot at each point (for a few measured values, not for thousands). color: its
+    number; lines of one number belong together. None: the next one."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
+    color: int | None = None
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -75,19 +80,23 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str, from_zero: bool = True) -> str:
-    """A line chart with labelled axes; more lines than there are colours begin again with the first.
+    """A line chart with labelled axes; more lines than there are colours begin again with the first, dashed.
 
     NaN and infinite values are left out. from_zero: where the vertical axis starts; else near the smallest value.
     """
-    width, height, left, right, top, bottom = 880, 340, 58, 18, 34, 50
+    width, left, right, bottom = 880, 74, 32, 50
+    keys = legend([s.name for s in series], width - right)
+    top = 34 + LEGEND_ROW * max((row for _, row in keys), default=0)
+    height = 306 + top
     points = [[(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)] for s in series]
     every = [p for line in points for p in line]
     if not every:
         return '<p class="soft">Nothing was recorded.</p>'
-    x_high = max(1.0, max(x for x, _ in every))
+    x_high = max(x for x, _ in every) or 1.0
     highest = max(y for _, y in every)
     y_low = 0.0 if from_zero else min(y for _, y in every)
-    y_ticks = ticks(y_low, max(y_low + 1e-9, highest))
+    highest = highest if highest > y_low else y_low + 1.0
+    y_ticks = ticks(y_low, highest)
     y_low, y_high = min([y_low, *y_ticks]), max(highest + 0.03 * (highest - y_low), *y_ticks)
 
     def px(x: float) -> float:
@@ -99,7 +108,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str,
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">']
     for y in y_ticks:
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        out.append(f'<text x="{left - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+        out.append(f'<text x="{left - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{short(y)}</text>')
     for x in ticks(0, x_high, 7):
         out.append(f'<text x="{px(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:,g}</text>')
     out.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{py(y_low):.1f}" y2="{py(y_low):.1f}"/>')
@@ -107,18 +116,48 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str,
     out.append(f'<text x="{middle}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>')
     across = top + (height - top - bottom) / 2
     out.append(f'<text transform="translate(15 {across}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    legend = width - right
-    for s, line, color in reversed(list(zip(series, points, itertools.cycle(COLORS), strict=False))):
+    for i, (s, line, (x_key, row)) in enumerate(zip(series, points, keys, strict=True)):
+        number = i if s.color is None else s.color
+        stroke = f"stroke:{COLORS[number % len(COLORS)]}"
+        stroke += DASHES[number // len(COLORS) % len(DASHES)]
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
-        out.append(f'<polyline class="series" style="stroke:{color}" points="{path}"/>')
+        out.append(f'<polyline class="series" style="{stroke}" points="{path}"/>')
         if s.marks:
-            out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" style="fill:{color}"/>' for x, y in line]
-        legend -= 8 + 7 * len(s.name)
-        out.append(f'<text class="strong" x="{legend}" y="18">{escape(s.name)}</text>')
-        key = f'x1="{legend - 24}" x2="{legend - 6}" y1="14" y2="14"'
-        out.append(f'<line {key} style="stroke:{color};stroke-width:3"/>')
-        legend -= 40
+            fill = f'r="3" style="fill:{COLORS[number % len(COLORS)]}"'
+            out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" {fill}/>' for x, y in line]
+        y_key = 14 + LEGEND_ROW * row
+        out.append(f'<text class="strong" x="{x_key}" y="{y_key + 4}">{escape(s.name)}</text>')
+        out.append(
+            f'<line x1="{x_key - 24}" x2="{x_key - 6}" y1="{y_key}" y2="{y_key}" style="{stroke};stroke-width:3"/>'
+        )
+        if s.marks:
+            out.append(f'<circle cx="{x_key - 15}" cy="{y_key}" {fill}/>')
     return "".join(out) + "</svg>"
+
+
+def legend(names: Sequence[str], right: float) -> list[tuple[float, int]]:
+    """Where the names of a chart's lines begin: (x, row), in order, rows as full as may be and up against the right."""
+    rows: list[list[float]] = [[]]
+    for name in names:
+        wide = 72 + 7 * len(name)  # with the line before it and room behind
+        if rows[-1] and sum(rows[-1]) + wide > right:
+            rows.append([])
+        rows[-1].append(wide)
+    places = []
+    for row, widths in enumerate(rows):
+        x = max(0.0, right - sum(widths)) + 64
+        for wide in widths:
+            places.append((x, row))
+            x += wide
+    return places
+
+
+def short(y: float) -> str:
+    """A number at an axis: 0.25, 25, 25k, 2.5M."""
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(y) >= least:
+            return f"{y / size:g}{unit}"
+    return f"{y:g}"
 
 
 def standalone(svg: str) -> str:
@@ -189,6 +228,11 @@ def figure(content: str, caption: str = "") -> str:
 
 def paragraph(text: str, soft: bool = False) -> str:
     return f'<p class="soft">{escape(text)}</p>' if soft else f"<p>{escape(text)}</p>"
+
+
+def verbatim(text: str) -> str:
+    """Text with its own lines and spaces, such as what a model wrote."""
+    return f'<div class="text mono">{escape(text)}</div>'
 
 
 def details(summary: str, content: str) -> str:

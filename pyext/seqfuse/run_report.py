@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -97,14 +98,15 @@ def curves(logs: dict[str, list[dict]]) -> list[str]:
     """Charts (SVG) of one run or several, by name: losses and every other number of the evaluations, and the speed."""
     several = len(logs) > 1
     series: dict[str, list[report.Series]] = {"loss": []}
-    for run, log in logs.items():
-        prefix = f"{run} " if several else ""
+    for number, (run, log) in enumerate(logs.items()):
+        prefix, color = (f"{run} ", number) if several else ("", None)
         trained = [r for r in log if "evaluation" not in r]
-        series["loss"].append(line(f"{prefix}training", trained, "loss"))
+        series["loss"].append(line(f"{prefix}training", trained, "loss", color))
         evaluations = [r["evaluation"] | {"step": r["step"]} for r in log if "evaluation" in r]
         for name in dict.fromkeys(name for e in evaluations for name in e if name != "step"):
             points = [e for e in evaluations if name in e]
-            one = report.Series(f"{prefix}held-out", [e["step"] for e in points], [e[name] for e in points], marks=True)
+            steps, values = [e["step"] for e in points], [e[name] for e in points]
+            one = report.Series(f"{prefix}held-out", steps, values, marks=True, color=color)
             series.setdefault(name, []).append(one)
     for name, key in (("tokens per second", "tokens_per_second"), ("learning rate", "lr")):
         series[name] = [line(run, [r for r in log if key in r], key) for run, log in logs.items()]
@@ -112,10 +114,11 @@ def curves(logs: dict[str, list[dict]]) -> list[str]:
     return [report.line_chart(lines, "step", name, f"{name} by step", name in zero) for name, lines in series.items()]
 
 
-def line(name: str, records: Sequence[dict], key: str) -> report.Series:
+def line(name: str, records: Sequence[dict], key: str, color: int | None = None) -> report.Series:
     size = -(-len(records) // POINTS) or 1
     groups = [records[i : i + size] for i in range(0, len(records), size)]
-    return report.Series(name, [g[-1]["step"] for g in groups], [fmean(r[key] for r in g) for g in groups])
+    means = [fmean(r[key] for r in g) for g in groups]
+    return report.Series(name, [g[-1]["step"] for g in groups], means, color=color)
 
 
 # ------------------------------------------------------------------------------------------------------- several runs
@@ -142,12 +145,14 @@ class PastRun:
 
 def comparison(runs: Sequence[PastRun]) -> str:
     """A page about several runs: results side by side, curves in one picture, the settings in which they differ."""
-    metrics = list(dict.fromkeys(name for r in runs for name in r.results.get("metrics", {})))
+    found = [r.results.get("metrics", {}) for r in runs]
+    words = list(dict.fromkeys(name for each in found for name, value in each.items() if isinstance(value, str)))
+    metrics = [name for name in dict.fromkeys(name for each in found for name in each) if name not in words]
     facts = ["steps", "best", "best_step", "tokens_per_second", "seconds", "parameters"]
     rows = [
-        (r.name, str(r.config["recipe"]), *(show(r.results.get("metrics", {}).get(m, "")) for m in metrics),
+        (r.name, str(r.config.get("recipe")), *(show(each.get(m, "")) for m in metrics),
          *(show(r.results.get(f) if r.results.get(f) is not None else "") for f in facts))
-        for r in runs
+        for r, each in zip(runs, found, strict=True)
     ]  # fmt: skip
     settings = [dict(flat(r.config)) for r in runs]
     names = list(dict.fromkeys(name for s in settings for name in s))
@@ -157,14 +162,22 @@ def comparison(runs: Sequence[PastRun]) -> str:
         report.section(
             "Results",
             report.table(["run", "recipe", *metrics, *facts], rows, range(2, 2 + len(metrics) + len(facts))),
+            *([side_by_side(runs, [(n, *(str(each.get(n, "")) for each in found)) for n in words])] if words else []),
         ),
         *([report.section("By setting", *map(report.figure, charts))] if (charts := by_setting(runs)) else []),
         report.section("Curves", *(report.figure(svg) for svg in curves(logs_of(runs)))),
         report.section(
             "Settings that differ",
-            report.table(["", *(r.name for r in runs)], [(n, *(s.get(n, "") for s in settings)) for n in differing]),
+            side_by_side(runs, [(n, *(s.get(n, "") for s in settings)) for n in differing])
+            if differing
+            else report.paragraph("None: only the data can make a difference."),
         ),
     )
+
+
+def side_by_side(runs: Sequence[PastRun], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a column for each run."""
+    return report.table(["", *(run.name for run in runs)], rows)
 
 
 def by_setting(runs: Sequence[PastRun]) -> list[str]:
@@ -177,9 +190,9 @@ def by_setting(runs: Sequence[PastRun]) -> list[str]:
     for name in differing:
         lines: dict[tuple, list[tuple[float, float]]] = {}
         for run, values in zip(done, settings, strict=True):
-            if values.get(name, "").replace(".", "", 1).isdigit():
+            x, y = number(values.get(name, "")), next(iter(run.results["metrics"].values()))
+            if x is not None:
                 others = tuple((n, values.get(n)) for n in differing if n != name)
-                x, y = float(values[name]), next(iter(run.results["metrics"].values()))
                 lines.setdefault(others, []).append((x, y))
         series = []
         for others, points in lines.items():
@@ -192,13 +205,21 @@ def by_setting(runs: Sequence[PastRun]) -> list[str]:
     return charts
 
 
+def number(setting: str) -> float | None:
+    try:
+        return float(setting)
+    except ValueError:
+        return None
+
+
 def logs_of(runs: Sequence[PastRun]) -> dict[str, list[dict]]:
-    """By name; runs of one name get a number."""
-    logs: dict[str, list[dict]] = {}
-    for run in runs:
-        name = run.name if run.name not in logs else f"{run.name} ({len(logs) + 1})"
-        logs[name] = run.log
-    return logs
+    return {run.name: run.log for run in runs}
+
+
+def open_runs(paths: Sequence[Path]) -> list[PastRun]:
+    """Runs by the names of their folders, or by their paths where two folders have one name."""
+    runs, names = list(map(PastRun.open, paths)), Counter(path.name for path in paths)
+    return [dataclasses.replace(r, name=str(p)) if names[p.name] > 1 else r for r, p in zip(runs, paths, strict=True)]
 
 
 def plot(runs: Sequence[PastRun], path: Path) -> None:
@@ -221,20 +242,27 @@ def plot(runs: Sequence[PastRun], path: Path) -> None:
 def _png(runs: Sequence[PastRun], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise TrainError(f"{path}: PNG needs matplotlib (pip install matplotlib); .svg and .html need nothing")
+    figure = matplotlib_figure(runs)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+
+
+def matplotlib_figure(runs: Sequence[PastRun]):
+    """The losses of runs; training and evaluation of a run in one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for name, log in logs_of(runs).items():
+    for i, (name, log) in enumerate(logs_of(runs).items()):
         trained = line(name, [r for r in log if "evaluation" not in r], "loss")
-        axes.plot(trained.x, trained.y, label=f"{name} training")
-        held = [r for r in log if "loss" in r.get("evaluation", {})]
-        axes.plot([r["step"] for r in held], [r["evaluation"]["loss"] for r in held], "o-", label=f"{name} held-out")
+        axes.plot(trained.x, trained.y, color=f"C{i}", label=f"{name} training")
+        held = [(r["step"], r["evaluation"]["loss"]) for r in log if "loss" in r.get("evaluation", {})]
+        if held:
+            axes.plot(*zip(*held, strict=True), "o--", color=f"C{i}", label=f"{name} held-out")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+    return figure
 
 
 def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
@@ -250,3 +278,18 @@ def evaluate(task: Task, folder: RunFolder) -> tuple[Findings, Path]:
             load_weights(path, task.model)
             return findings_of(task, task.model), path
     return findings_of(task, models.load(path, device=task.device)), path
+
+
+def write_evaluation(task: Task, folder: RunFolder, findings: Findings, model: Path) -> Path:
+    """evaluation.html in the run's folder: what the terminal shows, and the pictures."""
+    path = folder.path / "evaluation.html"
+    html = report.page(
+        f"{task.config.recipe}: evaluation",
+        report.paragraph(f"Of the model in {model}, on held-out data."),
+        report.section("Results", report.table(["", ""], [(k, show(v)) for k, v in findings.metrics.items()], (1,))),
+        *findings.sections,
+        report.section("How it was made", report.table(["", ""], report.environment(task.device))),
+    )
+    with writing(path):
+        files.save_atomically(path, lambda part: part.write_text(html, encoding="utf-8"))
+    return path

@@ -12,22 +12,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seqfuse.checkpoints import writing
 from seqfuse.files import save_atomically
 
+TRAINED = ("loss", "lr", "tokens_per_second")  # that a line about training has, among others
+
 
 def progress_bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held]}"))
+    bar = BarColumn(max(6, min(40, console.width - 82)))  # what stands beside it is to fit
+    columns = (bar, MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held]}"))
     columns += (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left"))
     return Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal)
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a killed run left half is passed over."""
+    """The lines of a log.jsonl. Others, such as one that a killed run left half, are passed over."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if is_record(record):
+            lines.append(record)
     return lines
+
+
+def is_record(record: object) -> bool:
+    """Whether RunLog writes such lines."""
+    if not isinstance(record, dict):
+        return False
+    evaluation = record.get("evaluation")
+    values = evaluation if isinstance(evaluation, dict) else {name: record.get(name) for name in TRAINED}
+    return all(isinstance(v, int | float) for v in (record.get("step"), *values.values()))
 
 
 class RunLog:
@@ -40,10 +54,11 @@ class RunLog:
     def __init__(self, folder: Path, console: Console, steps: int, unit: str, first: bool = True):
         self.folder, self.path, self.first = folder, folder / "log.jsonl", first
         self.console, self.steps, self.unit = console, steps, unit
-        self.told = ""  # the newest numbers, for a printed line
+        self.told, self.begun = "", 0  # the newest numbers, for a printed line; where this session goes on
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop what a run wrote after the checkpoint it goes on from."""
+        self.begun = step
         if self.first:
             kept = [r for r in read_log(self.path) if r["step"] <= (evaluated if "evaluation" in r else step)]
             text = "".join(json.dumps(r) + "\n" for r in kept)
@@ -53,7 +68,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.bar = progress_bar(self.console)
         self.bar.start()
-        self.task = self.bar.add_task("training", total=self.steps, loss="", held="", speed="")
+        self.task = self.bar.add_task("training", total=self.steps, completed=self.begun, loss="", held="", speed="")
         self.file = open(self.path, "a", encoding="utf-8") if self.first else None  # noqa: SIM115
         self.board = None
         if self.first and importlib.util.find_spec("tensorboard"):
@@ -78,7 +93,7 @@ class RunLog:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, "evaluation": metrics}, metrics, "held-out")
         held = "  ".join(f"held-out {name} {value:.4g}" for name, value in metrics.items())
-        self.bar.update(self.task, completed=step, held=held)
+        self.bar.update(self.task, completed=step, held=held.partition("  ")[0].replace(" loss ", " "))  # room is short
         self.console.print(f"step {step:,}/{self.steps:,}  {self.told}{held}", highlight=False, soft_wrap=True)
 
     def _write(self, record: dict, numbers: dict[str, float], kind: str) -> None:

@@ -23,7 +23,7 @@ def load(folder: Path, values: dict, dtype: torch.dtype | None = None) -> Model:
     """The model of a folder whose config.json holds `values`."""
     path = folder / "config.json"
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f'{path}: neither "model" of seqfuse nor a "model_type" that it knows '
             f"({', '.join(FAMILIES)}), got model_type {kind!r}"

@@ -35,7 +35,8 @@ class Model(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        MODELS[cls.__name__] = cls
+        if "config_class" in vars(cls):  # else it is what several models share
+            MODELS[cls.__name__] = cls
 
     def __init__(self, config: Config):
         super().__init__()

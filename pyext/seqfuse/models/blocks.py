@@ -137,12 +137,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.attention_bias)
         self.out = nn.Linear(self.sizes[0], config.width, bias=config.attention_bias)
 
-    def forward(self, x, context, rotary=None):
-        """x (B, T, d) -> (B, T, d)."""
+    def heads(self, x, context, rotary=None):
+        """x (B, T, d) -> queries (B, H, T, D), keys and values (B, Hkv, T, D)."""
         q, k, v = project(self.qkv, x).split(self.sizes, dim=-1)  # (B, T, H D), (B, T, Hkv D) twice
-        q, k, v = (t.unflatten(-1, (-1, self.D)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, Hkv, T, D) x 2
+        q, k, v = (t.unflatten(-1, (-1, self.D)).transpose(1, 2) for t in (q, k, v))
         if rotary is not None:
             q, k = rotary(q, k, context.positions)
+        return q, k, v
+
+    def forward(self, x, context, rotary=None):
+        """x (B, T, d) -> (B, T, d)."""
+        q, k, v = self.heads(x, context, rotary)
         explanation.entering(self)
         if context.cache is not None:
             y = context.cache.attend(self.layer, q, k, v)  # (B, H, T, D)
@@ -168,9 +173,13 @@ class CrossAttention(nn.Module):
         k, v = project(self.kv, memory).chunk(2, dim=-1)  # (B, Ts, Hkv D) twice
         return k.unflatten(-1, (-1, self.D)).transpose(1, 2), v.unflatten(-1, (-1, self.D)).transpose(1, 2)
 
+    def queries(self, x):
+        """x (B, T, d) -> (B, H, T, D)."""
+        return project(self.q, x).unflatten(-1, (-1, self.D)).transpose(1, 2)
+
     def forward(self, x, context):
         """x (B, T, d) -> (B, T, d)."""
-        q = project(self.q, x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, H, T, D)
+        q = self.queries(x)
         explanation.entering(self)
         if context.cache is not None:
             y = context.cache.attend_source(self.layer, q)  # (B, H, T, D)

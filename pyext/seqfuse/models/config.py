@@ -1,8 +1,11 @@
 """Configs: frozen dataclasses of plain values, read from and written to config.json, wrong values refused by name."""
 
 import dataclasses
+import difflib
+import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
 MODELS: dict[str, type] = {}  # what "model" in a config.json may name; every subclass of base.Model enters itself
@@ -10,7 +13,7 @@ MODELS: dict[str, type] = {}  # what "model" in a config.json may name; every su
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Values of the types that the fields are annotated with; numbers are not negative.
+    """Values of the types that the fields are annotated with; numbers are finite and not negative.
 
     A value of a wrong type or out of range raises ValueError with one sentence; so does an unknown key in from_dict.
     """
@@ -20,6 +23,7 @@ class Settings:
             value = getattr(self, name)
             self.require(_fits(hint, value), f"{name} must be {_describe(hint)}, got {value!r}")
             if isinstance(value, (int, float)):
+                self.require(abs(value) < math.inf, f"{name} must be finite, got {value!r}")
                 self.require(value >= 0, f"{name} must not be negative, got {value!r}")
 
     def require(self, holds: bool, sentence: str) -> None:
@@ -42,7 +46,7 @@ class Settings:
         fields, hints = {f.name: f for f in dataclasses.fields(cls)}, _hints(cls)
         for key in values:
             if key not in fields:
-                raise ValueError(f"{cls.__name__}: unknown key {key!r}; there are {', '.join(sorted(fields))}")
+                raise ValueError(f"{cls.__name__}: {unknown_key(key, fields)}")
         for name, field in fields.items():
             if name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{cls.__name__}: the key {name!r} is missing")
@@ -94,9 +98,18 @@ class Config(Settings):
             if name not in (None, cls.model):
                 raise ValueError(f'{cls.__name__}: "model" must be {cls.model!r}, got {name!r}')
             return super().from_dict(rest)
-        if name not in MODELS:
+        if not isinstance(name, str) or name not in MODELS:
             raise ValueError(f'"model" must be one of {", ".join(sorted(MODELS))}, got {name!r}')
         return MODELS[name].config_class.from_dict(rest)
+
+
+def unknown_key(key: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """A sentence about a key that there is not: perhaps which one was meant, and those that there are (`listed`, if
+    `known` has more than one wants to read)."""
+    known = list(known)
+    meant = [k for k in known if k.endswith("." + key)] or difflib.get_close_matches(key, known, 1, 0.8)
+    perhaps = f" (did you mean {meant[0]!r}?)" if meant else ""
+    return f"unknown key {key!r}{perhaps}; there are {', '.join(sorted(known if listed is None else listed))}"
 
 
 def _hints(cls) -> dict:

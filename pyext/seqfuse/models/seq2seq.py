@@ -35,7 +35,8 @@ from seqfuse.ops.rnn_cell import StepCell
 @dataclass(frozen=True, kw_only=True)
 class RNNSeq2SeqConfig(RNNConfig):
     """vocab: of the target. source_vocab: of the source, by default as many. bidirectional: the encoder, of which each
-    direction then has half of `hidden`. norm: LayerNorm over the memory and over what the decoder's layers give."""
+    direction then has half of `hidden`. norm: LayerNorm over the memory and over what the decoder's layers give.
+    checkpoint: of the layers' whole calls; the steps of the additive attention keep what they keep."""
 
     model: ClassVar[str] = "RNNSeq2Seq"
     encoder_decoder: ClassVar[bool] = True

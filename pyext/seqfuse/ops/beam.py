@@ -33,6 +33,13 @@ def beam_step(logits, scores, stops, best_scores, best_at, *, beams, step, last,
     return run(logits, scores, stops, best_scores, best_at, beams, step, last, divisor, flattering, normalised)
 
 
+def _fake(logits, scores, stops, best_scores, best_at, beams, step, last, divisor, flattering, normalised):
+    B, empty = scores.shape[0], torch.empty_like
+    goes_on = (scores.new_empty(B, beams), stops.new_empty(B * beams), stops.new_empty(B * beams))
+    return *goes_on, empty(best_scores), empty(best_at), scores.new_empty((), dtype=torch.bool)
+
+
+library.register_fake("beam_step", _fake)
 dispatch.register(
     "beam_step",
     dispatch.Backend("cpu", library.kernel("beam_step"), None, lambda c: library.cpu_refusal(c.device, torch.float32)),

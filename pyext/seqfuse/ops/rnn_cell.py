@@ -111,7 +111,7 @@ class StepCell:
     def __init__(self, cell, weights):
         self.cell, self.weights = cell, weights
         self._known = {}  # by kind of call: (what runs it, choice, case)
-        self._table = None
+        self._table = self._made_of = None  # products with an embedding; of what they were taken
 
     def __call__(self, x, h, c=None):
         """x: [B, I], h: [B, H], c of an LSTM alike -> the next state, (h,) or (h, c)."""
@@ -132,12 +132,21 @@ class StepCell:
         many = B >= MANY_ROWS and V <= 4 * B  # a table of more tokens takes more products than some steps save
         if not many or torch.is_grad_enabled() or traced() or self._backend(embedding, B) != "cpu":
             return self(embedding.index_select(0, ids), h, c)
-        w_ih, w_hh, b_ih, b_hh = self.weights
-        if self._table is None:
-            self._table = linear(embedding, w_ih, b_ih)  # (V, G*H)
-        xg, a = self._table.index_select(0, ids), linear(h, w_hh, b_hh)
+        _, w_hh, _, b_hh = self.weights
+        xg, a = self._products(embedding).index_select(0, ids), linear(h, w_hh, b_hh)
         h, c, _ = torch.ops.seqfuse.rnn_cell_fwd(CELLS[self.cell], xg, a, h if self.cell == "gru" else None, c, False)
         return self._state(h, c)
+
+    def _products(self, embedding):
+        """x's product for every token, [V, G*H]; taken again once the embedding or the weights have changed."""
+        w_ih, _, b_ih, _ = self.weights
+        read = [t for t in (embedding, w_ih, b_ih) if t is not None]
+        if any(t.is_inference() for t in read):  # they tell nobody when they change
+            return linear(embedding, w_ih, b_ih)
+        made_of = embedding, [t._version for t in read]
+        if self._table is None or made_of[0] is not self._made_of[0] or made_of[1] != self._made_of[1]:
+            self._table, self._made_of = linear(embedding, w_ih, b_ih), made_of
+        return self._table
 
     def _backend(self, x, B):
         if torch.is_autocast_enabled(x.device.type):

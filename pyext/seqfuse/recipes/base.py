@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
-from seqfuse.models.config import Config, Settings
+from seqfuse.models.config import Config, Settings, unknown_key
 from seqfuse.schedules import Schedule
 from seqfuse.tokenizer import Tokenizer
 
@@ -257,23 +257,31 @@ class Recipe:
     def configure(self, changes: Mapping[str, Any] | None = None) -> RunConfig:
         """The config with some values changed: {"cell": "gru", "optim.lr": 3e-4}. A key is an argument of the config
         function or the path of a field. Raises ValueError with one sentence for an unknown key or a wrong value."""
-        changes = dict(changes or {})
-        arguments = {k: changes.pop(k) for k in inspect.signature(self.config).parameters if k in changes}
-        values = self.config(**arguments).to_dict()
+        changes, short = dict(changes or {}), list(inspect.signature(self.config).parameters)
+        values = self.config(**{k: changes.pop(k) for k in short if k in changes}).to_dict()
         for path, value in changes.items():
             *parents, name = path.split(".")
             inside = values
             for parent in parents:
                 inside = inside.get(parent)
                 if not isinstance(inside, dict):
-                    raise ValueError(f"{path}: {self.name} has no settings called {parent!r}")
-            if name not in inside:
-                known = [k for k in inside if k not in ("model", "recipe") or isinstance(inside[k], dict)]
-                arguments = [] if parents else list(inspect.signature(self.config).parameters)
-                raise ValueError(f"unknown key {path!r}; there are {', '.join(sorted({*known, *arguments}))}")
+                    known = [k for k, v in values.items() if isinstance(v, dict)]
+                    sentence = f"{self.name} has no settings called {parent!r}"
+                    raise ValueError(f"{path}: {sentence}; settings of their own have {', '.join(known)}")
+            if name not in inside or path == "recipe":
+                listed = [k for k in inside if k not in ("model", "recipe") or isinstance(inside[k], dict)]
+                raise ValueError(unknown_key(path, [*short, *paths(values)], [*listed, *([] if parents else short)]))
             inside[name] = value
         return self.read(values)
 
     def read(self, values: dict) -> RunConfig:
         """From what RunConfig.to_dict() gave."""
         return type(self.config()).from_dict(values)
+
+
+def paths(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys of a dict of dicts: ["seed", "optim", "optim.lr", ...]."""
+    found = []
+    for name, value in values.items():
+        found += [prefix + name, *(paths(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [])]
+    return found

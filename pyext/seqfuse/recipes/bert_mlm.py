@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from seqfuse import attention_pictures, report
 from seqfuse.data import DataError
 from seqfuse.models.base import Model
 from seqfuse.models.encoder import EncoderConfig
@@ -120,7 +121,10 @@ class MLM(TextTask):
             pairs = zip(truth[where].tolist(), guess[where].tolist(), strict=True)
             words = [f"{self.text_tokenizer.decode([t])!r} as {self.text_tokenizer.decode([g])!r}" for t, g in pairs]
             lines.append(f"{self.text_tokenizer.decode(row, specials=True)}\n  guessed: {', '.join(words)}")
-        return Findings(self.evaluate(model), text="\n".join(lines))
+        text = "\n".join(lines)
+        sections = [report.section("Hidden tokens", report.verbatim(text))]
+        sections += attention_pictures.to_itself(model, self.text_tokenizer, seen[0])
+        return Findings(self.evaluate(model), sections, text)
 
 
 RECIPE = Recipe("bert_mlm", "pretrain an encoder as BERT: guess hidden tokens", bert_mlm, MLM)

@@ -15,7 +15,7 @@ import string
 import torch
 from torch import Tensor
 
-from seqfuse import report
+from seqfuse import attention_pictures, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
@@ -118,7 +118,15 @@ class Bottleneck(Task):
         name = "a fixed vector" if self.config.model.attention is None else f"attention ({self.config.model.attention})"
         chart = curves({name: found})
         values = {f"accuracy_at_{length}": value for length, value in found.items()}
-        return Findings(self.evaluate(model) | values, [report.section("Accuracy by length", report.figure(chart))])
+        sections, rows = [report.section("Accuracy by length", report.figure(chart))], []
+        for source, length in self.held_out():
+            letters = source[0].tolist()
+            written = generate(model, source[:1].to(self.device), max_new_tokens=length, stop=())[0].tolist()
+            rows.append([self.letters.decode(ids) for ids in (letters, letters[::-1], written)])
+        sections.append(report.section("Samples", report.table(["letters", "backwards", "model"], rows)))
+        sections += attention_pictures.to_the_source(model, letters, written)
+        text = "\n".join(f"{given} -> {wrote}" for given, _, wrote in rows)
+        return Findings(self.evaluate(model) | values, sections, text)
 
 
 def curves(found: dict[str, dict[int, float]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seqfuse import data, metrics
+from seqfuse import attention_pictures, data, metrics, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
@@ -138,5 +138,8 @@ class TextTask(Task):
         return x, y
 
     def report(self, model: Model) -> Findings:
+        """What evaluate() says, a text that the model wrote, and where it looks if it has attention."""
         sample = generate(model, self.config.prompt, max_new_tokens=self.room, temperature=0.8, seed=self.config.seed)
-        return Findings(self.evaluate(model), text=sample)
+        sections = [report.section("Sample", report.verbatim(sample))]
+        sections += attention_pictures.to_itself(model, self.text_tokenizer, self.held_ids)
+        return Findings(self.evaluate(model), sections, sample)

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from seqfuse import data, metrics, report
+from seqfuse import attention_pictures, data, metrics, report
 from seqfuse.data import DataError
 from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
-from seqfuse.models.seq2seq import RNNSeq2Seq, RNNSeq2SeqConfig
+from seqfuse.models.seq2seq import RNNSeq2SeqConfig
 from seqfuse.models.transformer import TransformerConfig
 from seqfuse.recipes.base import Findings, Optim, Recipe, RunConfig, Task, fingerprint
 from seqfuse.recipes.texts import IGNORED, sorted_batches
@@ -184,6 +184,7 @@ class Translate(Task):
         values: dict[str, float | str] = dict(self.evaluate(model))
         rows = list(zip(sources, references, outputs, strict=True))[:SHOWN]
         sections = [report.section("Translations", report.table(["source", "reference", "model"], rows))]
+        text = "\n".join(f"{s}\n  {o}" for s, _, o in rows)
         if metrics.has_sacrebleu():
             bleu, chrf = metrics.bleu(outputs, references), metrics.chrf(outputs, references)
             values |= {"BLEU": bleu.value, "chrF": chrf.value, "pairs": len(outputs)}
@@ -193,22 +194,18 @@ class Translate(Task):
             table = report.table(["words of the source", "pairs", "BLEU"],
                                  [(name, str(n), f"{b:.1f}") for name, n, b in by_length], (1, 2))  # fmt: skip
             sections.append(report.section("BLEU by length", report.figure(length_chart(by_length)), table))
+            lines = (f"{name}: {b:.1f} ({n:,} pairs)" for name, n, b in by_length)
+            text = "\n".join([text, "", "BLEU by words of the source", *lines])
         else:
             values |= {"BLEU": "not computed: sacrebleu is not installed (pip install seqfuse[eval])"}
-        if isinstance(model, RNNSeq2Seq) and model.config.attention is not None:
-            sections.append(report.section("Attention", report.figure(self.alignment(model, sources[0], outputs[0]))))
-        text = "\n".join(f"{s}\n  {o}" for s, _, o in rows)
+        sides = list(zip(*map(self.pieces.encode_batch, (sources, outputs)), strict=True))
+        sections += attention_pictures.to_the_source(model, *next(filter(is_drawn, sides), sides[0]))
         return Findings(values, sections, text)
 
-    def alignment(self, model: RNNSeq2Seq, source: str, output: str) -> str:
-        """A picture of where the decoder looked for each token that it wrote."""
-        read, written = self.pieces.encode(source), self.pieces.encode(output)
-        inputs = torch.tensor([[self.pieces.bos_id, *written[:-1]]], device=self.device)
-        weights = model.alignment(torch.tensor([read], device=self.device), inputs)[0]
-        columns, rows = (
-            [self.pieces.decode([i], specials=True).strip() or "·" for i in ids] for ids in (read, written)
-        )
-        return report.heat_map(columns, rows, weights.float().tolist(), "tokens read", "tokens written")
+
+def is_drawn(sides: tuple[list[int], list[int]]) -> bool:
+    """Whether a source and what was written for it fit into a picture, and make one."""
+    return all(3 < len(side) <= attention_pictures.MOST for side in sides)
 
 
 def length_chart(by_length: list[tuple[str, int, float]]) -> str:
