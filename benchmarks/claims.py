@@ -398,6 +398,12 @@ def train(run: Run, runs: Path) -> None:
     subprocess.run([sys.executable, "-m", *command_of(run, runs)], check=True)
 
 
+def minutes(folder: Path) -> float:
+    """Of training, with its evaluations, all stages in the folder together."""
+    logs = [read_log(path) for path in folder.rglob("log.jsonl")]
+    return sum(max((record["seconds"] for record in log if "seconds" in record), default=0.0) for log in logs) / 60
+
+
 def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
     info = build_info()
     lines = [
@@ -405,7 +411,8 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
         "",
         "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0 if it names no other; plots",
         "are of these runs.",
-        "How long a step takes is asked of weight-drop alone; for all else see [benchmarks.md](benchmarks.md).",
+        "Minutes are the training's own, whatever else the machine did. How long a step takes is asked of weight-drop",
+        "alone; for all else see [benchmarks.md](benchmarks.md).",
         "",
         f"Machine: {info['cpu']}, {os.cpu_count()} logical cores; torch {info['torch']}, CPU kernels at {info['isa']}.",
         "",
@@ -417,12 +424,13 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
     ]
     for claim, folders, _ in done:
         lines += ["", f"## {claim.name}", "", f"![{claim.name}](claims/{claim.name}.svg)", ""]
-        lines += ["| run | finished | steps | parameters |", "| --- | --- | --- | --- |"]
+        lines += ["| run | finished | steps | parameters | minutes |", "| --- | --- | --- | --- | --- |"]
         for run in claim.runs:
             path = folders[run.name] / "results.json"
             values, when = result(folders[run.name]), datetime.fromtimestamp(path.stat().st_mtime, UTC)
             command = " ".join(command_of(run, Path("runs")))
-            lines.append(f"| `{command}` | {when:%Y-%m-%d} | {values['steps']:,} | {values['parameters']:,} |")
+            sizes = f"{values['steps']:,} | {values['parameters']:,} | {minutes(folders[run.name]):.1f}"
+            lines.append(f"| `{command}` | {when:%Y-%m-%d} | {sizes} |")
     return "\n".join(lines) + "\n"
 
 

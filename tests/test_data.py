@@ -352,6 +352,16 @@ def test_tags_of_brown():
     assert [tagged.universal(tag) for tag in given] == expected
 
 
+def test_passages_of_brown_are_whole_sentences_of_one_text(tmp_path, monkeypatch):
+    sentence = " ".join(f"w{i}/nn" for i in range(20))
+    for name, sentences in (("ca01", 4), ("cd01", 3), ("cj01", 7), ("ck01", 2), ("ck02", 3)):  # cd: religion
+        (tmp_path / name).write_text(f"{sentence}\n\n" * sentences)
+    monkeypatch.setattr(tagged, "fetch", lambda item: tmp_path)
+    passages = tagged.brown_genres()
+    assert [row[1:] for row in passages] == [("news", "ca01"), *[("learned", "cj01")] * 2, ("fiction", "ck02")]
+    assert all(len(text.split()) == 60 for text, _, _ in passages)  # what is left of a text is no passage
+
+
 def test_files_of_a_folder_are_chosen_by_pattern():
     item = data.SETS["brown"]
     wanted = [name for name in ("ca01", "cr09", "README", "x/ca01", "cats.txt") if item._is_wanted(name)]

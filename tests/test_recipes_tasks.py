@@ -338,6 +338,15 @@ def test_ulmfit_goes_through_its_stages(labelled, tmp_path, monkeypatch):
         assert torch.equal(task.model.body.state_dict()[name], tensor)
 
 
+def test_passages_of_one_text_are_in_one_split(monkeypatch):
+    rows = [(f"passage {n} of text {g}", ("news", "fiction")[g % 2], f"text{g}") for g in range(60) for n in range(3)]
+    monkeypatch.setattr(data, "brown_genres", lambda: rows)
+    task = RECIPES["ulmfit"].task(configure("ulmfit", ULMFIT | {"text": "stdlib", "scratch": True, "labelled": 0}))
+    found = [{text.rpartition(" ")[2] for text, _ in part} for part in (task.train, task.valid, task.test)]
+    assert sum(map(len, found)) == 60 == len(set.union(*found)) and all(found)
+    assert len(task.train) == 3 * len(found[0])
+
+
 def test_ulmfit_starts_from_another_tokenizer(labelled, tmp_path):
     """What a token is the model decides, not the texts; a model of another size is refused."""
     tokenizer = Tokenizer.train(["other texts"], "bpe", vocab=270)
