@@ -404,6 +404,11 @@ def minutes(folder: Path) -> float:
     return sum(max((record["seconds"] for record in log if "seconds" in record), default=0.0) for log in logs) / 60
 
 
+def in_a_cell(text: str) -> str:
+    """A signature of sacreBLEU has the bars that divide a table."""
+    return text.replace("|", r"\|")
+
+
 def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
     info = build_info()
     lines = [
@@ -420,7 +425,9 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
         "| --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {f.claim} | {f.bar} | {f.found} | {'yes' if f.holds else '**no**'} |" for _, _, found in done for f in found
+        f"| {f.claim} | {f.bar} | {in_a_cell(f.found)} | {'yes' if f.holds else '**no**'} |"
+        for _, _, found in done
+        for f in found
     ]
     for claim, folders, _ in done:
         lines += ["", f"## {claim.name}", "", f"![{claim.name}](claims/{claim.name}.svg)", ""]
