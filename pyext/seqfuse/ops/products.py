@@ -42,7 +42,7 @@ ROWS = 12, 32, 64
 
 
 def many_rows_pay(rows: int) -> bool:
-    return native.isa() != "baseline" and ROWS[0] <= rows <= ROWS[min(torch.get_num_threads(), 2)]
+    return native.isa_has("avx2") and ROWS[0] <= rows <= ROWS[min(torch.get_num_threads(), 2)]
 
 
 def linear(x, w, b=None):
