@@ -1,9 +1,10 @@
 """`make claims`: train what the recipes claim, hold it against the bars, and write docs/claims.md with plots.
 
-    python -m seqfuse.benchmarks.claims [--only bottleneck | --finished] [--runs build/claims] [--docs docs]
+    python -m seqfuse.benchmarks.claims [--only bottleneck | --finished] [--runs build/claims] [--docs docs] [--jobs 2]
 
-Each claim is some runs of `seqfuse train` and a judgement of their results. A run that is finished is not repeated, one
-that was stopped goes on, so the command may be given again; delete a run's folder to train it anew.
+Each claim is some runs of `seqfuse train` and a judgement of their results. Runs are trained side by side, as many
+as there are cores but at most four; what they print goes to RUN.txt in the folder of the runs. A run that is finished
+is not repeated, one that was stopped goes on, so the command may be given again; delete a folder to train it anew.
 """
 
 from __future__ import annotations
@@ -13,37 +14,24 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from seqfuse import data, files, report, run_report
+from seqfuse import report, run_report
+from seqfuse.benchmarks.runs import RUNS, Run, command_of, train_all
 from seqfuse.info import build_info
 from seqfuse.recipes import RECIPES
 from seqfuse.recipes.bottleneck import curves
 from seqfuse.runlog import read_log
 
-RUNS = "RUNS"  # in a setting: the folder of the runs
 SETTLED = 20  # steps of each of two models that are timed in turn
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. settings: as with --set. tiny: on the pairs of tiny_pairs(). after: the run of align whose
-    fine-tuned model and reward model this one takes."""
-
-    name: str
-    recipe: str
-    settings: dict = field(default_factory=dict)
-    tiny: bool = False
-    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -372,32 +360,6 @@ CLAIMS = (
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def tiny_pairs(path: Path) -> Path:
-    """50 pairs of English and Italian."""
-    rows = [(s, t) for s, t, _ in data.translations("it").rows if 4 <= len(s.split()) <= 12][:50]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.save_atomically(path, lambda part: part.write_text("".join(f"{s}\t{t}\n" for s, t in rows), encoding="utf-8"))
-    return path
-
-
-def command_of(run: Run, runs: Path) -> list[str]:
-    command = ["seqfuse", "train", run.recipe, "--out", str(runs / run.name)]
-    if run.tiny:
-        command += ["--data", str(runs / "tiny.tsv")]
-    earlier = {"start": str(runs / run.after / "sft"), "reward": str(runs / run.after / "reward")} if run.after else {}
-    for name, value in (run.settings | earlier).items():
-        text = value.replace(RUNS, str(runs)) if isinstance(value, str) else json.dumps(value)
-        command += ["--set", f"{name}={text}"]
-    return command
-
-
-def train(run: Run, runs: Path) -> None:
-    if run.tiny and not (runs / "tiny.tsv").is_file():
-        tiny_pairs(runs / "tiny.tsv")
-    print(f"== {run.name}", flush=True)
-    subprocess.run([sys.executable, "-m", *command_of(run, runs)], check=True)
-
-
 def minutes(folder: Path) -> float:
     """Of training, with its evaluations, all stages in the folder together."""
     logs = [read_log(path) for path in folder.rglob("log.jsonl")]
@@ -409,7 +371,7 @@ def in_a_cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
+def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]], took: str = "") -> str:
     info = build_info()
     lines = [
         "# Claims of the recipes",
@@ -417,7 +379,7 @@ def page(done: list[tuple[Claim, dict[str, Path], list[Finding]]]) -> str:
         "Written by `make claims`. Each run is one command of `seqfuse train`, with seed 0 if it names no other; plots",
         "are of these runs.",
         "Minutes are the training's own, whatever else the machine did. How long a step takes is asked of weight-drop",
-        "alone; for all else see [benchmarks.md](benchmarks.md).",
+        "alone; for all else see [benchmarks.md](benchmarks.md)." + took,
         "",
         f"Machine: {info['cpu']}, {os.cpu_count()} logical cores; torch {info['torch']}, CPU kernels at {info['isa']}.",
         "",
@@ -447,26 +409,37 @@ def main() -> int:
     parser.add_argument("--finished", action="store_true", help="train nothing: the claims whose runs are all finished")
     parser.add_argument("--runs", type=Path, default=Path("build/claims"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs side by side")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    start = time.perf_counter()
+    claims = [claim for claim in CLAIMS if options.only in (None, claim.name)]
+    files_of = {claim.name: [options.runs / run.name / "results.json" for run in claim.runs] for claim in claims}
+    fresh = not any(path.is_file() for paths in files_of.values() for path in paths)
+    if options.finished:
+        for claim in claims:
+            if not all(path.is_file() for path in files_of[claim.name]):
+                print(f"left out: {claim.name} is not trained yet")
+        claims = [claim for claim in claims if all(path.is_file() for path in files_of[claim.name])]
+    else:
+        train_all([run for claim in claims for run in claim.runs], options.runs, options.jobs)
     done = []
-    for claim in CLAIMS:
+    for claim in claims:
         folders = {run.name: options.runs / run.name for run in claim.runs}
-        if options.finished and not all((folder / "results.json").is_file() for folder in folders.values()):
-            print(f"left out: {claim.name} is not trained yet")
-        elif options.only in (None, claim.name):
-            if not options.finished:
-                for run in claim.runs:
-                    train(run, options.runs)
-            done.append((claim, folders, claim.judge(folders)))
+        done.append((claim, folders, claim.judge(folders)))
+    minutes_in_all = (time.perf_counter() - start) / 60
+    print(f"{minutes_in_all:.1f} minutes in all")
     for _, _, found in done:
         for f in found:
             print(f"{'holds' if f.holds else 'FAILS'}: {f.claim}: {f.found} ({f.bar})")
     if options.only is None:
+        took = f" All of it took {minutes_in_all:.0f} minutes, {options.jobs} runs side by side." if fresh else ""
         (options.docs / "claims").mkdir(parents=True, exist_ok=True)
         for claim, folders, _ in done:
             svg = report.standalone(claim.chart(folders))
             (options.docs / "claims" / f"{claim.name}.svg").write_text(svg, encoding="utf-8")
-        (options.docs / "claims.md").write_text(page(done), encoding="utf-8")
+        (options.docs / "claims.md").write_text(page(done, took), encoding="utf-8")
     return 0 if all(f.holds for _, _, found in done for f in found) else 1
 
 

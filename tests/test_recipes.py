@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from seqfuse import comparison, data, models, run_report, trainer
-from seqfuse.benchmarks import claims
 from seqfuse.checkpoints import RunFolder
 from seqfuse.recipes import RECIPES
 from seqfuse.recipes.texts import IGNORED
@@ -247,34 +246,3 @@ def test_pairs_of_one_group_share_a_split(files, tmp_path):
     assert task.said.startswith("grouped.tsv: 800 lines; source: column 1, target: column 2, group: column 3 of 3")
     assert tested == {g for g in range(40) if data.split_of(f"group{g}") == "test"} != set()
     assert len(task.test) == 20 * len(tested)
-
-
-# -------------------------------------------------------------------------------------------------------------- claims
-
-
-def test_claims_name_recipes_and_settings_that_exist():
-    for claim in claims.CLAIMS:
-        for one in claim.runs:
-            config = RECIPES[one.recipe].configure(one.settings)
-            assert config.seed == one.settings.get("seed", 0)
-            assert one.recipe in claims.command_of(one, claims.Path("runs"))
-
-
-def test_the_page_of_claims(tmp_path, monkeypatch):
-    """Judged and written from results as runs leave them."""
-    claim = next(c for c in claims.CLAIMS if c.name == "bottleneck")
-    folders = {}
-    for one, value in zip(claim.runs, (0.995, 0.4), strict=True):
-        folders[one.name] = tmp_path / one.name
-        folders[one.name].mkdir()
-        metrics = {"loss": 1.0, "accuracy_at_4": 1.0, "accuracy_at_20": value}
-        values = {"metrics": metrics, "steps": 5, "parameters": 1000, "seconds": 3.0}
-        (folders[one.name] / "results.json").write_text(json.dumps(values))
-    found = claim.judge(folders)
-    assert [f.holds for f in found] == [True, True]
-    page = claims.page([(claim, folders, found)])
-    assert page.count("| yes |") == 2 and "0.995" in page and "--set attention=null` | 20" in page
-    assert "accuracy by length" in claim.chart(folders)
-    values["metrics"]["accuracy_at_20"] = 0.6
-    (folders["bottleneck-fixed"] / "results.json").write_text(json.dumps(values))
-    assert [f.holds for f in claim.judge(folders)] == [True, False]

@@ -27,11 +27,12 @@ from seqfuse import dispatch, report, testing
 from seqfuse.checkpoints import RunFolder
 from seqfuse.interrupts import INTERRUPTED
 from seqfuse.models.files import read_json, write_json
+from seqfuse.optimizer import make_optimizer
 from seqfuse.parallel import pick_device
 from seqfuse.recipes import g2p
 from seqfuse.recipes.base import Findings, RunConfig
 from seqfuse.tokenizer import SPECIALS
-from seqfuse.trainer import Trainer, autocast, make_optimizer
+from seqfuse.trainer import Trainer, autocast
 
 TIMED_STEPS = 16
 DECODED = 1500  # words, for the speed of decoding

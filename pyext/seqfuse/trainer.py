@@ -25,6 +25,7 @@ from seqfuse import checkpoints, models, run_report, schedules
 from seqfuse.checkpoints import RunFolder, TrainError
 from seqfuse.interrupts import CatchInterrupt
 from seqfuse.models.files import CheckpointError
+from seqfuse.optimizer import Average, make_optimizer
 from seqfuse.parallel import Group, Lost, load_shares, local, processes, save_shares
 from seqfuse.recipes import lora
 from seqfuse.recipes.base import RunConfig, Task
@@ -65,21 +66,6 @@ def autocast(task: Task):
     return torch.autocast(task.device.type, torch.bfloat16, enabled=task.config.precision == "bf16")
 
 
-def make_optimizer(task: Task, model: nn.Module | None = None) -> torch.optim.AdamW:
-    """Parameters by the task's groups, and matrices apart from the others, which have no weight decay. model: another
-    one than the task's with the same names."""
-    optim = task.config.optim
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, p in (model or task.model).named_parameters():
-        if p.requires_grad:
-            groups.setdefault((task.group(name), p.dim() < 2), []).append(p)
-    settings = [
-        {"params": params, "weight_decay": 0.0 if small else optim.weight_decay, "group": group}
-        for (group, small), params in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
-
-
 class Trainer:
     """Trainer(task, folder).run(): from the newest checkpoint in the folder, or from the start."""
 
@@ -90,7 +76,7 @@ class Trainer:
         self.loss = self.group.wrap(LossOfBatch(task), self.config.sharding)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(task)
-        self.average = [p.detach().clone() for p in self.weights] if self.config.ema else []
+        self.average = Average(self.weights, self.config.ema)
         self.progress = Progress()
         self.order: list[list[int]] = []  # the batches of the current epoch
         self.pending: list[Tensor] = []  # of steps that nobody has looked at: loss, tokens, interrupts, norm
@@ -153,8 +139,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * factor * self.task.rate(group["group"], progress.step)
         self.optimizer.step()
-        if self.average:
-            torch._foreach_lerp_([local(a) for a in self.average], self.local_weights(), 1 - config.ema)
+        self.average.follow()
         progress.step += 1
         self.pending.append(torch.cat([sums, norm[None]]))
 
@@ -191,9 +176,6 @@ class Trainer:
             scale = scale * (self.config.optim.clip / norm).clamp_max(1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         return norm
-
-    def local_weights(self) -> list[Tensor]:
-        return [local(p.detach()) for p in self.weights]
 
     def look(self, now: bool) -> bool:
         """Bring the numbers of the last steps from the device, check and log them; True if training is to stop.
@@ -241,21 +223,13 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model in eval mode, with its averaged weights if there are any."""
-        self.swap_average()
+        self.average.swap()
         self.model.eval()
         try:
             with torch.no_grad(), autocast(self.task), self.group.gathered(self.loss):
                 yield
         finally:
-            self.swap_average()
-
-    @torch.no_grad()
-    def swap_average(self) -> None:
-        if self.average:
-            averages, weights = [local(a) for a in self.average], self.local_weights()
-            kept = [w.clone() for w in weights]
-            torch._foreach_copy_(weights, averages)
-            torch._foreach_copy_(averages, kept)
+            self.average.swap()
 
     def evaluate(self) -> None:
         """Measure on held-out data; the best weights become checkpoints/best-STEP."""
@@ -300,7 +274,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoints/step-STEP."""
-        if not all(map(math.isfinite, torch.stack(torch._foreach_norm(self.local_weights())).tolist())):
+        if not all(
+            map(math.isfinite, torch.stack(torch._foreach_norm([local(p.detach()) for p in self.weights])).tolist())
+        ):
             raise TrainError(f"a weight is not finite after step {self.progress.step}; {self.folder.where_to_go_on()}")
         state = {
             "config": self.config.to_dict(),
@@ -311,9 +287,9 @@ class Trainer:
 
         def write(folder: Path) -> None:
             if self.config.sharding == "fsdp":
-                save_shares(folder, self.loss, self.optimizer, self.average)
+                save_shares(folder, self.loss, self.optimizer, self.average.tensors)
             elif self.group.first:
-                state.update(optimizer=self.optimizer.state_dict(), average=self.average)
+                state.update(optimizer=self.optimizer.state_dict(), average=self.average.tensors)
                 self.model.save(folder)
             if self.group.first:
                 checkpoints.save_state(folder, state)
@@ -326,11 +302,11 @@ class Trainer:
         state = checkpoints.load_state(path)
         self.folder.check(state, self.config.to_dict(), self.task.fingerprint, path)
         if self.config.sharding == "fsdp":
-            load_shares(path, self.loss, self.optimizer, self.average)
+            load_shares(path, self.loss, self.optimizer, self.average.tensors)
         else:
             checkpoints.load_weights(path, self.model)
             self.optimizer.load_state_dict(state["optimizer"])
-            for average, saved in zip(self.average, state["average"], strict=True):
+            for average, saved in zip(self.average.tensors, state["average"], strict=True):
                 average.copy_(saved)
         for name, carried in self.task.carried().items():
             carried.copy_(state["carried"][name])
@@ -339,11 +315,11 @@ class Trainer:
 
     def write_model(self, folder: Path) -> None:
         """The weights that were evaluated, as the folder of a plain model."""
-        self.swap_average()
+        self.average.swap()
         tensors = self.group.whole(self.model)
         if self.group.first:
             self.model.save(folder, lora.merge(tensors))
-        self.swap_average()
+        self.average.swap()
 
     def finish(self) -> None:
         """The finished model, its results and the report, in the run's folder."""
@@ -365,22 +341,16 @@ class Trainer:
             self.console.print(f"{self.folder.path}: the model, its report.html and log.jsonl", soft_wrap=True)
 
 
-@contextlib.contextmanager
-def lost_is_an_error(folder: RunFolder) -> Iterator[None]:
-    try:
-        yield
-    except Lost as error:
-        raise TrainError(f"{error}; {folder.where_to_go_on()}") from error
-
-
 def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Console | None = None) -> bool:
     """Train a recipe's config, from the start or from where the folder's run stopped; False if it was interrupted.
 
     Under torchrun every process calls it. Raises DataError, CheckpointError or TrainError with one sentence.
     """
-    folder = Path(folder)
-    with lost_is_an_error(RunFolder(folder)), processes(device) as (group, where):
-        return train_in(group, where, config, folder, console)
+    try:
+        with processes(device) as (group, where):
+            return train_in(group, where, config, Path(folder), console)
+    except Lost as error:
+        raise TrainError(f"{error}; {RunFolder(Path(folder)).where_to_go_on()}") from error
 
 
 def train_in(group: Group, device: torch.device, config: RunConfig, folder: Path, console: Console | None) -> bool:
