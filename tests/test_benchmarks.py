@@ -5,10 +5,8 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,6 @@ from seqfuse.benchmarks import (
     gate,
     harness,
     norms,
-    plot,
     records,
     recurrent,
     registry,
@@ -439,45 +436,6 @@ class TestTune:
     def test_reference_is_no_candidate(self):
         assert tune.candidates("gru", "cpu") == ["cpu", "cuda", "torch"]
         assert "reference" not in tune.candidates("gru", "cuda") and "triton" in tune.candidates("gru", "cuda")
-
-
-class TestRecords:
-    rows = [
-        Row("gru", "T4-B1-H8", "fwd+bwd", dtype, "seqfuse", asked="auto", backend="cpu", ratio=ratio, median_ms=1.0)
-        for dtype, ratio in (("fp32", 2.0), ("fp32", 0.5), ("bf16", 3.0))
-    ]
-
-    def record(self, path, rows):
-        head = {"date": "2026-01-31T00:00:00", "machine": records.machine("cpu")}
-        records.write(path, head, rows)
-        return records.read(path)
-
-    def test_geomeans(self):
-        means = {m["dtype"]: m for m in records.geomeans(self.rows)}
-        assert means["fp32"]["geomean"] == statistics.geometric_mean([2.0, 0.5]) and means["fp32"]["worst"] == 0.5
-        assert means["bf16"]["cases"] == 1
-
-    def test_round_trip(self, tmp_path):
-        assert self.record(tmp_path / "r.json", self.rows)["rows"] == self.rows
-
-    def test_commit_of_the_checkout(self):
-        if not (ROOT / ".git").exists():
-            pytest.skip("not a checkout")
-        assert len(records.commit()["commit"]) == 40
-
-    def test_plot(self, tmp_path, capsys):
-        path = tmp_path / "r.json"
-        self.record(path, self.rows)
-        assert plot.main([str(path)]) == 0
-        root = ElementTree.parse(tmp_path / "r.svg").getroot()
-        texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
-        assert {"gru", "T4-B1-H8", "3.00x", "fp32", "bf16"} <= set(texts)
-        assert plot.main([str(path), "--mode", "fwd"]) == 2 and "no ratio" in capsys.readouterr().err
-
-    def test_not_a_record(self, tmp_path, capsys):
-        (tmp_path / "x.json").write_text("[]")
-        assert plot.main([str(tmp_path / "x.json")]) == 2 and "no benchmark record" in capsys.readouterr().err
-        assert plot.main([str(tmp_path / "missing.json")]) == 2
 
 
 def test_pytest_benchmark_runs_the_same_cases():
