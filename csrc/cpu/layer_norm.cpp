@@ -235,14 +235,15 @@ class AddUp {
   int arrived_[kPortions] = {};
 };
 
-template <class T, bool Params, bool Drop, bool Stream>
+template <class T, bool Drop, bool Stream>
 void backward(const LayerNormBackward& a, const Parallel& parallel) {
   const int64_t N = a.cols, padded = Paired<T>::size(N);
+  const bool params = a.dweight || a.dbias;
   const int64_t portions = portions_of(a.rows, N);
   Scratch scratch;
   float *weight, *partial, *factor;
   for (int pass = 0; pass < 2; pass++) {
-    scratch.take(weight, padded), scratch.take(partial, Params ? 2 * portions * padded : 0);
+    scratch.take(weight, padded), scratch.take(partial, params ? 2 * portions * padded : 0);
     scratch.take(factor, Drop ? portions * factors(N) : 0);
     if (pass == 0) scratch.allocate();
   }
@@ -251,7 +252,7 @@ void backward(const LayerNormBackward& a, const Parallel& parallel) {
   AddUp add_up(partial, 2 * padded, portions);
   auto share = [&](int64_t portion, int64_t begin, int64_t end) {
     float *const dw = partial + 2 * portion * padded, *const mine = factor + portion * factors(N);
-    if constexpr (Params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
+    if (params) memset(dw, 0, sizeof(float) * size_t(2 * padded));
     const bool rms = a.options.rms;
     auto row = [=](int64_t r) {
       const int64_t at = r * N;
@@ -266,16 +267,18 @@ void backward(const LayerNormBackward& a, const Parallel& parallel) {
     };
     Means of{}, next{};
     for (int64_t r = begin; r <= end; r++, of = next) {  // a row is measured ahead, as in forward()
-      if (r < end) next = measure_row<T, Params, Stream>(row(r), N, rms, weight, dw, dw + padded);
+      if (r < end)
+        next = params ? measure_row<T, true, Stream>(row(r), N, rms, weight, dw, dw + padded)
+                      : measure_row<T, false, Stream>(row(r), N, rms, weight, nullptr, nullptr);
       if (r == begin) continue;
       if constexpr (Drop) row_of_factors(dropout, r - 1, N, mine);
       differentiate_row<T, Drop, Stream>(row(r - 1), N, of, weight, r + 1 < end ? 2 * N : 0);
     }
-    if constexpr (Params) add_up.done(portion);
+    if (params) add_up.done(portion);
     if constexpr (Stream) fence_streams();
   };
   deal_portions(parallel, useful_workers(parallel, a.rows, N), a.rows, portions, share);
-  if constexpr (Params) {
+  if (params) {
     auto write = [&](const float* sum, void* out) {
       if (!out) return;
       if (sizeof(T) == 4 || a.param_dtype == DType::f32) return Paired<T>::write(sum, static_cast<float*>(out), N);
@@ -294,16 +297,10 @@ void forward(const LayerNormForward& a, const Parallel& p) {
   stream ? forward<T, Before::nothing, true>(a, p) : forward<T, Before::nothing, false>(a, p);
 }
 
-template <class T, bool Params>
-void backward(const LayerNormBackward& a, const Parallel& p) {
-  if (a.options.dropout_p > 0.0) return backward<T, Params, true, false>(a, p);
-  streams<T>(a.dx, a.dsum ? 4 : 3, a.rows, a.cols) ? backward<T, Params, false, true>(a, p)
-                                                   : backward<T, Params, false, false>(a, p);
-}
-
 template <class T>
 void backward(const LayerNormBackward& a, const Parallel& p) {
-  a.dweight || a.dbias ? backward<T, true>(a, p) : backward<T, false>(a, p);
+  if (a.options.dropout_p > 0.0) return backward<T, true, false>(a, p);
+  streams<T>(a.dx, a.dsum ? 4 : 3, a.rows, a.cols) ? backward<T, false, true>(a, p) : backward<T, false, false>(a, p);
 }
 
 }  // namespace
