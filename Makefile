@@ -19,9 +19,11 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/seqfuse demo $(ARGS)
 
 # The Triton kernels run twice: interpreted (a process of its own, the switch is read at import) and compiled for GPUs.
+# Files of tests run side by side, at most four at once, where pytest-xdist could be installed.
+SIDE_BY_SIDE = $(shell $(PY) -c "import os, xdist; print('-n', min(4, os.cpu_count()), '--dist loadfile')" 2>/dev/null)
 test: $(VENV)/.testing
-	$(PY) -m pytest tests -q $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -m interpret $(ARGS)
+	$(PY) -m pytest tests -q $(SIDE_BY_SIDE) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -m interpret $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(VENV)/.testing
 	@test -x $(VENV)/bin/ruff || $(PIP) --ignore-installed ruff
@@ -62,5 +64,6 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc pye
 # Triton comes with a CUDA torch; elsewhere it is installed for its interpreter and its compiler.
 $(VENV)/.testing: $(VENV)/.installed
 	$(PIP) $(TESTING)
+	$(PY) -c "import xdist" 2>/dev/null || $(PIP) pytest-xdist || echo "No pytest-xdist here: the tests run one by one"
 	$(PY) -c "import triton" 2>/dev/null || $(PIP) "triton>=3.6,<3.10" || echo "No Triton here: its tests will be skipped"
 	@touch $@

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.products import NATIVE_BF16, many_rows_pay
-
-FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h
+from seqfuse.ops.products import FEW_ROWS, MOST_ROWS, NATIVE_BF16, many_rows_pay
 
 
 class LinearCase(NamedTuple):

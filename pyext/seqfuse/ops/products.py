@@ -37,8 +37,9 @@ def widened(t: torch.Tensor, *sizes: int) -> bool:
 
 
 # Rows from which our kernel was measured faster than ATen in float32, up to how many on one thread, on more than one:
-# it splits the outputs, ATen the rows (docs/linear.md). Up to 8 rows have a kernel of their own (ops/linear.py).
+# it splits the outputs, ATen the rows (docs/linear.md).
 ROWS = 12, 32, 64
+FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h
 
 
 def many_rows_pay(rows: int) -> bool:
@@ -48,12 +49,14 @@ def many_rows_pay(rows: int) -> bool:
 def linear(x, w, b=None):
     """x @ w^T + b: x [..., K], w [N, K], b [N] or None."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if not widened(x, rows, *w.shape):
-        ours = x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled() and not traced()
-        if ours and min(w.shape) >= 128 and many_rows_pay(rows):
-            return torch.ops.seqfuse.linear_fwd(x, w, b)
-        return F.linear(x, w, b)
-    return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
+    alone = x.is_cpu and not torch.is_grad_enabled() and not traced()  # our kernel makes no gradient
+    if widened(x, rows, *w.shape):
+        if alone and rows <= (MOST_ROWS if SLOW_BF16 else FEW_ROWS) and native.isa_has("avx2"):
+            return torch.ops.seqfuse.linear_fwd(x, w, b)  # which widens no weight in memory
+        return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
+    if alone and x.dtype == torch.float32 and min(w.shape) >= 128 and many_rows_pay(rows):
+        return torch.ops.seqfuse.linear_fwd(x, w, b)
+    return F.linear(x, w, b)
 
 
 def matmul(a, b):

@@ -333,12 +333,18 @@ for _name in ("rnn_cell_fwd", "rnn_cell_step", "rnn_cell_step_bwd", "rnn_cell_bw
 
 
 def _cpu_prefers(case):
-    bf16 = case.dtype == torch.bfloat16
-    if not (case.grad or bf16) and case.B <= 32 and case.hidden_size >= 128 and many_rows_pay(case.B):
-        return None  # its two products are (ops/products.py)
-    if case.cell.startswith("rnn") and not (bf16 and (SLOW_BF16 or (case.grad and native.isa_has("amx")))):
-        return "after its two products a plain cell is one activation: nothing to fuse, and PyTorch gets there sooner"
-    return None
+    """Measured with two threads on AVX2, AVX-512 and AMX (docs/recurrent.md)."""
+    if not case.cell.startswith("rnn"):
+        return None
+    if case.dtype == torch.bfloat16:
+        if SLOW_BF16 and (case.grad or case.B * case.hidden_size >= 512):
+            return None
+        if case.grad and native.isa_has("amx"):
+            return None
+    elif not case.grad and case.B <= 32 and many_rows_pay(case.B):
+        if case.hidden_size >= (128 if native.isa_has("avx512") else 512):
+            return None  # its two products are (ops/products.py)
+    return "after its two products a plain cell is one activation: nothing to fuse, and PyTorch gets there sooner"
 
 
 def _never(*_):

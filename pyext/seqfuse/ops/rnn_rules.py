@@ -146,7 +146,7 @@ def _cpu_prefers(case):
     wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
     large = native.isa_has("amx")  # such processors have an L2 of 2 MB a core, which holds larger w_hh
     if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or case.B < 8)):
-        if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8):
+        if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8) or case.hidden_size >= 512:
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
     if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512 and not large:
         return "packing so large a w_hh takes longer than the scan over so few steps saves against oneDNN"
