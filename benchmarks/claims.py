@@ -415,13 +415,13 @@ def main() -> int:
         parser.error("--jobs must be at least 1")
     start = time.perf_counter()
     claims = [claim for claim in CLAIMS if options.only in (None, claim.name)]
-    files_of = {claim.name: [options.runs / run.name / "results.json" for run in claim.runs] for claim in claims}
-    fresh = not any(path.is_file() for paths in files_of.values() for path in paths)
+    trained = {run.name: (options.runs / run.name / "results.json").is_file() for claim in claims for run in claim.runs}
+    fresh = not any(trained.values())
     if options.finished:
-        for claim in claims:
-            if not all(path.is_file() for path in files_of[claim.name]):
-                print(f"left out: {claim.name} is not trained yet")
-        claims = [claim for claim in claims if all(path.is_file() for path in files_of[claim.name])]
+        missing = [claim for claim in claims if not all(trained[run.name] for run in claim.runs)]
+        for claim in missing:
+            print(f"left out: {claim.name} is not trained yet")
+        claims = [claim for claim in claims if claim not in missing]
     else:
         train_all([run for claim in claims for run in claim.runs], options.runs, options.jobs)
     done = []

@@ -274,9 +274,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoints/step-STEP."""
-        if not all(
-            map(math.isfinite, torch.stack(torch._foreach_norm([local(p.detach()) for p in self.weights])).tolist())
-        ):
+        norms = torch._foreach_norm([local(p.detach()) for p in self.weights])
+        if not torch.stack(norms).isfinite().all():
             raise TrainError(f"a weight is not finite after step {self.progress.step}; {self.folder.where_to_go_on()}")
         state = {
             "config": self.config.to_dict(),
