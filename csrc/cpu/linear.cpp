@@ -1,4 +1,4 @@
-// y = x weight^T + bias on the CPU for few rows of x. Contract: seqfuse/linear.h
+// y = x weight^T + bias on the CPU, for few rows of x above all. Contract: seqfuse/linear.h
 //
 // Up to 8 rows (Linear). Floor: one read of the weights. A tile of outputs takes its rows of the weights as so many
 // streams, each vector of them once for all rows of x, which lie in the caches: converted and padded to whole vectors
@@ -259,8 +259,16 @@ void forward(const LinearForward& a, const Parallel& parallel) {
 }  // namespace
 
 void linear_forward(const LinearForward& a, const Parallel& p) {
-  if (a.dtype == DType::bf16) return forward<bf16>(a, p);
-  if constexpr (!has_dot) forward<float>(a, p);  // see dispatch.cpp
+  for (int64_t row = 0; row < a.rows; row += linear_block_rows) {
+    LinearForward block = a;
+    block.rows = a.rows - row < linear_block_rows ? a.rows - row : linear_block_rows;
+    block.x = static_cast<const char*>(a.x) + row * a.cols * size_of(a.dtype);
+    block.y = static_cast<char*>(a.y) + row * a.outputs * size_of(a.dtype);
+    if (a.dtype == DType::bf16)
+      forward<bf16>(block, p);
+    else if constexpr (!has_dot)  // see dispatch.cpp
+      forward<float>(block, p);
+  }
 }
 
 }  // namespace SEQFUSE_ISA

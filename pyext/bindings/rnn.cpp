@@ -2,7 +2,7 @@
 // in one go. Contracts: csrc/include/seqfuse/rnn.h, rnn_both.h
 //
 // Sequence tensors are logically [T, B, X], or packed, [N, X]. A batch-major one ([B, T, X] memory) is taken as it is,
-// and what belongs to it (y to xg, dxg to y) is made batch-major too, so that batch_first costs no copy.
+// and what belongs to it (y and gates to xg, dxg to gates or y) is made batch-major too, so that batch_first costs no copy.
 #include "seqfuse/rnn.h"
 
 #include "common.h"
@@ -94,9 +94,10 @@ struct Saved {
   Tensor y, gates, cells;
 };
 
+// in_gates: dxg, and dan behind it, are written where the saved gates lie, and are not returned.
 template <class Launch>
 Outputs backward(int64_t cell, const Gradients& grads, const Saved& saved, const Tensor& h0_in, const Maybe& c0_in,
-                 const Tensor& w_in, const Options& given, bool reverse, Ways ways, Launch launch) {
+                 const Tensor& w_in, const Options& given, bool reverse, Ways ways, bool in_gates, Launch launch) {
   RnnBackward a{};
   const Extent e = extent_of(a, cell, saved.y, h0_in, w_in, given, ways, "y");
   const bool lstm = a.cell == Cell::lstm, gru = a.cell == Cell::gru;
@@ -113,15 +114,18 @@ Outputs backward(int64_t cell, const Gradients& grads, const Saved& saved, const
     check_sequences(saved.cells, y, e, ways, a.H, "cells", ScalarType::Float);
     if (grads.dcells) check_sequences(*grads.dcells, y, e, ways, a.H, "dcells", ScalarType::Float);
   }
-  const Tensor gates = dense(saved.gates), cells = dense(saved.cells);
+  auto every = [ways](const Tensor& t) { return ways == Ways::one ? sequence(t) : dense(t); };
+  const Tensor gates = every(saved.gates), cells = every(saved.cells);
   const Maybe dy = grads.dy ? Maybe(sequence(*grads.dy)) : Maybe{};
   Maybe dcells;
-  if (lstm && grads.dcells) dcells = ways == Ways::one ? sequence(*grads.dcells) : dense(*grads.dcells);
+  if (lstm && grads.dcells) dcells = every(*grads.dcells);
   const Maybe dh_n = checked_state(grads.dh_n, y, ways, a.B, a.H, "dh_n");
   const Maybe dc_n = lstm ? checked_state(grads.dc_n, y, ways, a.B, a.H, "dc_n") : Maybe{};
   const Maybe c0 = lstm ? checked_state(c0_in, y, ways, a.B, a.H, "c0") : Maybe{};
-  Tensor dxg = empty_sequence(y, W * G * a.H);
-  Tensor dan = gru ? empty_sequence(y, W * a.H) : empty(y, {0});
+  STD_TORCH_CHECK(!in_gates || (S == 4 && rows_dense(saved.gates)), "gates: no gradients can be written there");
+  const Tensor& like = S && ways == Ways::one ? gates : y;  // y may be columns of a tensor that joins both directions
+  Tensor dxg = in_gates ? gates : empty_sequence(like, W * G * a.H);
+  Tensor dan = gru && !in_gates ? empty_sequence(like, W * a.H) : empty(y, {0});
   Tensor dh0 = empty_each(y, ways, a.B, a.H), dc0 = lstm ? empty_each(y, ways, a.B, a.H) : empty(y, {0});
   Tensor db_hh = empty(y, {W * G * a.H}, ScalarType::Float);
   a.dy = pointer_or_null(dy), a.dy_strides = dy ? strides_of(*dy) : Strides{};
@@ -134,7 +138,10 @@ Outputs backward(int64_t cell, const Gradients& grads, const Saved& saved, const
     a.cells = static_cast<const float*>(cells.const_data_ptr()), a.cells_strides = strides_of_first(cells, ways);
   a.h0 = h0.const_data_ptr(), a.c0 = pointer_or_null(c0), a.w_hh = w.const_data_ptr();
   a.dxg = pointer(dxg), a.dxg_strides = strides_of(dxg);
-  if (gru) a.dan = pointer(dan), a.dan_strides = strides_of(dan);
+  if (gru && in_gates)
+    a.dan = static_cast<char*>(a.dxg) + G * a.H * size_of(a.dtype), a.dan_strides = a.dxg_strides;
+  else if (gru)
+    a.dan = pointer(dan), a.dan_strides = strides_of(dan);
   a.dh0 = pointer(dh0), a.dc0 = lstm ? pointer(dc0) : nullptr;
   a.db_hh = pointer<float>(db_hh);
   launch_ways(a, ways, e.packed ? e.rows : e.T * e.B, launch);
@@ -163,10 +170,23 @@ Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcell
                      Maybe zone_h, Maybe zone_c, double zoneout_h, double zoneout_c, bool reverse, bool) {
   STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, W,
+  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, W, false,
                   [](const RnnBackward* scans, int count) {
                     for (int i = 0; i < count; i++) rnn_backward_cpu(scans[i], torch_threads());
                   });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_in_gates(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells,
+                                                     Tensor y, Tensor gates, Tensor cells, Tensor h0, Maybe c0,
+                                                     Tensor w_hh, Maybe lengths, Maybe resets, Maybe hidden_mask,
+                                                     Maybe peephole, Maybe zone_h, Maybe zone_c, double zoneout_h,
+                                                     double zoneout_c, bool reverse) {
+  STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
+  const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
+  const auto [dxg, dan, dh0, dc0, db_hh] =
+      backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, Ways::one, true,
+               [](const RnnBackward* scan, int) { rnn_backward_cpu(*scan, torch_threads()); });
+  return {dh0, dc0, db_hh};
 }
 
 #ifdef SEQFUSE_CUDA
@@ -210,7 +230,7 @@ Outputs backward_cuda(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcel
                       bool tf32) {
   torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, W,
+  return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, W, false,
                   [&](const RnnBackward* scans, int count) {
                     const RnnBackward& a = scans[0];
                     const char* option = a.options.in_use() ? a.options.in_use() : a.dcells ? "dcells" : nullptr;
@@ -250,15 +270,19 @@ Outputs both_backward(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcel
   "float zoneout_h, float zoneout_c"
 #define SEQFUSE_FORWARD \
   "_fwd(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, " SEQFUSE_SCAN_OPTIONS
-#define SEQFUSE_BACKWARD                                                                            \
-  "_bwd(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, " \
+#define SEQFUSE_BACKWARD_INTO(GATES)                                                    \
+  "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, " GATES \
+  " gates, "                                                                            \
   "Tensor cells, Tensor h0, Tensor? c0, Tensor w_hh, " SEQFUSE_SCAN_OPTIONS
+#define SEQFUSE_BACKWARD "_bwd" SEQFUSE_BACKWARD_INTO("Tensor")
 #define SEQFUSE_FIVE ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 // tf32: whether float32 may be multiplied in tf32; of the kernels here the CUDA cluster kernel's alone to use
 STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
   m.def("rnn_scan" SEQFUSE_FORWARD ", bool reverse, bool save, bool want_cells, bool tf32=False" SEQFUSE_FIVE);
   m.def("rnn_scan" SEQFUSE_BACKWARD ", bool reverse, bool tf32=False" SEQFUSE_FIVE);
+  // the gradients of xg and, behind them, of a_n take the gates' place, whose width they have (LSTM, GRU; CPU)
+  m.def("rnn_scan_bwd_in_gates" SEQFUSE_BACKWARD_INTO("Tensor(a!)") ", bool reverse) -> (Tensor, Tensor, Tensor)");
   m.def("rnn_scan_both" SEQFUSE_FORWARD ", bool save, bool want_cells, bool tf32=False" SEQFUSE_FIVE);
   m.def("rnn_scan_both" SEQFUSE_BACKWARD ", bool tf32=False" SEQFUSE_FIVE);
 }
@@ -266,6 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqfuse, m) {
 STABLE_TORCH_LIBRARY_IMPL(seqfuse, CPU, m) {
   m.impl("rnn_scan_fwd", TORCH_BOX(&forward_cpu<Ways::one>));
   m.impl("rnn_scan_bwd", TORCH_BOX(&backward_cpu<Ways::one>));
+  m.impl("rnn_scan_bwd_in_gates", TORCH_BOX(&backward_in_gates));
   m.impl("rnn_scan_both_fwd", TORCH_BOX(&both_forward<&forward_cpu<Ways::both>>));
   m.impl("rnn_scan_both_bwd", TORCH_BOX(&both_backward<&backward_cpu<Ways::both>>));
 }

@@ -112,9 +112,9 @@ inline Tensor empty_rows(const Tensor& t, int64_t width, std::optional<ScalarTyp
 }
 
 // The same in the memory order of t.
-inline Tensor empty_sequence(const Tensor& t, int64_t width) {
-  if (!batch_major(t)) return empty_rows(t, width);
-  return torch::stable::transpose(empty(t, {t.size(1), t.size(0), width}), 0, 1);
+inline Tensor empty_sequence(const Tensor& t, int64_t width, std::optional<ScalarType> type = {}) {
+  if (!batch_major(t)) return empty_rows(t, width, type);
+  return torch::stable::transpose(empty(t, {t.size(1), t.size(0), width}, type), 0, 1);
 }
 
 // What each direction has one of: [shape], or [2, shape].
@@ -134,7 +134,7 @@ inline Tensor empty_each(const Tensor& like, Ways ways, int64_t B, int64_t width
   return ways == Ways::one ? empty(like, {B, width}) : empty(like, {2, B, width});
 }
 inline Tensor empty_sequences(const Tensor& like, Ways ways, int64_t width, std::optional<ScalarType> type = {}) {
-  if (ways == Ways::one) return empty_rows(like, width, type);
+  if (ways == Ways::one) return empty_sequence(like, width, type);
   return like.dim() == 2 ? empty(like, {2, like.size(0), width}, type)
                          : empty(like, {2, like.size(0), like.size(1), width}, type);
 }

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqfuse import ops
-from seqfuse.ops.linear import MOST_ROWS
+from seqfuse.ops.products import MOST_ROWS
 
 
 def multiply(x, weight, bias=None):

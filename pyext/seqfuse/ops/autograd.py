@@ -9,6 +9,19 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def may_write(*tensors) -> bool:
+    """Whether what is made of these (None: an absent one) may be written into memory that is there already: nothing is
+    traced, and none of them is a batch of torch.autograd.grad(..., is_grads_batched=True)."""
+    return not traced() and not any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def freed_afterwards() -> bool:
+    """In a backward pass: whether what it saved is freed behind it (retain_graph=False), so that it may be overwritten.
+    Where torch does not say: no."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is not None and not kept()
+
+
 def wants_gradient(*tensors) -> bool:
     """Whether autograd records what is done with these tensors (None: an absent one)."""
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
 from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.products import FEW_ROWS, MOST_ROWS, NATIVE_BF16, many_rows_pay
+from seqfuse.ops.products import FEW_ROWS, NATIVE_BF16, many_rows_pay
 
 
 class LinearCase(NamedTuple):
@@ -121,8 +121,6 @@ def _cpu_refusal(case: LinearCase) -> str | None:
         return case.special
     if case.grad:
         return "its kernel makes no gradient"
-    if case.rows > MOST_ROWS:
-        return f"its kernel takes up to {MOST_ROWS} rows, this is {case.rows}"
     return library.cpu_refusal(case.device, case.dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import native
-from seqfuse.ops.autograd import traced
+from seqfuse.ops.autograd import may_write
 
 
 def _widen_from() -> int:
@@ -39,33 +39,48 @@ def widened(t: torch.Tensor, *sizes: int) -> bool:
 # Rows from which our kernel was measured faster than ATen in float32, up to how many on one thread, on more than one:
 # it splits the outputs, ATen the rows (docs/linear.md).
 ROWS = 12, 32, 64
-FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h
+FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h: linear_few_rows, linear_block_rows
 
 
 def many_rows_pay(rows: int) -> bool:
     return native.isa_has("avx2") and ROWS[0] <= rows <= ROWS[min(torch.get_num_threads(), 2)]
 
 
+def _alone(*operands) -> bool:
+    """Whether our kernels may take a product of these: they make no gradient, and a compiler has better."""
+    return operands[0].is_cpu and not torch.is_grad_enabled() and may_write(*operands)
+
+
 def linear(x, w, b=None):
     """x @ w^T + b: x [..., K], w [N, K], b [N] or None."""
     rows = x.numel() // max(x.shape[-1], 1)
-    alone = x.is_cpu and not torch.is_grad_enabled() and not traced()  # our kernel makes no gradient
     if widened(x, rows, *w.shape):
-        if alone and rows <= (MOST_ROWS if SLOW_BF16 else FEW_ROWS) and native.isa_has("avx2"):
+        if _alone(x) and native.isa_has("avx2"):
             return torch.ops.seqfuse.linear_fwd(x, w, b)  # which widens no weight in memory
         return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
-    if alone and x.dtype == torch.float32 and min(w.shape) >= 128 and many_rows_pay(rows):
+    if _alone(x) and x.dtype == torch.float32 and min(w.shape) >= 128 and many_rows_pay(rows):
         return torch.ops.seqfuse.linear_fwd(x, w, b)
     return F.linear(x, w, b)
 
 
-def matmul(a, b):
-    """a [M, K] @ b [K, N]."""
-    return (a.float() @ b.float()).to(a.dtype) if widened(a, *a.shape, b.shape[-1]) else a @ b
+def matmul(a, b, out=None):
+    """a [M, K] @ b [K, N]; out: where the result is to lie."""
+    if widened(a, *a.shape, b.shape[-1]):
+        return _widened(None, a, b, out)
+    return a @ b if out is None else torch.mm(a, b, out=out)
 
 
-def addmm(c, a, b):
-    """c [M, N] + a [M, K] @ b [K, N]."""
-    if not widened(c, *a.shape, b.shape[-1]):
-        return torch.addmm(c, a, b)
-    return torch.addmm(c.float(), a.float(), b.float()).to(c.dtype)
+def addmm(c, a, b, out=None):
+    """c [M, N] + a [M, K] @ b [K, N]; out: where the result is to lie, which may be c."""
+    if widened(c, *a.shape, b.shape[-1]):
+        return _widened(c, a, b, out)
+    return torch.addmm(c, a, b) if out is None else torch.addmm(c, a, b, out=out)
+
+
+def _widened(c, a, b, out):
+    if _alone(a, b, c) and native.isa_has("avx2"):  # our kernel widens no operand in memory
+        out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+        torch.ops.seqfuse.widened_mm(a, b, c, out)
+        return out
+    product = a.float() @ b.float() if c is None else torch.addmm(c.float(), a.float(), b.float())
+    return product.to(a.dtype) if out is None else out.copy_(product)

@@ -5,10 +5,10 @@ All of it works on padded sequences [T, B, X] and on rows [N, X] (see rnn_ragged
 
 import torch
 
-from seqfuse.ops.autograd import traced
+from seqfuse.ops.autograd import may_write, traced
 from seqfuse.ops.products import addmm, matmul, widened
 from seqfuse.ops.rnn_ragged import Ragged, shifted
-from seqfuse.ops.rnn_scan import SCAN, batch_major
+from seqfuse.ops.rnn_scan import SCAN, backward, batch_major, by_sequence
 
 
 def flat_rows(x, batch_major):
@@ -62,15 +62,14 @@ def state_before(states, first, reverse, lengths, resets):
 LONG = 16_384  # rows from which a sum over all of them in one go loses digits: its rounding grows with their number
 
 
-def over_rows(a, b):
-    """a^T @ b, [X, Y], for a [rows, X] and b [rows, Y]; over very many rows in pieces, whose sums are then added up."""
+def over_rows(a, b, out=None):
+    """a^T @ b, [X, Y], for a [rows, X] and b [rows, Y]; over very many rows in pieces, whose sums are then added up.
+    out: where the result may lie, if it can be had there at once."""
     rows, small = a.shape[0], a.shape[1] * b.shape[1] <= 65_536  # of larger ones the pieces would need much memory
-    if rows < LONG or not small:
-        return matmul(a.t(), b)
     piece = 512
+    if rows < LONG or not small or widened(a, piece, a.shape[1], b.shape[1]):  # which is rounded to fewer digits anyway
+        return matmul(a.t(), b, out)
     whole = rows // piece * piece
-    if widened(a, piece, a.shape[1], b.shape[1]):
-        return over_rows(a.float(), b.float()).to(a.dtype)
     parts = torch.bmm(
         a[:whole].reshape(-1, piece, a.shape[1]).transpose(1, 2), b[:whole].reshape(-1, piece, b.shape[1])
     )
@@ -101,7 +100,7 @@ def bias_gradients(call, d_rows, dan_rows, db_hh):
 
 def dw_hh(call, dxg, dan, y, h0, w_hh, options):
     """sum over t of da_t^T @ h_{t-1}, as GEMMs over the whole sequence. a's gradient is dxg, but dan for a GRU's n."""
-    layout = batch_major(dxg)
+    layout = by_sequence(dxg)
     if not call.both:
         return _dw_hh(call, (dxg, dan, y), h0, w_hh, options, layout)
     pieces = zip(*(t.chunk(2, -1) for t in (dxg, dan, y)), strict=True)
@@ -123,11 +122,11 @@ def _dw_hh(call, sequences, h0, w_hh, options, layout):
         first, rest = (-1, slice(0, -1)) if call.reverse else (0, slice(1, None))
         states = flat_rows(before, layout)
 
-        def product(d):  # d: (T, B, X) -> (X, H)
-            w = _by_heads(flat_rows(d[rest], layout), states, H, heads)
+        def product(d, out=None):  # d: (T, B, X) -> (X, H), in `out` if it can be
+            w = _by_heads(flat_rows(d[rest], layout), states, H, heads, out)
             if h0 is None:
                 return w
-            return addmm(w, d[first].t(), h0) if heads == 1 else w + _by_heads(d[first], h0, H, heads)
+            return addmm(w, d[first].t(), h0, out) if heads == 1 else w + _by_heads(d[first], h0, H, heads)
     else:
         before = state_before(y, h0, call.reverse, lengths, resets)
         if hidden_mask is not None:
@@ -135,18 +134,27 @@ def _dw_hh(call, sequences, h0, w_hh, options, layout):
             before = before * (hidden_mask if ragged is None else ragged.spread(hidden_mask))
         states = flat_rows(before, layout)
 
-        def product(d):
-            return _by_heads(flat_rows(d, layout), states, H, heads)
+        def product(d, out=None):
+            return _by_heads(flat_rows(d, layout), states, H, heads, out)
 
     if call.cell != "gru":
         return product(dxg)
-    return torch.cat([product(dxg[..., : 2 * H]), product(dan)])
+    if not may_write(dxg):
+        return torch.cat([product(dxg[..., : 2 * H]), product(dan)])
+    dw = y.new_empty(w_hh.shape)
+    rz, n = dw[: 2 * H], dw[2 * H :]
+    made = product(dxg[..., : 2 * H], rz)
+    if made is not rz:
+        rz.copy_(made)
+    del made
+    n.copy_(product(dan))  # not made there: elsewhere than at a line's begin a library may sum differently
+    return dw
 
 
-def _by_heads(d, states, H, heads):
+def _by_heads(d, states, H, heads, out=None):
     """d^T @ states, [X, H], or only its blocks on the diagonal of each gate, [X, H/heads]."""
     if heads == 1:
-        return over_rows(d, states)
+        return over_rows(d, states, out)
     d = d.reshape(d.shape[0], d.shape[1] // H, heads, H // heads)  # (rows, gate, head, unit)
     states = states.reshape(states.shape[0], heads, H // heads)
     kind = d.dtype
@@ -212,12 +220,11 @@ def recomputed_scan_gradients(call, grads, xg, y, kept, h0, c0, weights, options
                 c_in = torch.where(began, c_in, c0) if lstm else None
         part = _cut(options, begin, end)
         again = scan.fwd(call.cell, xg[cut], h_in, c_in, w_hh, b_hh, *part, reverse, True, False)
-        y_part, gates, cells = again[0], again[3], again[4]
-        out = scan.bwd(
-            call.cell, None if dy is None else dy[cut], dh, dc, None if dcells is None else dcells[cut],
-            y_part, gates, cells, h_in, c_in, w_hh, *part, reverse,
-        )  # fmt: skip
-        dxg_part, dan_part, dh, dc, db_part = out
+        y_part, _, _, gates, cells = again
+        arriving = (None if dy is None else dy[cut], dh, dc, None if dcells is None else dcells[cut])
+        dxg_part, dan_part, dh, dc, db_part = backward(
+            call, arriving, y_part, gates, cells, (h_in, c_in), w_hh, part, overwrite=peephole is None
+        )
         if peephole is not None:
             dp = peephole_gradient(dxg_part, gates, cells, c_in, reverse, part, torch.float32)
             dpeephole = dp if dpeephole is None else dpeephole + dp
@@ -226,6 +233,7 @@ def recomputed_scan_gradients(call, grads, xg, y, kept, h0, c0, weights, options
             dan[cut] = dan_part
         db = db_part if db is None else db + db_part
         dc = dc if lstm else None
+        del again, y_part, gates, cells, dxg_part, dan_part  # before the next segment's
     return xg, dan, dh, dc, db, None if peephole is None else dpeephole.to(peephole.dtype)
 
 

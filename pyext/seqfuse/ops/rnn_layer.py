@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqfuse import reference
 from seqfuse.ops import rnn_ragged
-from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.autograd import apply, differentiable_gradients, freed_afterwards, may_write, traced
 from seqfuse.ops.products import linear, matmul
 from seqfuse.ops.rnn_gradients import (
     bias_gradients,
@@ -29,7 +29,8 @@ from seqfuse.ops.rnn_gradients import (
     peephole_gradient,
     recomputed_scan_gradients,
 )
-from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, SCAN_BOTH, batch_major
+from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, SCAN_BOTH, batch_major, by_sequence
+from seqfuse.ops.rnn_scan import backward as scan_backward
 from seqfuse.reference import PLAIN
 
 
@@ -276,27 +277,28 @@ class RnnLayerFunction(torch.autograd.Function):
                 call, grads, xg, y, gates, *first, (w_hh, b_hh), options
             )
         else:
-            dxg, dan, dh0, dc0, db_hh = _scan_backend(call).bwd(
-                call.cell, *grads, y, gates, cells, *first, w_hh, *options, *_way(call)
-            )
+            overwrite = peephole is None and may_write(*grads) and freed_afterwards()
+            dxg, dan, dh0, dc0, db_hh = scan_backward(call, grads, y, gates, cells, first, w_hh, options, overwrite)
             if peephole is not None and needs[11]:
                 dpeephole = peephole_gradient(dxg, gates, cells, c0, call.reverse, options, peephole.dtype)
-        layout = batch_major(dxg)
+        dh0, dc0 = dh0 if needs[1] else None, dc0 if needs[2] else None
+        first = gates = cells = grads = None  # the products below take memory of their own
+        layout = by_sequence(dxg)
         d_rows = flat_rows(dxg, layout)  # (T*B, G*H)
         dx = dw_ih = dw = db_ih = None
+        if needs[5] or needs[6]:
+            db_ih, db_hh = bias_gradients(call, d_rows, flat_rows(dan, layout) if call.cell == "gru" else None, db_hh)
+            db_ih, db_hh = db_ih.to(x.dtype), db_hh.to(x.dtype)
         if needs[0]:
             dx = dxg if w_ih is None else from_rows(matmul(d_rows, w_ih), x, layout)
         if needs[3]:
             dw_ih = over_rows(d_rows, flat_rows(x, layout))
         if needs[4]:
             dw = dw_hh(call, dxg, dan, y, h0, w_hh, options)
-        if needs[5] or needs[6]:
-            db_ih, db_hh = bias_gradients(call, d_rows, flat_rows(dan, layout) if call.cell == "gru" else None, db_hh)
-            db_ih, db_hh = db_ih.to(x.dtype), db_hh.to(x.dtype)
         return (
             dx,
-            dh0 if needs[1] else None,
-            dc0 if needs[2] else None,
+            dh0,
+            dc0,
             dw_ih,
             dw,
             db_ih if needs[5] else None,

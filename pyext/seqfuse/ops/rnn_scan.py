@@ -4,6 +4,8 @@ Contract: csrc/include/seqfuse/rnn.h; meaning: reference/rnn.py. The options of 
 reference.ScanOptions, in their order; layer normalisation and projection are the reference's alone.
 """
 
+import functools
+
 import torch
 
 from seqfuse import dispatch
@@ -53,41 +55,67 @@ SCAN_BOTH = {"cuda": _scan_of("seqfuse", "rnn_scan_both", extra=_tf32)}
 SCAN_BOTH_ON_CPU = _scan_of("seqfuse", "rnn_scan_both")
 
 
+def backward(call, grads, y, gates, cells, first, w_hh, options, overwrite):
+    """The backward pass of one scan: (dxg, dan, dh0, dc0, db_hh). call: an rnn_layer.ScanCall; grads: (dy, dh_n, dc_n,
+    dcells); first: (h0, c0). overwrite: nobody looks at the saved gates again, so the CPU's kernel may put dxg and dan
+    in their place: the largest tensor of the backward pass is then none of its own."""
+    args = (*grads, y, gates, cells, *first, w_hh, *options)
+    if call.both:
+        return SCAN_BOTH[call.backend].bwd(call.cell, *args)
+    if not overwrite or call.backend != "cpu" or call.cell not in ("gru", "lstm"):
+        return SCAN[call.backend].bwd(call.cell, *args, call.reverse)
+    rest = torch.ops.seqfuse.rnn_scan_bwd_in_gates(CELLS[call.cell], *args, call.reverse)
+    width = w_hh.shape[0]
+    return gates[..., :width], gates[..., width:], *rest
+
+
 def batch_major(x):
     """Whether x [T, B, I] is a view of contiguous [B, T, I] memory (and not also time-major)."""
     return x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
 
 
-def _empty_like_layout(like, width):
+def by_sequence(x):
+    """batch_major, also of columns of such a tensor, which are not dense."""
+    return x.dim() == 3 and not x.is_contiguous() and x.stride(1) == x.shape[0] * x.stride(0)
+
+
+def _time_major(like, width, dtype=None):
+    return like.new_empty(*like.shape[:-1], width, dtype=dtype)
+
+
+def _empty_like_layout(like, width, dtype=None):
     if batch_major(like):
         T, B = like.shape[:2]
-        return like.new_empty(B, T, width).transpose(0, 1)
-    return like.new_empty(*like.shape[:-1], width)
+        return like.new_empty(B, T, width, dtype=dtype).transpose(0, 1)
+    return _time_major(like, width, dtype)
 
 
 def _fake_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h,
-              zoneout_c, reverse, save, want_cells, tf32=False):  # fmt: skip
+              zoneout_c, reverse, save, want_cells, tf32=False, saved=_empty_like_layout):  # fmt: skip
+    """saved(like, width): how the backend lays out what it saves."""
     B, H = h0.shape
-    lead, lstm = xg.shape[:-1], cell == CELLS["lstm"]
+    lstm = cell == CELLS["lstm"]
     width = 4 * H if cell >= CELLS["gru"] else H if zone_h is not None or zoneout_h != 0.0 else 0
-    gates = xg.new_empty((*lead, width) if save and width else (0,))
-    cells = xg.new_empty((*lead, H) if lstm and (save or want_cells) else (0,), dtype=torch.float32)
+    gates = saved(xg, width) if save and width else xg.new_empty(0)
+    cells = saved(xg, H, torch.float32) if lstm and (save or want_cells) else xg.new_empty(0, dtype=torch.float32)
     return _empty_like_layout(xg, H), h0.new_empty(B, H), h0.new_empty((B, H) if lstm else (0,)), gates, cells
 
 
-def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options_and_reverse):
+def _fake_bwd(cell, dy, dh_n, dc_n, dcells, y, gates, cells, h0, c0, w_hh, *options_and_reverse,
+              saved=_empty_like_layout):  # fmt: skip
     B, H = h0.shape
-    dan = _empty_like_layout(y, H) if cell == CELLS["gru"] else y.new_empty(0)
+    like = gates if saved is _empty_like_layout and gates.dim() == y.dim() else y
+    dan = saved(like, H) if cell == CELLS["gru"] else y.new_empty(0)
     dc0 = y.new_empty((B, H) if cell == CELLS["lstm"] else (0,))
     db = y.new_empty(w_hh.shape[0], dtype=torch.float32)
-    return _empty_like_layout(y, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
+    return _empty_like_layout(like, w_hh.shape[0]), dan, y.new_empty(B, H), dc0, db
 
 
 def _fake_both_fwd(cell, xg, h0, c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h,
                    zoneout_c, save, want_cells, tf32=False):  # fmt: skip
     y, h_n, c_n, gates, cells = _fake_fwd(
         cell, xg, h0[0], c0, w_hh, b_hh, lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c,
-        False, save, want_cells,
+        False, save, want_cells, saved=_time_major,
     )  # fmt: skip
 
     def twice(t):
@@ -115,20 +143,23 @@ _OPTIONS = (
     " float zoneout_h, float zoneout_c"
 )
 
-library.register_op(
+library.register_triton(
     "rnn_scan_fwd",
     f"(int cell, Tensor xg, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, {_OPTIONS}, bool reverse, bool save,"
     " bool want_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_fwd,
+    functools.partial(_fake_fwd, saved=_time_major),
     _launch("rnn_scan_fwd"),
 )
-library.register_op(
+library.register_triton(
     "rnn_scan_bwd",
     "(int cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor y, Tensor gates, Tensor cells,"
     f" Tensor h0, Tensor? c0, Tensor w_hh, {_OPTIONS}, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
+    functools.partial(_fake_bwd, saved=_time_major),
     _launch("rnn_scan_bwd"),
 )
+library.register_fake("rnn_scan_fwd", _fake_fwd)
+library.register_fake("rnn_scan_bwd", _fake_bwd)
+library.register_fake("rnn_scan_bwd_in_gates", lambda *args: _fake_bwd(*args)[2:])
 library.register_fake("rnn_scan_both_fwd", _fake_both_fwd)
 library.register_fake("rnn_scan_both_bwd", _fake_both_bwd)
 for _name in ("rnn_scan_fwd", "rnn_scan_bwd", "rnn_scan_both_fwd", "rnn_scan_both_bwd"):
