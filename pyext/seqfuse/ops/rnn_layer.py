@@ -289,12 +289,13 @@ class RnnLayerFunction(torch.autograd.Function):
         if needs[5] or needs[6]:
             db_ih, db_hh = bias_gradients(call, d_rows, flat_rows(dan, layout) if call.cell == "gru" else None, db_hh)
             db_ih, db_hh = db_ih.to(x.dtype), db_hh.to(x.dtype)
-        if needs[0]:
-            dx = dxg if w_ih is None else from_rows(matmul(d_rows, w_ih), x, layout)
-        if needs[3]:
-            dw_ih = over_rows(d_rows, flat_rows(x, layout))
         if needs[4]:
             dw = dw_hh(call, dxg, dan, y, h0, w_hh, options)
+        dan = None
+        if needs[3]:
+            dw_ih = over_rows(d_rows, flat_rows(x, layout))
+        if needs[0]:  # last, for it is as large as a copy that the others may have made
+            dx = dxg if w_ih is None else from_rows(matmul(d_rows, w_ih), x, layout)
         return (
             dx,
             dh0,
