@@ -116,8 +116,20 @@ def _dw_hh(call, sequences, h0, w_hh, options, layout):
     dxg, dan, y = sequences
     lengths, resets, hidden_mask = options[:3]
     H, heads = y.shape[-1], y.shape[-1] // w_hh.shape[1]
-    plain = y.dim() == 3 and resets is None and hidden_mask is None
-    if plain and (lengths is None or not call.reverse or h0 is None):
+    plain = resets is None and hidden_mask is None
+    if plain and y.dim() == 2 and may_write(dxg, dan):  # rows: h_{t-1} lies before, but where a sequence begins
+        begin = ragged_of(y, lengths).first_rows(call.reverse)
+        states, rest = (y[1:], slice(0, -1)) if call.reverse else (y[:-1], slice(1, None))
+
+        def product(d, out=None):  # d: (N, X) -> (X, H), in `out` if it can be
+            first = d[begin]
+            d.index_fill_(0, begin, 0.0)
+            w = _by_heads(d[rest], states, H, heads, out)
+            d.index_copy_(0, begin, first)
+            if h0 is None:
+                return w
+            return addmm(w, first.t(), h0, out) if heads == 1 else w + _by_heads(first, h0, H, heads)
+    elif plain and y.dim() == 3 and (lengths is None or not call.reverse or h0 is None):
         before = y[1:] if call.reverse else y[:-1]  # h_{t-1} of every step but the first one that ran: no copy
         first, rest = (-1, slice(0, -1)) if call.reverse else (0, slice(1, None))
         states = flat_rows(before, layout)
