@@ -85,19 +85,24 @@ class _WeightGradients(torch.autograd.Function):
         if not rows:
             return (None,) * 7
         needs, (gates, width, H) = ctx.needs_input_grad, ctx.sizes
-        rows = rows[0] if len(rows) == 1 else torch.cat(rows)  # (steps * B, W)
-        dxg = rows[:, :gates]
-        da = rows[:, gates : 2 * gates] if ctx.cell == "gru" else dxg
-        x, h = rows[:, -width - H : -H], rows[:, -H:]
-        db_ih = bias_gradient(dxg).to(rows.dtype) if needs[2] else None
+
+        def columns(begin, end=None):
+            """[steps * B, end - begin]: those of all steps together, and only those, for memory's sake."""
+            cut = [r[:, begin:end] for r in rows]
+            return cut[0] if len(cut) == 1 else torch.cat(cut)
+
+        dw_ih = dw_hh = db_ih = db_hh = None
+        dxg = columns(0, gates)
+        if needs[2]:
+            db_ih = bias_gradient(dxg).to(dxg.dtype)
+        if needs[0]:
+            dw_ih = over_rows(dxg, columns(-width - H, -H))
+        da = dxg
+        if ctx.cell == "gru":
+            dxg = None
+            da = columns(gates, 2 * gates)
         if needs[3]:
-            db_hh = db_ih if db_ih is not None and da is dxg else bias_gradient(da).to(rows.dtype)
-        return (
-            over_rows(dxg, x) if needs[0] else None,
-            over_rows(da, h) if needs[1] else None,
-            db_ih,
-            db_hh if needs[3] else None,
-            None,
-            None,
-            None,
-        )
+            db_hh = db_ih if db_ih is not None and da is dxg else bias_gradient(da).to(da.dtype)
+        if needs[1]:
+            dw_hh = over_rows(da, columns(-H))
+        return dw_ih, dw_hh, db_ih, db_hh, None, None, None
