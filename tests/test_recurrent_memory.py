@@ -85,6 +85,31 @@ def test_at_most_torchs(kind, dtype, train, T, B, H, widened, monkeypatch):
     assert 0 < measure(seqfuse.fuse(theirs)) <= most + H * x.element_size()
 
 
+@pytest.mark.parametrize("B, H", [(1, 256), (16, 256), (32, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_loops_of_cells_take_at_most_torchs(kind, dtype, B, H):
+    """One weight's gradient at a time, added in place to those of the steps behind."""
+    if dtype == torch.bfloat16 and products.SLOW_BF16:
+        pytest.skip("PyTorch multiplies bfloat16 in a plain loop here")
+    x, dy = torch.randn(100, B, H, dtype=dtype, requires_grad=True), torch.randn(100, B, H, dtype=dtype)
+
+    def measure(cell):
+        def call():
+            state, outputs = None, []
+            for step in x:
+                state = cell(step, state)
+                outputs.append(state[0] if kind == "LSTMCell" else state)
+            return torch.autograd.grad(torch.stack(outputs), (x, *cell.parameters()), dy)
+
+        call()
+        return peak(call)
+
+    theirs = getattr(torch.nn, kind)(H, H, dtype=dtype)
+    with seqfuse.backend("cpu"):
+        assert 0 < measure(seqfuse.fuse(copy.deepcopy(theirs))) <= measure(theirs)
+
+
 def gradients(module, x, dy, **how):
     with seqfuse.backend("cpu"):
         y, _ = module(x)

@@ -6,7 +6,8 @@ Autograd would take a product of few rows in every step, write a gradient as lar
 before. Here the steps share one node, `_WeightGradients`, through which their weights' gradients flow: it has as many
 outputs, called tickets, as there may be steps; each step takes one as an input, and what it returns as that ticket's
 gradient is its rows of the sum, [dxg | da | x | h]. When the node runs, autograd has collected the rows of all steps of
-this backward pass, and each gradient is one product over them.
+this backward pass, and each gradient is one product over them. A loop of more steps has more nodes, each of which hands
+the weights on to the next: gradients come back the same way, and each node adds its own to them in place.
 
 Nothing is kept beside the graph. So parts of a graph, a second backward pass over it, gradients of some tensors only,
 hooks on parameters, and several threads are what they are for any other node.
@@ -14,20 +15,23 @@ hooks on parameters, and several threads are what they are for any other node.
 
 import torch
 
-from seqfuse.ops.autograd import apply
-from seqfuse.ops.rnn_gradients import bias_gradient, over_rows
+from seqfuse.ops.autograd import apply, may_write
+from seqfuse.ops.products import addmm
+from seqfuse.ops.rnn_gradients import over_rows
 
 MOST_TICKETS = 64  # of one node: so many steps, at most, keep their rows until their products are taken
-MOST_ROWS = 384  # of all of these together: enough for a fast product, and less memory than torch.nn's graph holds
+# Rows of all of these together, by bytes of a number: enough for a fast product, less memory than torch.nn's graph holds
+MOST_ROWS = {4: 384, 2: 256}
 
 
 class Loop:
     """What the steps of one cell in one graph share: for which weights, and the tickets that no step has taken yet."""
 
-    __slots__ = ("made", "needs", "tickets", "weights", "width")
+    __slots__ = ("handed_on", "made", "needs", "tickets", "weights", "width")
 
     def __init__(self, weights, width):
-        self.weights, self.width = weights, width
+        self.weights = self.handed_on = weights
+        self.width = width
         self.needs = tuple(w is not None and w.requires_grad for w in weights)
         self.tickets, self.made = [], 0
 
@@ -42,11 +46,12 @@ class Loop:
         try:
             return self.tickets.pop()
         except IndexError:
-            most = max(8, min(MOST_TICKETS, MOST_ROWS // max(self.width[0], 1)))
+            rows = MOST_ROWS[self.weights[1].element_size()]
+            most = max(8, min(MOST_TICKETS, rows // max(self.width[0], 1)))
             self.made = min(4 * self.made or 8, most)
-            made = list(apply(_WeightGradients, *self.weights, cell, self.width, self.made))
-            taken = made.pop()
-            self.tickets = made
+            *self.handed_on, tickets = _made(apply(_WeightGradients, *self.handed_on, cell, self.width, self.made))
+            taken = tickets.pop()
+            self.tickets = tickets
             return taken
 
 
@@ -67,11 +72,12 @@ def loop_of(cell, x, state, weights):
 
 
 class _WeightGradients(torch.autograd.Function):
-    """Weights in, tickets out: no numbers, only where gradients flow."""
+    """Weights in, weights and tickets out: no numbers, only where gradients flow."""
 
     @staticmethod
     def forward(w_ih, w_hh, b_ih, b_hh, cell, width, count):
-        return w_hh.new_zeros(()).expand(count, *width).unbind()  # of the rows' shape, for autograd to check them by
+        tickets = w_hh.new_zeros(()).expand(count, *width).unbind()  # of the rows' shape, for autograd to check them by
+        return w_ih, w_hh, b_ih, b_hh, *tickets
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -80,10 +86,10 @@ class _WeightGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *rows):
-        rows = [r for r in rows if r is not None]
+    def backward(ctx, *grads):
+        later, rows = grads[:4], [r for r in grads[4:] if r is not None]  # later: of the steps behind this node's
         if not rows:
-            return (None,) * 7
+            return (*later, None, None, None)
         needs, (gates, width, H) = ctx.needs_input_grad, ctx.sizes
 
         def columns(begin, end=None):
@@ -94,15 +100,30 @@ class _WeightGradients(torch.autograd.Function):
         dw_ih = dw_hh = db_ih = db_hh = None
         dxg = columns(0, gates)
         if needs[2]:
-            db_ih = bias_gradient(dxg).to(dxg.dtype)
+            db_ih = dxg.sum(0)  # in float32 inside, which bias_gradient would make of all of it
         if needs[0]:
-            dw_ih = over_rows(dxg, columns(-width - H, -H))
+            dw_ih = _added(later[0], dxg, columns(-width - H, -H))
         da = dxg
         if ctx.cell == "gru":
             dxg = None
             da = columns(gates, 2 * gates)
         if needs[3]:
-            db_hh = db_ih if db_ih is not None and da is dxg else bias_gradient(da).to(da.dtype)
+            db_hh = db_ih if db_ih is not None and da is dxg else da.sum(0)
         if needs[1]:
-            dw_hh = over_rows(da, columns(-H))
+            dw_hh = _added(later[1], da, columns(-H))
+        db_ih, db_hh = (
+            b if a is None else a if b is None else a + b for a, b in zip(later[2:], (db_ih, db_hh), strict=True)
+        )
         return dw_ih, dw_hh, db_ih, db_hh, None, None, None
+
+
+def _made(outputs):
+    """(w_ih, w_hh, b_ih, b_hh as a node hands them on, its tickets)."""
+    return *outputs[:4], list(outputs[4:])
+
+
+def _added(later, d, rows):
+    """later + d^T @ rows; later (None: zero) is the node's own, made by the one behind it for nobody else."""
+    if later is None:
+        return over_rows(d, rows)
+    return addmm(later, d.t(), rows, None if torch.is_grad_enabled() or not may_write(later, d, rows) else later)
