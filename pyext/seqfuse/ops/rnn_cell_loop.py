@@ -20,7 +20,7 @@ from seqfuse.ops.products import addmm
 from seqfuse.ops.rnn_gradients import over_rows
 
 MOST_TICKETS = 64  # of one node: so many steps, at most, keep their rows until their products are taken
-# Rows of all of these together, by bytes of a number: enough for a fast product, less memory than torch.nn's graph holds
+# Rows of all of these, by bytes of a number: enough for a fast product, and less memory than torch.nn's graph holds
 MOST_ROWS = {4: 384, 2: 256}
 
 
