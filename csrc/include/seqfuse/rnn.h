@@ -14,8 +14,8 @@
 // A "sequence tensor" is [T, B, X] with element strides (t, b, 1); the same strides serve time-major and batch-major.
 // With options.packed it is [N, X]: sequence after sequence, N = sum(lengths), and both strides are that of a row.
 // Every array of `dtype` unless it says otherwise. c and all accumulators are fp32 inside. h is exchanged in `dtype`.
-// With `reverse` the scan runs t = T-1 .. 0, and h_n belongs to t = 0. No argument may alias another one, but in the CPU's
-// backward pass of LSTM and GRU dxg, with dan behind it (GRU), may lie in the place of gates.
+// With `reverse` the scan runs t = T-1 .. 0, and h_n belongs to t = 0. No argument may alias another one, but in the
+// CPU's backward pass of LSTM and GRU dxg, with dan behind it (GRU), may lie in the place of gates.
 //
 // What a scan may do besides its cell is in RnnOptions; the truth for it is pyext/seqfuse/reference/rnn.py.
 #pragma once
