@@ -348,7 +348,6 @@ struct ShortMath {
 // the M of common/gates.h
 struct VecMath {
   static SEQFUSE_INLINE vf exp(vf x) { return SEQFUSE_ISA::exp(x); }
-  static SEQFUSE_INLINE vf reciprocal(vf x) { return SEQFUSE_ISA::reciprocal(x); }
   static SEQFUSE_INLINE vf sigmoid(vf x) { return SEQFUSE_ISA::sigmoid(x); }
   static SEQFUSE_INLINE Sigmoid sigmoid_and_rest(vf x) {
     const vf s = sigmoid(x);

@@ -7,6 +7,10 @@
 namespace seqfuse {
 namespace {
 
+Tensor rows_together(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
 Tensor forward(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in) {
   STD_TORCH_CHECK(weight_in.dim() == 2, "weight must be [outputs, inputs]");
   STD_TORCH_CHECK(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == weight_in.size(1),
@@ -25,7 +29,7 @@ Tensor forward(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in) {
     bias_in = dense(*bias_in);
   }
   const Tensor x = dense(x_in);
-  const Tensor weight = a.cols <= 1 || weight_in.stride(1) == 1 ? weight_in : torch::stable::contiguous(weight_in);
+  const Tensor weight = rows_together(weight_in);
   const int64_t dims = x.dim();
   int64_t shape[16];
   STD_TORCH_CHECK(dims <= 16, "x: at most 16 dimensions");
@@ -43,10 +47,6 @@ Tensor forward(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in) {
 void check_matrix(const Tensor& t, int64_t rows, int64_t cols, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must be [", rows, ", ", cols, "]");
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16");
-}
-
-Tensor rows_together(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
 void widened_mm(Tensor a, Tensor b_in, std::optional<Tensor> c_in, Tensor out) {

@@ -2,7 +2,8 @@
 // in one go. Contracts: csrc/include/seqfuse/rnn.h, rnn_both.h
 //
 // Sequence tensors are logically [T, B, X], or packed, [N, X]. A batch-major one ([B, T, X] memory) is taken as it is,
-// and what belongs to it (y and gates to xg, dxg to gates or y) is made batch-major too, so that batch_first costs no copy.
+// and what belongs to it (y and gates to xg, dxg to gates or y) is made batch-major too, so that batch_first costs no
+// copy.
 #include "seqfuse/rnn.h"
 
 #include "common.h"
@@ -164,6 +165,10 @@ Outputs forward_cpu(int64_t cell, Tensor xg, Tensor h0, Maybe c0, Tensor w_hh, M
                  });
 }
 
+void run_backward_cpu(const RnnBackward* scans, int count) {
+  for (int i = 0; i < count; i++) rnn_backward_cpu(scans[i], torch_threads());
+}
+
 template <Ways W>
 Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells, Tensor y, Tensor gates, Tensor cells,
                      Tensor h0, Maybe c0, Tensor w_hh, Maybe lengths, Maybe resets, Maybe hidden_mask, Maybe peephole,
@@ -171,9 +176,7 @@ Outputs backward_cpu(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcell
   STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
   return backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, W, false,
-                  [](const RnnBackward* scans, int count) {
-                    for (int i = 0; i < count; i++) rnn_backward_cpu(scans[i], torch_threads());
-                  });
+                  run_backward_cpu);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_in_gates(int64_t cell, Maybe dy, Maybe dh_n, Maybe dc_n, Maybe dcells,
@@ -183,9 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_in_gates(int64_t cell, Maybe dy, May
                                                      double zoneout_c, bool reverse) {
   STD_TORCH_CHECK(y.scalar_type() != ScalarType::Half, "y: the CPU kernel takes float32 and bfloat16");
   const Options given{lengths, resets, hidden_mask, peephole, zone_h, zone_c, zoneout_h, zoneout_c};
-  const auto [dxg, dan, dh0, dc0, db_hh] =
-      backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh, given, reverse, Ways::one, true,
-               [](const RnnBackward* scan, int) { rnn_backward_cpu(*scan, torch_threads()); });
+  const auto [dxg, dan, dh0, dc0, db_hh] = backward(cell, {dy, dh_n, dc_n, dcells}, {y, gates, cells}, h0, c0, w_hh,
+                                                    given, reverse, Ways::one, true, run_backward_cpu);
   return {dh0, dc0, db_hh};
 }
 

@@ -49,10 +49,9 @@ class Loop:
             rows = MOST_ROWS[self.weights[1].element_size()]
             most = max(8, min(MOST_TICKETS, rows // max(self.width[0], 1)))
             self.made = min(4 * self.made or 8, most)
-            *self.handed_on, tickets = _made(apply(_WeightGradients, *self.handed_on, cell, self.width, self.made))
-            taken = tickets.pop()
-            self.tickets = tickets
-            return taken
+            made = apply(_WeightGradients, *self.handed_on, cell, self.width, self.made)
+            self.handed_on, self.tickets = made[:4], list(made[4:])
+            return self.tickets.pop()
 
 
 def loop_of(cell, x, state, weights):
@@ -115,11 +114,6 @@ class _WeightGradients(torch.autograd.Function):
             b if a is None else a if b is None else a + b for a, b in zip(later[2:], (db_ih, db_hh), strict=True)
         )
         return dw_ih, dw_hh, db_ih, db_hh, None, None, None
-
-
-def _made(outputs):
-    """(w_ih, w_hh, b_ih, b_hh as a node hands them on, its tickets)."""
-    return *outputs[:4], list(outputs[4:])
 
 
 def _added(later, d, rows):

@@ -8,7 +8,7 @@ import torch
 from seqfuse.ops.autograd import may_write, traced
 from seqfuse.ops.products import addmm, matmul, widened
 from seqfuse.ops.rnn_ragged import Ragged, shifted
-from seqfuse.ops.rnn_scan import SCAN, backward, batch_major, by_sequence
+from seqfuse.ops.rnn_scan import SCAN, batch_major, by_sequence, scan_backward
 
 
 def flat_rows(x, batch_major):
@@ -117,6 +117,13 @@ def _dw_hh(call, sequences, h0, w_hh, options, layout):
     lengths, resets, hidden_mask = options[:3]
     H, heads = y.shape[-1], y.shape[-1] // w_hh.shape[1]
     plain = resets is None and hidden_mask is None
+
+    def with_initial(w, d_first, out):
+        """w and the product with h0, of the steps that began from it."""
+        if h0 is None:
+            return w
+        return addmm(w, d_first.t(), h0, out) if heads == 1 else w + _by_heads(d_first, h0, H, heads)
+
     if plain and y.dim() == 2 and may_write(dxg, dan):  # rows: h_{t-1} lies before, but where a sequence begins
         begin = ragged_of(y, lengths).first_rows(call.reverse)
         states, rest = (y[1:], slice(0, -1)) if call.reverse else (y[:-1], slice(1, None))
@@ -126,19 +133,14 @@ def _dw_hh(call, sequences, h0, w_hh, options, layout):
             d.index_fill_(0, begin, 0.0)
             w = _by_heads(d[rest], states, H, heads, out)
             d.index_copy_(0, begin, first)
-            if h0 is None:
-                return w
-            return addmm(w, first.t(), h0, out) if heads == 1 else w + _by_heads(first, h0, H, heads)
+            return with_initial(w, first, out)
     elif plain and y.dim() == 3 and (lengths is None or not call.reverse or h0 is None):
         before = y[1:] if call.reverse else y[:-1]  # h_{t-1} of every step but the first one that ran: no copy
         first, rest = (-1, slice(0, -1)) if call.reverse else (0, slice(1, None))
         states = flat_rows(before, layout)
 
         def product(d, out=None):  # d: (T, B, X) -> (X, H), in `out` if it can be
-            w = _by_heads(flat_rows(d[rest], layout), states, H, heads, out)
-            if h0 is None:
-                return w
-            return addmm(w, d[first].t(), h0, out) if heads == 1 else w + _by_heads(d[first], h0, H, heads)
+            return with_initial(_by_heads(flat_rows(d[rest], layout), states, H, heads, out), d[first], out)
     else:
         before = state_before(y, h0, call.reverse, lengths, resets)
         if hidden_mask is not None:
@@ -234,7 +236,7 @@ def recomputed_scan_gradients(call, grads, xg, y, kept, h0, c0, weights, options
         again = scan.fwd(call.cell, xg[cut], h_in, c_in, w_hh, b_hh, *part, reverse, True, False)
         y_part, _, _, gates, cells = again
         arriving = (None if dy is None else dy[cut], dh, dc, None if dcells is None else dcells[cut])
-        dxg_part, dan_part, dh, dc, db_part = backward(
+        dxg_part, dan_part, dh, dc, db_part = scan_backward(
             call, arriving, y_part, gates, cells, (h_in, c_in), w_hh, part, overwrite=peephole is None
         )
         if peephole is not None:

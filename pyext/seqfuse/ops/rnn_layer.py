@@ -29,8 +29,7 @@ from seqfuse.ops.rnn_gradients import (
     peephole_gradient,
     recomputed_scan_gradients,
 )
-from seqfuse.ops.rnn_scan import FUSED_OPTIONS, SCAN, SCAN_BOTH, batch_major, by_sequence
-from seqfuse.ops.rnn_scan import backward as scan_backward
+from seqfuse.ops.rnn_scan import FUSED_OPTIONS, batch_major, by_sequence, scan_backward, scan_of, way
 from seqfuse.reference import PLAIN
 
 
@@ -194,15 +193,6 @@ def _reference_of_both(call, tensors, options):
     return torch.cat(y, -1), *(None if t[0] is None else torch.stack(t) for t in rest)
 
 
-def _scan_backend(call):
-    return SCAN_BOTH[call.backend] if call.both else SCAN[call.backend]
-
-
-def _way(call):
-    """The argument of a scan's direction, which a scan of both has not."""
-    return () if call.both else (call.reverse,)
-
-
 def _initial(cell, x, h0, c0, w_hh, lengths, width=None):
     """The initial state, zeros where None. width: of h, if it is not that of the gates."""
     if h0 is not None and (c0 is not None or cell != "lstm"):
@@ -228,7 +218,7 @@ class RnnLayerFunction(torch.autograd.Function):
         xg = _input_gates(x, w_ih, b_ih)
         keeps = call.want_cells or (call.recompute and call.cell == "lstm")
         save = call.save and not call.recompute
-        out = _scan_backend(call).fwd(call.cell, xg, h0, c0, w_hh, b_hh, *options, *_way(call), save, keeps)
+        out = scan_of(call).fwd(call.cell, xg, h0, c0, w_hh, b_hh, *options, *way(call), save, keeps)
         if not call.recompute or call.cell != "lstm":
             return out
         y, h_n, c_n, _, cells = out

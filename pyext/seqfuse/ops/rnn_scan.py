@@ -55,15 +55,23 @@ SCAN_BOTH = {"cuda": _scan_of("seqfuse", "rnn_scan_both", extra=_tf32)}
 SCAN_BOTH_ON_CPU = _scan_of("seqfuse", "rnn_scan_both")
 
 
-def backward(call, grads, y, gates, cells, first, w_hh, options, overwrite):
+def scan_of(call):
+    """The backend of an rnn_layer.ScanCall."""
+    return SCAN_BOTH[call.backend] if call.both else SCAN[call.backend]
+
+
+def way(call):
+    """The argument of a scan's direction, which a scan of both has not."""
+    return () if call.both else (call.reverse,)
+
+
+def scan_backward(call, grads, y, gates, cells, first, w_hh, options, overwrite):
     """The backward pass of one scan: (dxg, dan, dh0, dc0, db_hh). call: an rnn_layer.ScanCall; grads: (dy, dh_n, dc_n,
     dcells); first: (h0, c0). overwrite: nobody looks at the saved gates again, so the CPU's kernel may put dxg and dan
     in their place: the largest tensor of the backward pass is then none of its own."""
     args = (*grads, y, gates, cells, *first, w_hh, *options)
-    if call.both:
-        return SCAN_BOTH[call.backend].bwd(call.cell, *args)
-    if not overwrite or call.backend != "cpu" or call.cell not in ("gru", "lstm"):
-        return SCAN[call.backend].bwd(call.cell, *args, call.reverse)
+    if not overwrite or call.both or call.backend != "cpu" or call.cell not in ("gru", "lstm"):
+        return scan_of(call).bwd(call.cell, *args, *way(call))
     rest = torch.ops.seqfuse.rnn_scan_bwd_in_gates(CELLS[call.cell], *args, call.reverse)
     width = w_hh.shape[0]
     return gates[..., :width], gates[..., width:], *rest
