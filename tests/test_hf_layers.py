@@ -146,3 +146,22 @@ def test_what_the_fused_loss_leaves_alone():
     assert model(**call).logits is not None  # the hook is kept: the head is called
     with pytest.raises(ValueError, match="fuse_loss=True knows the loss of GPT2LMHeadModel and LlamaForCausalLM"):
         seqfuse.fuse(torch.nn.Linear(2, 2), fuse_loss=True)
+
+
+def test_conv1d(monkeypatch):
+    """GPT-2's linear layers, where MKL leaves half of the processor unused."""
+    if not seqfuse.native.isa_has("avx512"):
+        pytest.skip("there is no such processor without AVX-512")
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
+    seqfuse.dispatch.forget()
+    config = transformers.GPT2Config(vocab_size=50, n_embd=128, n_layer=1, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0,
+                                     resid_pdrop=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(2, 50, (3, 30))
+    fused = seqfuse.fuse(copy.deepcopy(model))
+    assert_same(model, {"input_ids": ids, "labels": ids}, fused)
+    rows = {row.module: row for row in seqfuse.explain(fused)}
+    assert rows["transformer.h.0.mlp.c_fc"][1:3] == ("linear", "cpu")
+    assert type(fused.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    assert type(seqfuse.unfuse(fused).transformer.h[0].mlp.c_fc) is type(model.transformer.h[0].mlp.c_fc)
+    seqfuse.dispatch.forget()

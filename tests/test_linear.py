@@ -1,5 +1,6 @@
 """linear against the float64 reference: the CPU kernel at every instruction set, and the op as F.linear."""
 
+import copy
 import sys
 
 import pytest
@@ -123,6 +124,8 @@ def why_not_cpu(choice):
 def test_auto(monkeypatch):
     """The kernel where it was measured faster; PyTorch's op wherever it can do more, or is faster; twice the same."""
     monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr("seqfuse.ops.products.ROWS", (12, 32, 64))
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", False)
     large, small = sample(2, 512, 512, torch.float32), sample(2, 64, 64, torch.float32)
     module = torch.nn.Linear(512, 512)
     for _ in range(2):
@@ -136,7 +139,7 @@ def test_auto(monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):
                 choice = chosen(*large)
                 assert choice.backend == "torch" and "autocast" in why_not_cpu(choice)
-        assert "no gradient" in why_not_cpu(chosen(large[0], module.weight, module.bias))
+        assert "with a gradient" in why_not_cpu(chosen(large[0], module.weight, module.bias))
         assert chosen(*large).backend == "cpu"  # nobody wants one
     assert chosen(*(t.double() for t in large)).backend == "torch"
     rules = vars(sys.modules["seqfuse.ops.linear"])  # ops.linear is the function
@@ -170,11 +173,108 @@ def test_a_known_call_follows_what_changes_between_calls():
         assert chosen(x, weight, bias).backend == "torch"
     with seqfuse.backend("cpu"):
         assert chosen(x, weight, bias).backend == "cpu"
-        with pytest.raises(RuntimeError, match="makes no gradient"):
-            seqfuse.ops.linear(x, weight.clone().requires_grad_(), bias)
+        weight.requires_grad_()
+        assert seqfuse.ops.linear(x, weight, bias).requires_grad
+        weight.requires_grad_(False)
+        assert not seqfuse.ops.linear(x, weight, bias).requires_grad
         assert not torch.equal(seqfuse.ops.linear(x, weight + 1, bias), first)
         with pytest.raises(ValueError, match="bias is float64"):
             seqfuse.ops.linear(x, weight, bias.double())
+
+
+def gradients(call, x, weight, bias, dy):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = call(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def check_gradients(x, weight, bias):
+    dy = torch.randn(*x.shape[:-1], len(weight))
+    exact = gradients(reference.linear, *(t.double() for t in (x, weight, bias)), dy)
+    theirs = gradients(F.linear, x, weight, bias, dy)
+    with seqfuse.backend("cpu"):
+        ours = gradients(seqfuse.ops.linear, x, weight, bias, dy)
+    for got, truth, plain in zip(ours, exact, theirs, strict=True):
+        assert got.dtype == plain.dtype and got.shape == plain.shape
+        assert_accurate(got, truth, plain, dims=[d for d in range(got.dim()) if got.numel() >= 8 * got.shape[d]])
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 40, 130])
+def test_gradients(isa, rows, dtype):
+    check_gradients(*sample(rows, 37, 45, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_gradients_of_other_layouts(dtype, monkeypatch):
+    x, weight, bias = sample(12, 40, 33, dtype)
+    check_gradients(x.view(2, 6, 40).transpose(0, 1), weight, bias)
+    check_gradients(x[0], weight, bias)
+    for least in (32, 10):  # ATen's products, ours
+        monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", least == 10)
+        monkeypatch.setattr("seqfuse.ops.products._LEAST", least)
+        monkeypatch.setattr("seqfuse.ops.products._LEAST_WORK", 0)
+        dweight = check_gradients(x, weight.t().contiguous().t(), bias)[2]
+        assert dweight.t().is_contiguous()
+
+
+@given(rows=st.integers(1, 200), inputs=st.integers(1, 70), outputs=st.integers(1, 70), dtype=st.sampled_from(DTYPES))
+def test_gradients_of_random_sizes(rows, inputs, outputs, dtype):
+    torch.manual_seed(rows)
+    check_gradients(*sample(rows, inputs, outputs, dtype))
+
+
+def test_gradients_of_gradients_and_what_needs_none():
+    x, weight, bias = (t.double().float() for t in sample(6, 5, 4, torch.float32))
+    with seqfuse.backend("cpu"):
+        for needed in (0, 1, 2):
+            args = [x, weight, bias]
+            args[needed] = args[needed].clone().requires_grad_()
+            (seqfuse.ops.linear(*args) ** 2).sum().backward()
+            assert args[needed].grad is not None
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        first = torch.autograd.grad((seqfuse.ops.linear(*leaves) ** 3).sum(), leaves, create_graph=True)
+        ours = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+        dy = torch.randn(3, 6, 4)
+        several = torch.autograd.grad(seqfuse.ops.linear(*leaves), leaves, dy, is_grads_batched=True)
+        one = torch.autograd.grad(seqfuse.ops.linear(*leaves), leaves, dy[1])
+    first = torch.autograd.grad((F.linear(*leaves) ** 3).sum(), leaves, create_graph=True)
+    theirs = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+    for a, b in zip((*ours, *(s[1] for s in several)), (*theirs, *one), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_where_mkl_leaves_half_of_the_processor_unused(monkeypatch):
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    seqfuse.dispatch.forget()
+    module = torch.nn.Linear(512, 256)
+    x = torch.randn(4, 50, 512)
+    assert chosen(x, module.weight, module.bias).backend == "cpu"
+    assert chosen(x, module.weight.t().contiguous().t(), None).backend == "cpu"
+    with torch.no_grad():
+        assert chosen(x, module.weight, module.bias).backend == "cpu"
+    for other in (x[0, :20], x.bfloat16()):
+        assert chosen(other, module.weight.to(other.dtype), None).backend == "torch"
+    seqfuse.dispatch.forget()
+
+
+def test_module(monkeypatch):
+    """fuse() takes those that calls may be faster with; they are nn.Linear in everything else."""
+    model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 20))
+    plain = copy.deepcopy(model)
+    seqfuse.fuse(model)
+    assert [type(m) for m in model] == [seqfuse.nn.Linear, torch.nn.Linear]
+    x = torch.randn(3, 600)
+    with torch.no_grad():
+        assert_accurate(model(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+    row = seqfuse.explain(model, x)[0]
+    assert (row.op, row.backend) == ("linear", "cpu") and seqfuse.explain(seqfuse.fuse(copy.deepcopy(plain)))
+    assert list(model.state_dict()) == list(plain.state_dict()) and isinstance(model[0], torch.nn.Linear)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_accurate(compiled(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+    assert [type(m) for m in seqfuse.unfuse(model)] == 2 * [torch.nn.Linear]
 
 
 def test_gradients_autocast_subclasses_and_transforms_are_pytorchs():

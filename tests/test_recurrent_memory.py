@@ -2,12 +2,9 @@
 
 import copy
 import gc
-import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import seqfuse
 from seqfuse.benchmarks.harness import Contender, peak_memory
@@ -165,51 +162,3 @@ def test_in_gates_is_for_cells_that_save_gates_of_that_width():
             CELLS["rnn_tanh"], y, None, None, None, y, torch.empty(0), torch.empty(0), torch.zeros(2, 4), None,
             torch.randn(4, 4), *(None,) * 6, 0.0, 0.0, False,
         )  # fmt: skip
-
-
-side = st.one_of(st.integers(1, 40), st.sampled_from([191, 192, 193, 255, 256, 257, 300, 500]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(M=side, K=side, N=side, turned=st.booleans(), added=st.booleans(), wide=st.booleans(), seed=st.integers(0, 99))
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_widened_products(isa, M, K, N, turned, added, wide, seed):
-    """Any strides of a, rows of b, c and out that lie apart; nothing beside out is written."""
-    if not seqfuse.native.isa_has(isa):
-        pytest.skip(f"this processor has no {isa}")
-    torch.manual_seed(seed)
-
-    def matrix(rows, cols):
-        return torch.randn(rows, cols + 3 * wide).bfloat16()[:, :cols]
-
-    a = matrix(K, M).t() if turned else matrix(M, K)
-    b, c, out = matrix(K, N), matrix(M, N) if added else None, torch.full((M, N + 3), 7.0).bfloat16()
-    with seqfuse.native.isa_limit(isa):
-        torch.ops.seqfuse.widened_mm(a, b, c, out[:, :N])
-    exact, plain = a.double() @ b.double(), a.float() @ b.float()
-    if added:
-        exact, plain = exact + c.double(), plain + c.float()
-    assert_accurate(out[:, :N], exact, plain.bfloat16(), dims=(0, 1))
-    assert (out[:, N:] == 7).all()
-    if added:
-        torch.ops.seqfuse.widened_mm(a, b, c, c)
-        assert torch.equal(c, out[:, :N]) or seqfuse.native.isa() != isa
-
-
-def test_widened_products_of_nothing_and_bad_input():
-    mm, none = torch.ops.seqfuse.widened_mm, torch.zeros(0, 3).bfloat16()
-    out = torch.full((2, 3), math.nan).bfloat16()
-    mm(torch.zeros(2, 0).bfloat16(), none, None, out)
-    assert (out == 0).all()
-    mm(none, torch.zeros(3, 3).bfloat16(), None, none)
-    a = torch.zeros(2, 2).bfloat16()
-    for args, message in (
-        ((a, a[:1], None, a), r"b must be \[2, 2\]"),
-        ((a, a, a[:1], a), r"c must be \[2, 2\]"),
-        ((a, a, None, a[:1]), r"out must be \[2, 2\]"),
-        ((a, a, None, a.t().contiguous().t()), "out: the numbers of a row must lie together"),
-        ((a.float(), a, None, a), "a must be bfloat16"),
-        ((a[0], a, None, a), "a and b must be matrices"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            mm(*args)

@@ -10,7 +10,7 @@
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
 #include "seqfuse/rope.h"
-#include "seqfuse/widened.h"
+#include "seqfuse/matrix_product.h"
 
 #define SEQFUSE_CASE(level, kernel) \
   case Isa::level:                  \
@@ -31,7 +31,7 @@
   X(rnn_cell_backward_cpu, rnn_cell_backward, RnnCellBackward) \
   X(rnn_ragged_copy_cpu, rnn_ragged_copy, RaggedCopy)          \
   X(rnn_ragged_shift_cpu, rnn_ragged_shift, RaggedShift)       \
-  X(widened_product_cpu, widened_product, WidenedProduct)
+  X(matrix_product_cpu, matrix_product, MatrixProduct)
 
 // those whose bf16 calls multiply tiles where the processor does, and pairs as below
 #define SEQFUSE_CPU_OPS_WITH_TILES(X)                              \

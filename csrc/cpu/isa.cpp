@@ -43,6 +43,17 @@ Isa isa_detected() {
 #endif
 }
 
+bool mkl_is_narrow() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (isa_detected() < Isa::avx512 || !__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = ((a >> 8) & 15) + ((a >> 20) & 255), model = (a >> 16) & 15;
+  return family >= 0x1a && model != 2 && model != 6;
+#else
+  return false;
+#endif
+}
+
 static std::atomic<int> limit{int(Isa::amx)};
 
 Isa isa_active() {

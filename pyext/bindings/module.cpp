@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     facts["cuda"] = false;
 #endif
+    facts["mkl_is_narrow"] = mkl_is_narrow();
     facts["last_level_cache"] = last_level_cache();
     facts["cached_bytes"] = cached_bytes();
     return facts;

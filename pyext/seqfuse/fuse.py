@@ -15,19 +15,26 @@ from torch.nn.utils import parametrize
 
 from seqfuse import explanation, nn
 from seqfuse.interop import hf_attention, hf_layers
+from seqfuse.nn.linear import pays as linear_pays
 
 
 def _nothing(module) -> None:
     return None
 
 
+def _always(module) -> bool:
+    return True
+
+
 class Rule(NamedTuple):
-    """original <-> fused: two classes with the same attributes. after_*: mends what is not shared."""
+    """original <-> fused: two classes with the same attributes. after_*: mends what is not shared. pays: whether the
+    module gains anything from it here."""
 
     original: type
     fused: type
     after_fuse: Callable[[torch.nn.Module], None] = _nothing
     after_unfuse: Callable[[torch.nn.Module], None] = _nothing
+    pays: Callable[[torch.nn.Module], bool] = _always
 
 
 def _drop_flat_weights(module):
@@ -53,6 +60,7 @@ RULES = [
     Rule(torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer),
     Rule(torch.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer),
     Rule(torch.nn.RMSNorm, nn.RMSNorm),
+    Rule(torch.nn.Linear, nn.Linear, pays=linear_pays),
 ]
 
 
@@ -63,11 +71,13 @@ def fuse(
     fuse_loss: bool = False,
 ) -> torch.nn.Module:
     """Put seqfuse's kernels under every torch.nn.LSTM, GRU, RNN, their cells, LayerNorm, RMSNorm, MultiheadAttention
-    and TransformerEncoderLayer / DecoderLayer of `model`, in place; returns `model`.
+    and TransformerEncoderLayer / DecoderLayer of `model`, and under each Linear that is faster with them on this
+    processor, in place; returns `model`.
 
     include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
     Hugging Face models (without include) change their attention implementation to "seqfuse", unless their class is in
-    exclude; RMSNorm and gated MLPs of the families in interop/hf_layers.py are replaced like torch.nn's modules.
+    exclude; RMSNorm, gated MLPs and GPT-2's Conv1D of the families in interop/hf_layers.py are replaced like torch.nn's
+    modules.
     fuse_loss: GPT2LMHeadModel and LlamaForCausalLM, called with labels, compute the loss without ever holding the
     logits, and return logits=None. Raises ValueError where the model has neither.
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
@@ -86,7 +96,7 @@ def fuse(
         rule = rules.get(_plain_class(module))
         if (fused := hf_layers.fused_class(module, fuse_loss)) is not None:
             rule = Rule(type(module), fused)
-        if rule is None or "forward" in module.__dict__:
+        if rule is None or "forward" in module.__dict__ or not rule.pays(module):
             continue
         if (include is not None and not wanted(path, rule)) or unwanted(path, rule):
             continue

@@ -43,6 +43,11 @@ def build_facts() -> dict:
     return {} if _C is None else dict(_C.build_facts(), isa_detected=_C.isa_detected())
 
 
+def mkl_is_narrow() -> bool:
+    """Whether PyTorch's float32 products use vectors of half the width that this processor computes with."""
+    return torch.backends.mkl.is_available() and build_facts().get("mkl_is_narrow", False)
+
+
 @functools.cache
 def nodes_missing() -> str | None:
     """None if seqfuse._autograd is there, else why not: ops whose autograd is a C++ node

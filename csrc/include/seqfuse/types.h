@@ -34,6 +34,11 @@ Isa isa_active();         // what kernels use: min(detected, limit)
 void isa_limit(Isa top);  // for tests and benchmarks: never use a level above `top`
 const char* isa_name(Isa);
 
+// Whether MKL multiplies float32 with vectors of half the width that this processor computes with: on AMD it keeps to
+// AVX2, and from Zen 5 on a core computes 512 bits at once. (Zen 4 does so in two halves, and Zen 5 in processors for
+// notebooks, of models 2xh and 6xh.)
+bool mkl_is_narrow();
+
 int64_t last_level_cache();            // bytes; 0 where the system does not say
 int64_t cached_bytes();                // what the caches are taken to keep from one call to the next
 void set_cached_bytes(int64_t bytes);  // for tests and benchmarks; negative: as found

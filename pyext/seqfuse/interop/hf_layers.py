@@ -1,4 +1,4 @@
-"""Hugging Face transformers: RMSNorm, gated MLPs, GELU and the loss of causal language models, for fuse().
+"""Hugging Face transformers: RMSNorm, gated MLPs, GELU, Conv1D and the loss of causal language models, for fuse().
 
 As with torch.nn's modules a module changes its class, here to one made of the original and of a class below; so it
 keeps its name, its Parameters and its projections (plain nn.Linear, which PEFT may wrap). Classes are known by name,
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqfuse import explanation, ops
+from seqfuse.nn.linear import Linear
+from seqfuse.ops.linear import ever_pays
 
 RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm"}
 ZERO_CENTERED_RMS_NORMS = {"GemmaRMSNorm", "Gemma2RMSNorm"}
@@ -61,6 +63,16 @@ class _TanhGELU(_Fused):
         return F.gelu(input, approximate="tanh")
 
 
+class _Conv1D(_Fused):
+    """GPT-2's linear layer, whose weight is stored [inputs, outputs]."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() or not x.is_cpu:
+            return super().forward(x)
+        explanation.entering(self)
+        return ops.linear(x, self.weight.t(), self.bias)
+
+
 class _CausalLM(_Fused):
     """With labels the loss comes from ops.linear_cross_entropy, and logits are None; without them nothing changes."""
 
@@ -70,7 +82,7 @@ def _forward_with_loss(original):
     def forward(self, *args, labels=None, **kwargs):
         head, kept = self.get_output_embeddings(), kwargs.get("logits_to_keep", 0)
         keeps_all = isinstance(kept, int) and kept == 0
-        plain_head = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+        plain_head = type(head) in (nn.Linear, Linear) and not head._forward_hooks and not head._forward_pre_hooks
         if labels is None or len(args) > 1 or not (keeps_all and plain_head) or hasattr(self, "_loss_function"):
             return original.forward(self, *args, labels=labels, **kwargs)
         kwargs.pop("logits_to_keep", None)
@@ -121,6 +133,8 @@ def fused_class(module: nn.Module, fuse_loss: bool) -> type | None:
         return _fused_class(cls, _GatedMLP)
     if cls.__name__ in TANH_GELUS:
         return _fused_class(cls, _TanhGELU)
+    if cls.__name__ == "Conv1D" and ever_pays(module.weight.t()):
+        return _fused_class(cls, _Conv1D)
     if fuse_loss and cls.__name__ in CAUSAL_LMS:
         return _fused_class(cls, _CausalLM)
     return None

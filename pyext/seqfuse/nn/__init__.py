@@ -3,6 +3,7 @@
 from seqfuse.nn.attention import MultiheadAttention
 from seqfuse.nn.cells import GRUCell, LSTMCell, RNNCell
 from seqfuse.nn.layer_norm import LayerNorm
+from seqfuse.nn.linear import Linear
 from seqfuse.nn.recurrent import GRU, LSTM, RNN
 from seqfuse.nn.rms_norm import RMSNorm
 from seqfuse.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -14,6 +15,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "RMSNorm",
     "RNNCell",

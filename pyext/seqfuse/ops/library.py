@@ -100,8 +100,9 @@ def register_op(name: str, schema: str, fake, launch) -> None:
 def register_composed(name: str, schema: str, fake, run) -> None:
     """Register torch.ops.seqfuse_composed.NAME: GEMMs of ATen with kernels of ours in between, put together in Python.
 
-    One opaque call for torch.compile, however many blocks it works through.
+    One opaque call for torch.compile, however many blocks it works through. No autograd reaches into it.
     """
+    run = torch.no_grad()(run)
     _composed.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _composed.impl(name, run, "CPU")
     _composed.impl(name, run, "CUDA")

@@ -1,4 +1,5 @@
-"""linear: torch.nn.functional.linear with a kernel of its own for the few rows of a step of decoding."""
+"""linear: torch.nn.functional.linear with kernels of its own for the few rows of a step of decoding, and for all
+products of float32 where PyTorch's library leaves half of the processor unused."""
 
 from typing import NamedTuple
 
@@ -7,8 +8,8 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import traced, wants_gradient
-from seqfuse.ops.products import FEW_ROWS, NATIVE_BF16, many_rows_pay
+from seqfuse.ops.autograd import apply, traced, wants_gradient
+from seqfuse.ops.products import FEW_ROWS, MOST_ROWS, NATIVE_BF16, many_rows_pay, matmul, own_floats, own_linear
 
 
 class LinearCase(NamedTuple):
@@ -21,19 +22,22 @@ class LinearCase(NamedTuple):
     outputs: int
     grad: bool
     special: str = ""
+    dense: bool = True  # the numbers of each row of the weight lie together
 
     def shape_class(self) -> str:
         power = dispatch.size_class
-        return f"{str(self.dtype)[6:]} rows{self.rows} in{power(self.inputs)} out{power(self.outputs)}"
+        grad = " grad" if self.grad else ""
+        return f"{str(self.dtype)[6:]} rows{self.rows} in{power(self.inputs)} out{power(self.outputs)}{grad}"
 
 
 def linear(x, weight, bias=None):
     """x weight^T + bias: torch.nn.functional.linear, faster where decoding calls it.
 
     x: [..., K]; weight: [N, K], or [K]; bias: [N], [] or None; all of one dtype. Returns [..., N], or [...].
-    On a CPU, up to 128 rows of float32 or bfloat16 without a gradient can be multiplied by a kernel of ours, with
-    float32 sums; everything else is PyTorch's own call, so gradients, autocast, subclasses of tensors and torch.func
-    work as they do there. Parameters stay as nn.Linear keeps them: nothing is packed.
+    On a CPU, float32 or bfloat16 can be multiplied by kernels of ours, with float32 sums: up to 128 rows without a
+    gradient, and where MKL leaves half of the processor unused (seqfuse.native.mkl_is_narrow) more rows of float32,
+    forward and backward. Everything else is PyTorch's own call, so autocast, subclasses of tensors and torch.func work
+    as they do there. Parameters stay as nn.Linear keeps them: nothing is packed. Differentiable twice.
     Raises TypeError or ValueError on bad arguments.
     """
     key = None if traced() else _key(x, weight, bias)
@@ -45,12 +49,53 @@ def linear(x, weight, bias=None):
     _check(x, weight, bias)
     case = _describe(x, weight, bias)
     choice = dispatch.select("linear", case)
-    run = dispatch.get("linear", choice.backend).fwd
+    run = _run(dispatch.get("linear", choice.backend), case)
     if key is not None:
         if len(_known) >= 1024:  # ever-changing shapes must not fill the memory
             _known.clear()
-        _known[key] = torch.ops.seqfuse.linear_fwd.default if choice.backend == "cpu" else run, choice, case
+        _known[key] = run, choice, case
     return run(x, weight, bias)
+
+
+def _run(backend, case):
+    if backend.bwd is None:
+        return backend.fwd
+    if case.grad:
+        return _with_gradient
+    few = torch.compiler.is_compiling() or (case.rows <= MOST_ROWS and case.dense)
+    return torch.ops.seqfuse.linear_fwd.default if few else backend.fwd
+
+
+def _with_gradient(x, weight, bias):
+    return apply(LinearFunction, x, weight, bias)
+
+
+class LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias):
+        return own_linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(dy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _gradients(dy, x, weight, needs):
+    """(dx, dweight, dbias), None where none is needed. Differentiable: where that is wanted the products are ATen's."""
+    count = x.shape[:-1].numel()
+    d, rows = dy.reshape(count, weight.shape[0]), x.reshape(count, weight.shape[1])
+    dx = dweight = dbias = None
+    if needs[0]:
+        dx = matmul(d, weight).view(x.shape)
+    if needs[1]:  # laid out as the weight is: what is done with it then copies nothing
+        dweight = matmul(rows.t(), d).t() if weight.stride(1) != 1 else matmul(d.t(), rows)
+    if needs[2]:
+        dbias = d.sum(0)
+    return dx, dweight, dbias
 
 
 # Calls that were checked and chosen before: (backend's function, choice, case), by all that either looks at.
@@ -69,12 +114,10 @@ def _key(x, weight, bias):
         if type(bias) not in _PLAIN or not bias.is_cpu:
             return None
         told = bias.shape, bias.dtype
-    if torch.is_grad_enabled() and wants_gradient(x, weight, bias):
-        return None  # PyTorch's own work takes longer there than the checks
     if torch.is_autocast_enabled("cpu"):
         return None
-    return (x.shape, x.dtype, weight.shape, weight.dtype, weight.stride(), told, dispatch.epoch(),
-            torch.get_num_threads())  # fmt: skip
+    return (x.shape, x.dtype, weight.shape, weight.dtype, weight.stride(), told, wants_gradient(x, weight, bias),
+            dispatch.epoch(), torch.get_num_threads())  # fmt: skip
 
 
 def _check(x, weight, bias):
@@ -109,18 +152,17 @@ def _describe(x, weight, bias):
         special = "a transform of torch.func is at work"
     elif weight.dim() == 1:
         special = "the weight has one dimension"
-    elif weight.stride(1) != 1 and weight.shape[1] > 1:
-        special = "the rows of the weight are not dense"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
     grad = wants_gradient(x, weight, bias)
-    return LinearCase(x.device.type, x.dtype, rows, weight.shape[-1], weight.shape[0], grad, special)
+    dense = weight.dim() == 1 or weight.stride(1) == 1 or weight.shape[1] <= 1
+    return LinearCase(x.device.type, x.dtype, rows, weight.shape[-1], weight.shape[0], grad, special, dense)
 
 
 def _cpu_refusal(case: LinearCase) -> str | None:
     if case.special:
         return case.special
-    if case.grad:
-        return "its kernel makes no gradient"
+    if case.grad and torch.compiler.is_compiling():
+        return "PyTorch's own product goes into the compiler's graph"
     return library.cpu_refusal(case.device, case.dtype)
 
 
@@ -134,14 +176,29 @@ _WIDENED_ROWS = 4
 def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
+    side = min(case.inputs, case.outputs)
+    if side >= _SIDE and own_floats(case.dtype, case.rows, case.inputs, case.outputs):
+        return None
+    if case.grad:
+        return "with a gradient PyTorch's own products are as fast"
+    if not case.dense:
+        return "the rows of the weight are not dense"
     if case.dtype == torch.bfloat16:
         if NATIVE_BF16 and case.rows > (FEW_ROWS if native.isa_has("avx512_bf16") else _WIDENED_ROWS):
             return "for so many rows oneDNN's own bfloat16 was measured faster"
     elif FEW_ROWS < case.rows and not many_rows_pay(case.rows):
         return "for so many rows PyTorch's own product was measured faster"
-    if min(case.inputs, case.outputs) >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
+    if side >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None
     return "at this size PyTorch's own linear was measured faster"
+
+
+def ever_pays(weight) -> bool:
+    """Whether `auto` takes a kernel of ours for any call with this weight as it is now."""
+    if weight.dim() != 2 or library.cpu_refusal(weight.device.type, weight.dtype):
+        return False
+    like = LinearCase("cpu", weight.dtype, 1, weight.shape[1], weight.shape[0], False, dense=weight.stride(1) == 1)
+    return any(_cpu_prefers(like._replace(rows=rows)) is None for rows in (1, 1024))
 
 
 def _fake(x, weight, bias):
@@ -151,7 +208,7 @@ def _fake(x, weight, bias):
 library.register_fake("linear_fwd", _fake)
 dispatch.register(
     "linear",
-    dispatch.Backend("cpu", library.kernel("linear_fwd"), None, _cpu_refusal, _cpu_prefers),
+    dispatch.Backend("cpu", own_linear, _gradients, _cpu_refusal, _cpu_prefers),
     dispatch.Backend("torch", F.linear, None, note="PyTorch's own op"),
     dispatch.Backend("reference", reference.linear, None),
     # so that a model whose other ops run on them by name runs as a whole

@@ -1,10 +1,12 @@
-"""Matrix products over whole sequences: ATen's, in float32 where it has nothing better for bfloat16.
+"""Matrix products over whole sequences: ATen's, or our kernels' where its library leaves much of the processor unused.
 
-Both operands are then widened (exactly), multiplied in float32 and rounded once. Without AVX-512 ATen multiplies
-bfloat16 in a plain loop, at about 1 GFLOP/s where float32 runs at 50 to 150. With AVX-512 but no bfloat16 instructions
-(Skylake to Ice Lake) oneDNN does their work in software, at 55 GFLOP/s where float32 runs at 210 (docs/linear.md).
+Where ATen has nothing good for bfloat16, both operands are widened (exactly), multiplied in float32 and rounded once.
+Without AVX-512 it multiplies bfloat16 in a plain loop, at about 1 GFLOP/s where float32 runs at 50 to 150. With AVX-512
+but no bfloat16 instructions (Skylake to Ice Lake) oneDNN does their work in software, at 55 GFLOP/s where float32 runs
+at 210. And on Zen 5 MKL multiplies float32 at half of what the processor can (docs/linear.md).
 """
 
+import math
 import platform
 import sys
 
@@ -36,9 +38,21 @@ def widened(t: torch.Tensor, *sizes: int) -> bool:
     return min(sizes, default=0) >= WIDEN_FROM
 
 
-# Rows from which our kernel was measured faster than ATen in float32, up to how many on one thread, on more than one:
-# it splits the outputs, ATen the rows (docs/linear.md).
-ROWS = 12, 32, 64
+# Products of float32 are our kernel's where MKL leaves half of the processor unused (docs/linear.md).
+OWN_FLOATS = native.mkl_is_narrow()
+_LEAST, _LEAST_WORK = 32, 1 << 19  # of each size, of the three multiplied: smaller ones it takes longer for
+
+
+def own_floats(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether a product of these three sizes on the CPU is one of float32 that our kernel is faster at."""
+    if not OWN_FLOATS or dtype != torch.float32:
+        return False
+    return native.isa_has("avx512") and min(sizes) >= _LEAST and math.prod(sizes) >= _LEAST_WORK
+
+
+# Rows from which our kernel for few rows was measured faster than ATen in float32, up to how many on one thread, on
+# more than one: it splits the outputs, ATen the rows (docs/linear.md).
+ROWS = (12, 128, 128) if OWN_FLOATS else (12, 32, 64)
 FEW_ROWS, MOST_ROWS = 8, 128  # csrc/include/seqfuse/linear.h: linear_few_rows, linear_block_rows
 
 
@@ -58,29 +72,50 @@ def linear(x, w, b=None):
         if _alone(x) and native.isa_has("avx2"):
             return torch.ops.seqfuse.linear_fwd(x, w, b)  # which widens no weight in memory
         return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
-    if _alone(x) and x.dtype == torch.float32 and min(w.shape) >= 128 and many_rows_pay(rows):
-        return torch.ops.seqfuse.linear_fwd(x, w, b)
+    if x.dtype == torch.float32 and _alone(x):
+        if min(w.shape) >= 128 and many_rows_pay(rows):
+            return torch.ops.seqfuse.linear_fwd(x, w, b)
+        if own_floats(x.dtype, rows, *w.shape):
+            return own_linear(x, w, b)
     return F.linear(x, w, b)
+
+
+def own_linear(x, w, b=None):
+    """x @ w^T + b by the faster of our kernels: one packs no weight, the other is for more rows and any strides."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows <= MOST_ROWS and w.stride(1) == 1 or x.dtype != torch.float32:
+        return torch.ops.seqfuse.linear_fwd(x, w, b)
+    return _own(b, x.reshape(rows, x.shape[-1]), w.t()).view(*x.shape[:-1], w.shape[0])
 
 
 def matmul(a, b, out=None):
     """a [M, K] @ b [K, N]; out: where the result is to lie."""
-    if widened(a, *a.shape, b.shape[-1]):
+    sizes = *a.shape, b.shape[-1]
+    if widened(a, *sizes):
         return _widened(None, a, b, out)
+    if _alone(a, b) and own_floats(a.dtype, *sizes):
+        return _own(None, a, b, out)
     return a @ b if out is None else torch.mm(a, b, out=out)
 
 
 def addmm(c, a, b, out=None):
-    """c [M, N] + a [M, K] @ b [K, N]; out: where the result is to lie, which may be c."""
-    if widened(c, *a.shape, b.shape[-1]):
+    """c [M, N] or [N] + a [M, K] @ b [K, N]; out: where the result is to lie, which may be c."""
+    sizes = *a.shape, b.shape[-1]
+    if widened(a, *sizes):
         return _widened(c, a, b, out)
+    if _alone(a, b, c) and own_floats(a.dtype, *sizes):
+        return _own(c, a, b, out)
     return torch.addmm(c, a, b) if out is None else torch.addmm(c, a, b, out=out)
 
 
 def _widened(c, a, b, out):
     if _alone(a, b, c) and native.isa_has("avx2"):  # our kernel widens no operand in memory
-        out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-        torch.ops.seqfuse.widened_mm(a, b, c, out)
-        return out
+        return _own(c, a, b, out)
     product = a.float() @ b.float() if c is None else torch.addmm(c.float(), a.float(), b.float())
     return product.to(a.dtype) if out is None else out.copy_(product)
+
+
+def _own(c, a, b, out=None):
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    torch.ops.seqfuse.matrix_product(a, b, c, out)
+    return out
