@@ -7,7 +7,7 @@ import torch
 
 from seqfuse import dispatch, native
 from seqfuse.ops import library
-from seqfuse.ops.products import SLOW_BF16
+from seqfuse.ops.products import OWN_FLOATS, SLOW_BF16
 from seqfuse.ops.rnn_scan import CELLS
 
 
@@ -145,6 +145,8 @@ def _cpu_prefers(case):
         return None
     wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
     large = native.isa_has("amx")  # such processors have an L2 of 2 MB a core, which holds larger w_hh
+    if case.dtype == torch.float32 and case.B < 8 and OWN_FLOATS and wide:
+        return None  # the products around the scan are ours too
     if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or case.B < 8)):
         if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8) or case.hidden_size >= 512:
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
