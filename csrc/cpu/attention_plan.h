@@ -263,7 +263,9 @@ struct BlockView {
     const vf f = splat(float(rule.scale * log2_e)), base2 = splat(float(log2_e));
     each_panel(group, [=, this](int64_t s, int64_t c) {
       const B* from = bias + s * tile_rows * row + c;
-      for (int r = 0; r < tile_rows; r++) __builtin_prefetch(from + r * row + block_keys, 0, 2);
+      constexpr int line = 64 / sizeof(B);
+      for (int r = 0; r < tile_rows; r++)
+        for (int l = 0; l < tile_columns; l += line) __builtin_prefetch(from + r * row + block_keys + l, 0, 2);
       int64_t ld = row;
       B edge[tile_rows * tile_columns];  // what lies beyond the last query or key is not the bias's
       if ((s + 1) * tile_rows > rows || c + tile_columns > keys) {
