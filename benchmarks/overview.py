@@ -1,7 +1,7 @@
 """`python -m seqfuse.benchmarks.overview [RECORDS] [-o docs]`: every CPU record in one picture and one table.
 
 performance.svg: one row an op and kind of case, one lane a dtype. A dot is the geometric mean of what machines of one
-instruction set measured, the newest record of each case counting; the line behind the dots runs from the slowest single
+kind measured, the newest record of each case counting; the line behind the dots runs from the slowest single
 case to the fastest. performance.md: the same numbers, and the records that they are from.
 """
 
@@ -17,17 +17,26 @@ from seqfuse.benchmarks import records
 from seqfuse.benchmarks.plot import STYLE
 from seqfuse.benchmarks.records import Row
 
-MACHINES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx": "AMX"}
+MACHINES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX512-BF16", "zen5": "Zen 5",
+            "amx": "AMX"}  # fmt: skip
 KINDS = (
     *("gru", "rnn", "lstm", "lengths", "GRUCell", "LSTMCell", "RNNCell"),
     *("causal", "dense", "window", "bias", "softcap"),
-    *("layer_norm", "layer_norm, residual", "rms_norm", "rms_norm, residual", "gated", "linear_cross_entropy"),
+    *(
+        "layer_norm",
+        "layer_norm, residual",
+        "rms_norm",
+        "rms_norm, residual",
+        "gated",
+        "linear",
+        "linear_cross_entropy",
+    ),
 )
 NAMES = {
     "gru": "GRU", "rnn": "RNN", "lstm": "LSTM", "lengths": "lengths= over packed", "causal": "attention, causal",
     "dense": "attention, dense", "window": "attention, window 256", "bias": "attention, trained bias",
     "softcap": "attention, softcap", "layer_norm": "LayerNorm", "layer_norm, residual": "LayerNorm after x + r",
-    "rms_norm": "RMSNorm", "rms_norm, residual": "RMSNorm after x + r", "gated": "swiglu, geglu",
+    "rms_norm": "RMSNorm", "rms_norm, residual": "RMSNorm after x + r", "gated": "swiglu, geglu", "linear": "Linear",
 }  # fmt: skip
 DTYPES = ("fp32", "bf16")
 WIDTH, LABEL, RIGHT, LANE, BETWEEN, TOP = 800, 204, 24, 17, 9, 84
@@ -37,10 +46,12 @@ Points = dict[str, dict[str, dict[str, list[float]]]]  # kind -> dtype -> machin
 
 COLOURS = """
 .baseline { fill: #b0b8c0; }
-.avx2 { fill: #7a8691; } .avx512 { fill: #2f6fb5; } .avx512_bf16 { fill: #3d8f5f; } .amx { fill: #d9822b; }
+.avx2 { fill: #7a8691; } .avx512 { fill: #2f6fb5; } .avx512_bf16 { fill: #3d8f5f; }
+.zen5 { fill: #b5427a; } .amx { fill: #d9822b; }
 .span { stroke: #d1d9e0; stroke-width: 5; stroke-linecap: round; }
 @media (prefers-color-scheme: dark) {
-  .avx2 { fill: #a6b0ba; } .avx512 { fill: #6aa7ea; } .avx512_bf16 { fill: #6cc08e; } .amx { fill: #f0a35a; }
+  .avx2 { fill: #a6b0ba; } .avx512 { fill: #6aa7ea; } .avx512_bf16 { fill: #6cc08e; }
+  .zen5 { fill: #e583b1; } .amx { fill: #f0a35a; }
   .span { stroke: #3d444d; }
 }
 """
@@ -57,6 +68,11 @@ def kind_of(row: Row) -> str:
     return f"{row.op}, residual" if row.case.endswith("-residual") else row.op
 
 
+def machine_of(record: dict) -> str:
+    """The kind of machine, by what decides its figures: the instruction set, and on Zen 5 that MKL uses half of it."""
+    return "zen5" if record["machine"].get("build_mkl_is_narrow") else record["machine"]["isa"]
+
+
 def points(everything: Iterable[dict], mode: str = "fwd+bwd") -> Points:
     """Ratios of what `auto` chose, of each case the newest. Small sequences (T below 256) are left out of attention."""
     newest: dict[tuple, float] = {}
@@ -64,7 +80,7 @@ def points(everything: Iterable[dict], mode: str = "fwd+bwd") -> Points:
         for row in record["rows"]:
             small = row.op == "attention" and any(f"-T{t}-" in row.case for t in (16, 64))
             if row.asked == "auto" and row.mode == mode and row.ratio is not None and not small:
-                newest[kind_of(row), row.dtype, record["machine"]["isa"], row.op, row.case] = row.ratio
+                newest[kind_of(row), row.dtype, machine_of(record), row.op, row.case] = row.ratio
     out: Points = {}
     for (kind, dtype, isa, *_), ratio in newest.items():
         out.setdefault(kind, {}).setdefault(dtype, {}).setdefault(isa, []).append(ratio)
@@ -72,7 +88,7 @@ def points(everything: Iterable[dict], mode: str = "fwd+bwd") -> Points:
 
 
 def present(found: Points) -> list[str]:
-    """The instruction sets that were measured, narrowest first."""
+    """The kinds of machines that were measured, narrowest vectors first."""
     return [isa for isa in MACHINES if any(isa in by for dtypes in found.values() for by in dtypes.values())]
 
 
@@ -118,7 +134,7 @@ def svg(found: Points) -> str:
         grid.append(f'<text class="quiet" x="{x(value):.1f}" y="{y + 4:.1f}" text-anchor="middle">{value:g}x</text>')
     legend = []
     for i, isa in enumerate(present(found)):
-        left = LABEL + 110 * i
+        left = LABEL + 104 * i
         legend.append(f'<circle class="{isa}" cx="{left + 6}" cy="56" r="5"/>')
         legend.append(f'<text x="{left + 17}" y="60">{MACHINES[isa]}</text>')
     title = "Times faster than PyTorch on two CPU threads, forward + backward"
@@ -161,11 +177,11 @@ def page(everything: list[dict], files: list[Path]) -> str:
             alone = forward.get(kind, {}).get(dtype, {})
             cells = [cell(both[kind][dtype].get(isa), alone.get(isa)) for isa in present(both)]
             lines.append(f"| {NAMES.get(kind, kind)} | {dtype} | " + " | ".join(cells) + " |")
-    lines += ["", "| record | processor | instruction set | torch |", "| --- | --- | --- | --- |"]
+    lines += ["", "| record | processor | kind | torch |", "| --- | --- | --- | --- |"]
     for path, record in zip(files, everything, strict=True):
-        m = record["machine"]
+        m, kind = record["machine"], machine_of(record)
         link = f"[{path.name}](../benchmarks/records/{path.name})"
-        lines.append(f"| {link} | {m['cpu']} | {MACHINES.get(m['isa'], m['isa'])} | {m['torch']} |")
+        lines.append(f"| {link} | {m['cpu']} | {MACHINES.get(kind, kind)} | {m['torch']} |")
     return "\n".join(lines) + "\n"
 
 

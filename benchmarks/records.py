@@ -127,7 +127,8 @@ def file_name(device: str) -> str:
     if device == "cuda":
         where = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     else:
-        where = f"cpu-{native.isa()}-{torch.get_num_threads()}threads"
+        kind = "zen5" if native.mkl_is_narrow() else native.isa()  # their figures have little in common
+        where = f"cpu-{kind}-{torch.get_num_threads()}threads"
     return f"{where}-{datetime.date.today():%Y%m%d}.json"
 
 

@@ -34,11 +34,14 @@ def heading(head: dict) -> None:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """The rows of one op and dtype, and below them what is to be said in words."""
-    rows = [r for r in rows if r.status != "refused"]
+    """The rows of one op and dtype, and below them what is to be said in words: those bound by memory, then others."""
+    for memory_bound in (True, False):
+        _table([r for r in rows if r.status != "refused" and _memory_bound(r) == memory_bound], memory_bound)
+
+
+def _table(rows: Sequence[Row], memory_bound: bool) -> None:
     if not rows:
         return
-    memory_bound = _memory_bound(rows)
     out = Table(
         title=f"{rows[0].op} {rows[0].dtype}", title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
@@ -71,10 +74,11 @@ def table(rows: Sequence[Row]) -> None:
     console.print()
 
 
-def _memory_bound(rows: Sequence[Row]) -> bool:
+def _memory_bound(row: Row) -> bool:
     from seqfuse.benchmarks import registry
 
-    return next(c.bound == "memory" for c in registry.find([rows[0].op]))
+    cases = registry.find([row.op])
+    return next((c for c in cases if c.name == row.case), cases[0]).bound == "memory"
 
 
 def _cells(row: Row, memory_bound: bool) -> list[str]:

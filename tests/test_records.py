@@ -18,7 +18,10 @@ ROWS = [
 
 
 def write(path, rows):
-    head = {"date": "2026-01-31T00:00:00", "machine": records.machine("cpu") | {"isa": "avx2"}}
+    head = {
+        "date": "2026-01-31T00:00:00",
+        "machine": records.machine("cpu") | {"isa": "avx2", "build_mkl_is_narrow": False},
+    }
     records.write(path, head, rows)
     return records.read(path)
 
@@ -67,7 +70,11 @@ def test_overview_takes_the_newest_record_of_each_case_and_what_auto_chose():
     older = record("2026-01-01", "avx2", measured("T4-B1-H8", 9.0), measured("T8-B1-H8", 2.0))
     newer = record("2026-02-01", "avx2", measured("T4-B1-H8", 8.0), measured("T4-B1-H8", 50.0, asked="cpu"))
     other = record("2026-01-15", "amx", measured("T4-B1-H8", 3.0), measured("T4-B1-H8", 5.0, mode="fwd"))
-    assert overview.points([newer, older, other]) == {"gru": {"fp32": {"avx2": [8.0, 2.0], "amx": [3.0]}}}
+    wide = record("2026-01-15", "avx512_bf16", measured("T4-B1-H8", 4.0))
+    wide["machine"]["build_mkl_is_narrow"] = True
+    assert overview.points([newer, older, other, wide]) == {
+        "gru": {"fp32": {"avx2": [8.0, 2.0], "amx": [3.0], "zen5": [4.0]}}
+    }
 
 
 @pytest.mark.parametrize(
