@@ -1,5 +1,5 @@
-"""Linear layers: with the few rows of a step of decoding, where reading the weights takes the time, and with the many of
-training, where the products do."""
+"""Linear layers: with the few rows of a step of decoding, where reading the weights takes the time, and with the many
+of training, where the products do."""
 
 import math
 from dataclasses import dataclass
