@@ -260,6 +260,21 @@ def test_auto_where_mkl_leaves_half_of_the_processor_unused(monkeypatch):
     seqfuse.dispatch.forget()
 
 
+def test_auto_where_pytorch_has_nothing_good_for_bf16(monkeypatch):
+    x, weight, bias = (t.requires_grad_() for t in sample(40, 64, 50, torch.bfloat16))
+    for widen_from, backend in ((sys.maxsize, "torch"), (48, "torch"), (0, "cpu")):
+        monkeypatch.setattr("seqfuse.ops.products.WIDEN_FROM", widen_from)
+        seqfuse.dispatch.forget()
+        assert chosen(x, weight, bias).backend == backend
+    dy = torch.randn(40, 50)
+    exact = gradients(reference.linear, *(t.double() for t in (x, weight, bias)), dy)
+    for a, b, c in zip(
+        gradients(seqfuse.ops.linear, x, weight, bias, dy), exact, gradients(F.linear, x, weight, bias, dy), strict=True
+    ):
+        assert_accurate(a, b, c)
+    seqfuse.dispatch.forget()
+
+
 def test_module(monkeypatch):
     """fuse() takes those that calls may be faster with; they are nn.Linear in everything else."""
     model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 20))
@@ -348,3 +363,15 @@ def test_the_op_itself_refuses_what_it_cannot_do():
     ):
         with pytest.raises(RuntimeError, match=text):
             op(*args)
+
+
+def test_module_leaves_to_pytorch_what_it_does_as_fast(monkeypatch):
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", False)
+    module = seqfuse.nn.Linear(600, 500)
+    x = torch.randn(3, 600)
+    assert "AddmmBackward" in module(x).grad_fn.name()
+    row = seqfuse.explain(module)[0]
+    assert (row.op, row.backend) == ("linear", "torch") and "with a gradient" in row.reason
+    with seqfuse.backend("cpu"):
+        assert "LinearFunction" in module(x).grad_fn.name()
+    assert module.double()(x.double()).dtype == torch.float64

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqfuse import ops
-from seqfuse.ops.products import MOST_ROWS, OWN_FLOATS
+from seqfuse.ops.products import MOST_ROWS, atens_is_slow
 
 
 def multiply(x, weight, bias=None):
     """x @ weight^T + bias, by the op that has kernels for it: for the few rows of a step of decoding, and for products
     that PyTorch's library is slow at."""
     few = not torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]
-    if few or (OWN_FLOATS and not torch.compiler.is_compiling()):
+    if few or (atens_is_slow(x.dtype) and not torch.compiler.is_compiling()):
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 
-from seqfuse import explanation, ops
+from seqfuse import dispatch, explanation, ops
+from seqfuse.ops import products
 from seqfuse.ops.linear import LinearCase, ever_pays
 
 
@@ -15,14 +16,24 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input):
-        if is_dynamo_compiling() or not input.is_cpu:
+        if is_dynamo_compiling() or type(input) is not torch.Tensor or not input.is_cpu:
+            return F.linear(input, self.weight, self.bias)
+        if self._pytorch_is_as_fast(input) and dispatch.may_shortcut():
+            explanation.handed_over(self, "with a gradient, or for so many rows, PyTorch's own product is as fast")
             return F.linear(input, self.weight, self.bias)
         explanation.entering(self)
         return ops.linear(input, self.weight, self.bias)
 
+    def _pytorch_is_as_fast(self, input):
+        """What `auto` would say of most calls, for less than it costs to ask."""
+        if not torch.is_grad_enabled() and input.numel() <= products.MOST_ROWS * self.in_features:
+            return False
+        return not products.atens_is_slow(input.dtype)
+
     def typical_case(self):
+        """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight = self.weight
-        return "linear", LinearCase(weight.device.type, weight.dtype, 1, *reversed(weight.shape), grad=False)
+        return "linear", LinearCase(weight.device.type, weight.dtype, 1, weight.shape[1], weight.shape[0], grad=False)
 
 
 def pays(module: torch.nn.Linear) -> bool:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import dispatch, native, reference
-from seqfuse.ops import checks, library
+from seqfuse.ops import checks, library, products
 from seqfuse.ops.autograd import apply, traced, wants_gradient
 from seqfuse.ops.products import FEW_ROWS, MOST_ROWS, NATIVE_BF16, many_rows_pay, matmul, own_floats, own_linear
 
@@ -35,9 +35,10 @@ def linear(x, weight, bias=None):
 
     x: [..., K]; weight: [N, K], or [K]; bias: [N], [] or None; all of one dtype. Returns [..., N], or [...].
     On a CPU, float32 or bfloat16 can be multiplied by kernels of ours, with float32 sums: up to 128 rows without a
-    gradient, and where MKL leaves half of the processor unused (seqfuse.native.mkl_is_narrow) more rows of float32,
-    forward and backward. Everything else is PyTorch's own call, so autocast, subclasses of tensors and torch.func work
-    as they do there. Parameters stay as nn.Linear keeps them: nothing is packed. Differentiable twice.
+    gradient, and any rows, forward and backward, of float32 where MKL leaves half of the processor unused
+    (seqfuse.native.mkl_is_narrow) and of bfloat16 where the processor has no instructions for it. Everything else is
+    PyTorch's own call, so autocast, subclasses of tensors and torch.func work as they do there. Parameters stay as
+    nn.Linear keeps them: nothing is packed. Differentiable twice.
     Raises TypeError or ValueError on bad arguments.
     """
     key = None if traced() else _key(x, weight, bias)
@@ -177,8 +178,11 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
     side = min(case.inputs, case.outputs)
-    if side >= _SIDE and own_floats(case.dtype, case.rows, case.inputs, case.outputs):
+    sizes = case.rows, case.inputs, case.outputs
+    if side >= _SIDE and own_floats(case.dtype, *sizes):
         return None
+    if case.grad and case.dtype == torch.bfloat16 and min(sizes) >= products.WIDEN_FROM:
+        return None  # three products that PyTorch takes in a plain loop, or in software
     if case.grad:
         return "with a gradient PyTorch's own products are as fast"
     if not case.dense:

@@ -50,6 +50,11 @@ def own_floats(dtype: torch.dtype, *sizes: int) -> bool:
     return native.isa_has("avx512") and min(sizes) >= _LEAST and math.prod(sizes) >= _LEAST_WORK
 
 
+def atens_is_slow(dtype: torch.dtype) -> bool:
+    """Whether ours is faster on this machine's CPU than ATen's product of many rows, if large enough."""
+    return OWN_FLOATS if dtype == torch.float32 else dtype == torch.bfloat16 and not NATIVE_BF16
+
+
 # Rows from which our kernel for few rows was measured faster than ATen in float32, up to how many on one thread, on
 # more than one: it splits the outputs, ATen the rows (docs/linear.md).
 ROWS = (12, 128, 128) if OWN_FLOATS else (12, 32, 64)
