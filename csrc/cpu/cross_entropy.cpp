@@ -118,7 +118,7 @@ struct Row {
     const Cap<Capped> c = cap;
     for_vectors(0, a.cols, [=](int64_t i, int n) {
       const vf u = c(take(x + i, n, 0.0f));
-      vf d = exp(u - log_sum) * factor - (cw ? smooth * take(cw + i, n) : smooth);
+      vf d = MathFor<T>::exp(u - log_sum) * factor - (cw ? smooth * take(cw + i, n) : smooth);
       if constexpr (Capped) d = d * c.slope(u);
       give(dx + i, d, n);
     });

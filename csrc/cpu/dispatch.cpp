@@ -6,11 +6,11 @@
 #include "seqfuse/layer_norm.h"
 #include "seqfuse/linear.h"
 #include "seqfuse/luong.h"
+#include "seqfuse/matrix_product.h"
 #include "seqfuse/rnn.h"
 #include "seqfuse/rnn_cell.h"
 #include "seqfuse/rnn_ragged.h"
 #include "seqfuse/rope.h"
-#include "seqfuse/matrix_product.h"
 
 #define SEQFUSE_CASE(level, kernel) \
   case Isa::level:                  \

@@ -84,9 +84,6 @@ SEQFUSE_INLINE vf value(vf g) {
     return activate<A, M>(g).y;
 }
 
-template <class T>
-using MathFor = std::conditional_t<sizeof(T) == 2, ShortMath, VecMath>;
-
 template <class T, Activation A, bool Stream>
 void forward(const GatedForward& a, const Parallel& parallel) {
   deal_rows(parallel, a.rows, a.cols, [&](int64_t begin, int64_t end) {

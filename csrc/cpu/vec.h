@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "seqfuse/types.h"
 
@@ -357,6 +358,10 @@ struct VecMath {
   static SEQFUSE_INLINE vf relu(vf x) { return select(x < splat(0.0f), splat(0.0f), x); }
   static SEQFUSE_INLINE vf step(vf x) { return select(x > splat(0.0f), splat(1.0f), splat(0.0f)); }
 };
+
+// of results that are rounded to T and lead nowhere else
+template <class T>
+using MathFor = std::conditional_t<sizeof(T) == 2, ShortMath, VecMath>;
 
 }  // namespace SEQFUSE_ISA
 }  // namespace seqfuse

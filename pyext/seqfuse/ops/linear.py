@@ -178,10 +178,9 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     if native.isa() == "baseline":
         return "without AVX2 it was not measured against PyTorch's own op"
     side = min(case.inputs, case.outputs)
-    sizes = case.rows, case.inputs, case.outputs
-    if side >= _SIDE and own_floats(case.dtype, *sizes):
+    if side >= _SIDE and own_floats(case.dtype, *_sizes(case)):
         return None
-    if case.grad and case.dtype == torch.bfloat16 and min(sizes) >= products.WIDEN_FROM:
+    if case.grad and case.dtype == torch.bfloat16 and min(_sizes(case)) >= products.WIDEN_FROM:
         return None  # three products that PyTorch takes in a plain loop, or in software
     if case.grad:
         return "with a gradient PyTorch's own products are as fast"
@@ -195,6 +194,14 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     if side >= _SIDE and case.inputs * case.outputs >= _WORTH_IT[case.dtype]:
         return None
     return "at this size PyTorch's own linear was measured faster"
+
+
+def _cpu_path(case: LinearCase) -> str:
+    return "MKL leaves half of this processor unused" if own_floats(case.dtype, *_sizes(case)) else ""
+
+
+def _sizes(case: LinearCase) -> tuple[int, int, int]:
+    return case.rows, case.inputs, case.outputs
 
 
 def ever_pays(weight) -> bool:
@@ -212,7 +219,7 @@ def _fake(x, weight, bias):
 library.register_fake("linear_fwd", _fake)
 dispatch.register(
     "linear",
-    dispatch.Backend("cpu", own_linear, _gradients, _cpu_refusal, _cpu_prefers),
+    dispatch.Backend("cpu", own_linear, _gradients, _cpu_refusal, _cpu_prefers, path=_cpu_path),
     dispatch.Backend("torch", F.linear, None, note="PyTorch's own op"),
     dispatch.Backend("reference", reference.linear, None),
     # so that a model whose other ops run on them by name runs as a whole
