@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module_simplified, make_boxed_func
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -375,3 +376,60 @@ def test_module_leaves_to_pytorch_what_it_does_as_fast(monkeypatch):
     with seqfuse.backend("cpu"):
         assert "LinearFunction" in module(x).grad_fn.name()
     assert module.double()(x.double()).dtype == torch.float64
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """As on a processor that MKL leaves half unused."""
+    if not native.isa_has("avx512"):
+        pytest.skip("there is no such processor without AVX-512")
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
+    seqfuse.dispatch.forget()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    seqfuse.dispatch.forget()
+
+
+def test_compiled_where_mkl_leaves_half_of_the_processor_unused(narrow):
+    """One opaque call for each product, forward and backward; another batch size compiles nothing anew."""
+    model = torch.nn.Sequential(torch.nn.Linear(160, 200), torch.nn.Tanh(), torch.nn.Linear(200, 140))
+    plain, graphs = copy.deepcopy(model), []
+    seqfuse.fuse(model)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_module_simplified(graph, inputs, fw_compiler=seen, bw_compiler=seen)
+
+    calls = []
+
+    def seen(graph, inputs):
+        calls.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (150, 300, 3):
+        x, dy = torch.randn(rows, 160), torch.randn(rows, 140)
+        leaves = [x.clone().requires_grad_(), *model.parameters()]
+        got = [y := compiled(leaves[0]), *torch.autograd.grad(y, leaves, dy)]
+        theirs, exact = [], []
+        for into, kind in ((theirs, torch.float32), (exact, torch.float64)):
+            reference_model = copy.deepcopy(plain).to(kind)
+            leaves = [x.to(kind).requires_grad_(), *reference_model.parameters()]
+            into += [y := reference_model(leaves[0]), *torch.autograd.grad(y, leaves, dy.to(kind))]
+        for a, b, c in zip(got, exact, theirs, strict=True):
+            assert_accurate(a, b, c)
+    assert len(graphs) == 1 and len(calls) == 2
+    names = [[name for name in c if "seqfuse_composed" in name or "mm" in name] for c in calls]
+    assert len(names[0]) == 2 and len(names[1]) == 4 and all("seqfuse_composed" in n for c in names for n in c)
+    with torch.no_grad():
+        x = torch.randn(20, 160)
+        assert_accurate(torch.compile(model, fullgraph=True)(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+
+
+def test_composed_products_are_registered(narrow):
+    composed = torch.ops.seqfuse_composed
+    x, w, b = sample(40, 32, 33, torch.float32)
+    torch.library.opcheck(composed.linear.default, (x, w, b))
+    torch.library.opcheck(composed.product.default, (x, w.t(), None))
+    torch.library.opcheck(composed.product.default, (x.t(), x, torch.randn(32, 32)))

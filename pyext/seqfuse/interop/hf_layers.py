@@ -14,7 +14,7 @@ from torch import nn
 
 from seqfuse import explanation, ops
 from seqfuse.nn.linear import Linear
-from seqfuse.ops.linear import ever_pays
+from seqfuse.ops.linear import compiled_pays, ever_pays
 
 RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm"}
 ZERO_CENTERED_RMS_NORMS = {"GemmaRMSNorm", "Gemma2RMSNorm"}
@@ -67,7 +67,10 @@ class _Conv1D(_Fused):
     """GPT-2's linear layer, whose weight is stored [inputs, outputs]."""
 
     def forward(self, x):
-        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
+        if torch.compiler.is_compiling():
+            if not x.is_cpu or not compiled_pays(x.dtype, *self.weight.shape):
+                return super().forward(x)
+        elif type(x) is not torch.Tensor or not x.is_cpu:
             return super().forward(x)
         explanation.entering(self)
         return ops.linear(x, self.weight.t(), self.bias)

@@ -6,7 +6,7 @@ from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, explanation, ops
 from seqfuse.ops import products
-from seqfuse.ops.linear import LinearCase, ever_pays
+from seqfuse.ops.linear import LinearCase, compiled_pays, ever_pays
 
 
 class Linear(torch.nn.Linear):
@@ -16,7 +16,10 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input):
-        if is_dynamo_compiling() or type(input) is not torch.Tensor or not input.is_cpu:
+        if is_dynamo_compiling():
+            ours = input.is_cpu and compiled_pays(input.dtype, self.in_features, self.out_features)
+            return (ops.linear if ours else F.linear)(input, self.weight, self.bias)
+        if type(input) is not torch.Tensor or not input.is_cpu:
             return F.linear(input, self.weight, self.bias)
         if self._pytorch_is_as_fast(input) and dispatch.may_shortcut():
             explanation.handed_over(self, "with a gradient, or for so many rows, PyTorch's own product is as fast")

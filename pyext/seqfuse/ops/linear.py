@@ -63,7 +63,10 @@ def _run(backend, case):
         return backend.fwd
     if case.grad:
         return _with_gradient
-    few = torch.compiler.is_compiling() or (case.rows <= MOST_ROWS and case.dense)
+    if torch.compiler.is_compiling():
+        few = not compiled_pays(case.dtype, case.inputs, case.outputs)
+    else:
+        few = case.rows <= MOST_ROWS and case.dense
     return torch.ops.seqfuse.linear_fwd.default if few else backend.fwd
 
 
@@ -162,7 +165,8 @@ def _describe(x, weight, bias):
 def _cpu_refusal(case: LinearCase) -> str | None:
     if case.special:
         return case.special
-    if case.grad and torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if case.grad and compiling and not compiled_pays(case.dtype, case.inputs, case.outputs):
         return "PyTorch's own product goes into the compiler's graph"
     return library.cpu_refusal(case.device, case.dtype)
 
@@ -202,6 +206,11 @@ def _cpu_path(case: LinearCase) -> str:
 
 def _sizes(case: LinearCase) -> tuple[int, int, int]:
     return case.rows, case.inputs, case.outputs
+
+
+def compiled_pays(dtype: torch.dtype, inputs: int, outputs: int) -> bool:
+    """Whether torch.compile is to leave a layer's products to us, however many rows there will be."""
+    return products.OWN_FLOATS and dtype == torch.float32 and min(inputs, outputs) >= _SIDE
 
 
 def ever_pays(weight) -> bool:

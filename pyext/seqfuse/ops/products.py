@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from seqfuse import native
+from seqfuse.ops import library
 from seqfuse.ops.autograd import may_write
 
 
@@ -70,8 +71,18 @@ def _alone(*operands) -> bool:
     return operands[0].is_cpu and not torch.is_grad_enabled() and may_write(*operands)
 
 
+def _compiled(*operands) -> bool:
+    """Whether torch.compile is to see one opaque call, which chooses by its sizes when it runs. Not asked elsewhere:
+    sizes may be symbolic here."""
+    if not OWN_FLOATS or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return operands[0].is_cpu and operands[0].dtype == torch.float32
+
+
 def linear(x, w, b=None):
     """x @ w^T + b: x [..., K], w [N, K], b [N] or None."""
+    if _compiled(x):
+        return torch.ops.seqfuse_composed.linear(x, w, b)
     rows = x.numel() // max(x.shape[-1], 1)
     if widened(x, rows, *w.shape):
         if _alone(x) and native.isa_has("avx2"):
@@ -87,6 +98,8 @@ def linear(x, w, b=None):
 
 def own_linear(x, w, b=None):
     """x @ w^T + b by the faster of our kernels: one packs no weight, the other is for more rows and any strides."""
+    if torch.compiler.is_compiling():
+        return torch.ops.seqfuse_composed.linear(x, w, b)
     rows = x.numel() // max(x.shape[-1], 1)
     if rows <= MOST_ROWS and w.stride(1) == 1 or x.dtype != torch.float32:
         return torch.ops.seqfuse.linear_fwd(x, w, b)
@@ -95,6 +108,8 @@ def own_linear(x, w, b=None):
 
 def matmul(a, b, out=None):
     """a [M, K] @ b [K, N]; out: where the result is to lie."""
+    if _compiled(a):
+        return torch.ops.seqfuse_composed.product(a, b, None)
     sizes = *a.shape, b.shape[-1]
     if widened(a, *sizes):
         return _widened(None, a, b, out)
@@ -105,6 +120,8 @@ def matmul(a, b, out=None):
 
 def addmm(c, a, b, out=None):
     """c [M, N] or [N] + a [M, K] @ b [K, N]; out: where the result is to lie, which may be c."""
+    if _compiled(a):
+        return torch.ops.seqfuse_composed.product(a, b, c)
     sizes = *a.shape, b.shape[-1]
     if widened(a, *sizes):
         return _widened(c, a, b, out)
@@ -124,3 +141,19 @@ def _own(c, a, b, out=None):
     out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
     torch.ops.seqfuse.matrix_product(a, b, c, out)
     return out
+
+
+def _product(a, b, c):
+    return matmul(a, b) if c is None else addmm(c, a, b)
+
+
+def _fake_linear(x, w, b):
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _fake_product(a, b, c):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+library.register_composed("linear", "(Tensor x, Tensor w, Tensor? b) -> Tensor", _fake_linear, linear)
+library.register_composed("product", "(Tensor a, Tensor b, Tensor? c) -> Tensor", _fake_product, _product)
