@@ -135,6 +135,8 @@ constexpr int wide_outputs_for(int vectors) {
 #endif
 }
 
+constexpr int64_t block_terms = 128;  // each summed up by itself: rounding grows with their number
+
 template <class T>
 struct Product {
   const LinearForward& a;
@@ -148,42 +150,44 @@ struct Product {
     constexpr int G = N % 3 == 0 ? 3 : 1, P = N / G;
     const float* at[P];
     vf sums[N][V];
-#pragma GCC unroll 24
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sums[n][v] = vf{};
+    float out[N][V * VL] = {}, bias[N];
 #pragma GCC unroll 24
     for (int p = 0; p < P; p++) at[p] = w + p * G * step;
     const float* from = x + row;
-    for (int64_t line = 0; line < a.cols; line += VL) {
-      if (ahead)
+    for (int64_t block = 0; block < a.cols; block += block_terms) {
+      const int64_t last = block + block_terms < a.cols ? block + block_terms : a.cols;
 #pragma GCC unroll 24
-        for (int n = 0; n < N; n++) __builtin_prefetch(at[n / G] + n % G * step + ahead, 0, 2);
-      const int64_t end = line + VL < a.cols ? line + VL : a.cols;
-      for (int64_t k = line; k < end; k++, from += padded) {
-        vf rows[V];
+      for (int n = 0; n < N; n++)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) rows[v] = load(from + v * VL);
+        for (int v = 0; v < V; v++) sums[n][v] = vf{};
+      for (int64_t line = block; line < last; line += VL) {
+        if (ahead)
 #pragma GCC unroll 24
-        for (int p = 0; p < P; p++) {
+          for (int n = 0; n < N; n++) __builtin_prefetch(at[n / G] + n % G * step + ahead, 0, 2);
+        const int64_t end = line + VL < last ? line + VL : last;
+        for (int64_t k = line; k < end; k++, from += padded) {
+          vf rows[V];
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) rows[v] = load(from + v * VL);
+#pragma GCC unroll 24
+          for (int p = 0; p < P; p++) {
 #pragma GCC unroll 3
-          for (int g = 0; g < G; g++) {
-            const vf one = splat(at[p][g * step]);
+            for (int g = 0; g < G; g++) {
+              const vf one = splat(at[p][g * step]);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; v++) sums[p * G + g][v] = sums[p * G + g][v] + one * rows[v];
+              for (int v = 0; v < V; v++) sums[p * G + g][v] = sums[p * G + g][v] + one * rows[v];
+            }
+            at[p]++;
+            asm("" : "+r"(at[p]));  // the compiler would make it a pointer for each row again
           }
-          at[p]++;
-          asm("" : "+r"(at[p]));  // the compiler would make it a pointer for each row again
         }
       }
-    }
-    float out[N][V * VL], bias[N];
 #pragma GCC unroll 24
-    for (int n = 0; n < N; n++) {
-      bias[n] = a.bias ? widen(static_cast<const T*>(a.bias)[first + n]) : 0.0f;
+      for (int n = 0; n < N; n++)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) store(out[n] + v * VL, sums[n][v]);
+        for (int v = 0; v < V; v++) store(out[n] + v * VL, load(out[n] + v * VL) + sums[n][v]);
     }
+    for (int n = 0; n < N; n++) bias[n] = a.bias ? widen(static_cast<const T*>(a.bias)[first + n]) : 0.0f;
     for (int r = 0; r < V * VL && row + r < a.rows; r++)
       for (int n = 0; n < N; n++) put(static_cast<T*>(a.y) + (row + r) * a.outputs + first + n, out[n][r] + bias[n]);
   }

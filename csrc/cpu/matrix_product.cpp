@@ -21,7 +21,7 @@ namespace {
 constexpr int tile_rows = VL == 16 ? 12 : VL == 8 ? 6 : 4;
 constexpr int tile_cols = 2 * VL;
 constexpr int64_t group_rows = 4 * tile_rows;                             // whose numbers of a are laid out together
-constexpr int64_t block_rows = 384, block_cols = 256, block_terms = 256;  // 384, 256 and 64 KB of fp32
+constexpr int64_t block_rows = 384, block_cols = 256, block_terms = 128;  // 384, 128 and 32 KB of fp32
 constexpr int64_t a_panel = block_terms * VL, b_panel = block_terms * tile_cols;
 
 // to[lane / width * panel + line * room + lane % width] = from[line * line_step + lane * lane_step], and zeros up to a
