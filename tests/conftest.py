@@ -9,7 +9,7 @@ import torch
 from host_device.runner import HostDevice
 from hypothesis import settings
 
-from seqfuse import data, native
+from seqfuse import data, dispatch, native
 
 # torch.empty then holds NaN (integers: the largest value), in C++ too: a kernel that reads what nobody wrote is caught
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -33,6 +33,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """As on a processor that MKL leaves half unused: float32 products are ours."""
+    if not native.isa_has("avx512"):
+        pytest.skip("there is no such processor without AVX-512")
+    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
+    dispatch.forget()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    dispatch.forget()
 
 
 @pytest.fixture(scope="module")

@@ -148,12 +148,8 @@ def test_what_the_fused_loss_leaves_alone():
         seqfuse.fuse(torch.nn.Linear(2, 2), fuse_loss=True)
 
 
-def test_conv1d(monkeypatch):
+def test_conv1d(narrow):
     """GPT-2's linear layers, where MKL leaves half of the processor unused."""
-    if not seqfuse.native.isa_has("avx512"):
-        pytest.skip("there is no such processor without AVX-512")
-    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
-    seqfuse.dispatch.forget()
     config = transformers.GPT2Config(vocab_size=50, n_embd=128, n_layer=1, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0,
                                      resid_pdrop=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
@@ -164,4 +160,3 @@ def test_conv1d(monkeypatch):
     assert rows["transformer.h.0.mlp.c_fc"][1:3] == ("linear", "cpu")
     assert type(fused.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
     assert type(seqfuse.unfuse(fused).transformer.h[0].mlp.c_fc) is type(model.transformer.h[0].mlp.c_fc)
-    seqfuse.dispatch.forget()

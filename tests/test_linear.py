@@ -235,15 +235,23 @@ def test_gradients_of_gradients_and_what_needs_none():
             (seqfuse.ops.linear(*args) ** 2).sum().backward()
             assert args[needed].grad is not None
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
-        first = torch.autograd.grad((seqfuse.ops.linear(*leaves) ** 3).sum(), leaves, create_graph=True)
-        ours = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
         dy = torch.randn(3, 6, 4)
         several = torch.autograd.grad(seqfuse.ops.linear(*leaves), leaves, dy, is_grads_batched=True)
-        one = torch.autograd.grad(seqfuse.ops.linear(*leaves), leaves, dy[1])
-    first = torch.autograd.grad((F.linear(*leaves) ** 3).sum(), leaves, create_graph=True)
-    theirs = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
-    for a, b in zip((*ours, *(s[1] for s in several)), (*theirs, *one), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        for i in range(3):
+            one = torch.autograd.grad(seqfuse.ops.linear(*leaves), leaves, dy[i])
+            for a, b in zip(several, one, strict=True):
+                assert_accurate(a[i], b.double())
+        ours = twice(seqfuse.ops.linear, x, weight)
+    exact, theirs = twice(F.linear, x.double(), weight.double()), twice(F.linear, x, weight)
+    for a, b, c in zip(ours, exact, theirs, strict=True):
+        assert_accurate(a, b, c)
+
+
+def twice(call, *args):
+    """The gradients of a function of gradients."""
+    leaves = [t.clone().requires_grad_() for t in args]
+    first = torch.autograd.grad((call(*leaves) ** 3).sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
 
 
 def test_auto_where_mkl_leaves_half_of_the_processor_unused(monkeypatch):
@@ -376,19 +384,6 @@ def test_module_leaves_to_pytorch_what_it_does_as_fast(monkeypatch):
     with seqfuse.backend("cpu"):
         assert "LinearFunction" in module(x).grad_fn.name()
     assert module.double()(x.double()).dtype == torch.float64
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """As on a processor that MKL leaves half unused."""
-    if not native.isa_has("avx512"):
-        pytest.skip("there is no such processor without AVX-512")
-    monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
-    seqfuse.dispatch.forget()
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    seqfuse.dispatch.forget()
 
 
 def test_compiled_where_mkl_leaves_half_of_the_processor_unused(narrow):

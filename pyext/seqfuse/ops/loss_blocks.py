@@ -31,14 +31,6 @@ def _block(x, tokens, vocabulary):
     return whole[:, :vocabulary]
 
 
-def _product(a, b, out, added=None):
-    """out = a @ b + added, which may be out. Tensors of a dtype that is multiplied in another were converted before."""
-    if added is None:
-        products.matmul(a, b, out)
-    else:
-        products.addmm(added, a, b, out)
-
-
 def rows_kernel(backend):
     if backend == "triton":
         return library.launcher("cross_entropy", "cross_entropy_rows")
@@ -73,15 +65,15 @@ def cross_entropy(
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
         hidden, logits = x[part], block[: part.stop - start]
-        _product(hidden, weight.t(), logits, bias)
+        products.product(hidden, weight.t(), bias, logits)
         own_scale = scale if scale is None or scale.numel() == 1 else scale[part]
         own_lse = None if lse is None else lse[part]
         dlogits = None if scale is None else logits
         parts.append(kernel(logits, target[part], class_weight, own_scale, own_lse, dlogits, *options))
         if scale is None:
             continue
-        _product(logits, weight, dx[part])
-        _product(logits.t(), hidden, dweight, None if start == 0 else dweight)
+        products.product(logits, weight, out=dx[part])
+        products.product(logits.t(), hidden, None if start == 0 else dweight, dweight)
         if dbias is not None:
             dbias += logits.sum(0, dtype=torch.float32)
     if not parts:
@@ -106,7 +98,7 @@ def _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, soft
     for start in range(0, vocabulary, columns):
         part = slice(start, min(start + columns, vocabulary))
         logits = block[:, : part.stop - start]
-        _product(x, weight[part].t(), logits, None if bias is None else bias[part])
+        products.product(x, weight[part].t(), None if bias is None else bias[part], logits)
         kernel = torch.ops.seqfuse.cross_entropy_rows
         own = kernel(logits, first, None, None, None, None, -1, 0.0, softcap, 0.0)[1]
         lse = own if lse is None else torch.logaddexp(lse, own)
@@ -141,11 +133,11 @@ def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
         student, teacher = blocks[:, : part.stop - start]
-        _product(x[part], weight.t(), student)
-        _product(teacher_x[part], teacher_weight.t(), teacher)
+        products.product(x[part], weight.t(), out=student)
+        products.product(teacher_x[part], teacher_weight.t(), out=teacher)
         keep, gradient = None if mask is None else mask[part], None if scale is None else student
         losses[part] = kernel(student, teacher, keep, scale, gradient, temperature)
         if scale is not None:
-            _product(student, weight, dx[part])
-            _product(student.t(), x[part], dweight, dweight)
+            products.product(student, weight, out=dx[part])
+            products.product(student.t(), x[part], dweight, dweight)
     return losses, *(x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight))

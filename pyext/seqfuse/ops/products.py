@@ -130,6 +130,11 @@ def addmm(c, a, b, out=None):
     return torch.addmm(c, a, b) if out is None else torch.addmm(c, a, b, out=out)
 
 
+def product(a, b, c=None, out=None):
+    """a @ b, or c + a @ b: matmul or addmm."""
+    return matmul(a, b, out) if c is None else addmm(c, a, b, out)
+
+
 def _widened(c, a, b, out):
     if _alone(a, b, c) and native.isa_has("avx2"):  # our kernel widens no operand in memory
         return _own(c, a, b, out)
@@ -143,10 +148,6 @@ def _own(c, a, b, out=None):
     return out
 
 
-def _product(a, b, c):
-    return matmul(a, b) if c is None else addmm(c, a, b)
-
-
 def _fake_linear(x, w, b):
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
@@ -156,4 +157,4 @@ def _fake_product(a, b, c):
 
 
 library.register_composed("linear", "(Tensor x, Tensor w, Tensor? b) -> Tensor", _fake_linear, linear)
-library.register_composed("product", "(Tensor a, Tensor b, Tensor? c) -> Tensor", _fake_product, _product)
+library.register_composed("product", "(Tensor a, Tensor b, Tensor? c) -> Tensor", _fake_product, product)
