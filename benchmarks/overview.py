@@ -17,8 +17,8 @@ from seqfuse.benchmarks import records
 from seqfuse.benchmarks.plot import STYLE
 from seqfuse.benchmarks.records import Row
 
-MACHINES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX512-BF16", "zen5": "Zen 5",
-            "amx": "AMX"}  # fmt: skip
+MACHINES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "slow_dots": "AVX-512, slow BF16",
+            "avx512_bf16": "AVX512-BF16", "zen5": "Zen 5", "amx": "AMX"}  # fmt: skip
 KINDS = (
     *("gru", "rnn", "lstm", "lengths", "GRUCell", "LSTMCell", "RNNCell"),
     *("causal", "dense", "window", "bias", "softcap"),
@@ -47,11 +47,11 @@ Points = dict[str, dict[str, dict[str, list[float]]]]  # kind -> dtype -> machin
 COLOURS = """
 .baseline { fill: #b0b8c0; }
 .avx2 { fill: #7a8691; } .avx512 { fill: #2f6fb5; } .avx512_bf16 { fill: #3d8f5f; }
-.zen5 { fill: #b5427a; } .amx { fill: #d9822b; }
+.slow_dots { fill: #7a5bc0; } .zen5 { fill: #b5427a; } .amx { fill: #d9822b; }
 .span { stroke: #d1d9e0; stroke-width: 5; stroke-linecap: round; }
 @media (prefers-color-scheme: dark) {
   .avx2 { fill: #a6b0ba; } .avx512 { fill: #6aa7ea; } .avx512_bf16 { fill: #6cc08e; }
-  .zen5 { fill: #e583b1; } .amx { fill: #f0a35a; }
+  .slow_dots { fill: #b39ae8; } .zen5 { fill: #e583b1; } .amx { fill: #f0a35a; }
   .span { stroke: #3d444d; }
 }
 """
@@ -68,11 +68,6 @@ def kind_of(row: Row) -> str:
     return f"{row.op}, residual" if row.case.endswith("-residual") else row.op
 
 
-def machine_of(record: dict) -> str:
-    """The kind of machine, by what decides its figures: the instruction set, and on Zen 5 that MKL uses half of it."""
-    return "zen5" if record["machine"].get("build_mkl_is_narrow") else record["machine"]["isa"]
-
-
 def points(everything: Iterable[dict], mode: str = "fwd+bwd") -> Points:
     """Ratios of what `auto` chose, of each case the newest. Small sequences (T below 256) are left out of attention."""
     newest: dict[tuple, float] = {}
@@ -80,7 +75,7 @@ def points(everything: Iterable[dict], mode: str = "fwd+bwd") -> Points:
         for row in record["rows"]:
             small = row.op == "attention" and any(f"-T{t}-" in row.case for t in (16, 64))
             if row.asked == "auto" and row.mode == mode and row.ratio is not None and not small:
-                newest[kind_of(row), row.dtype, machine_of(record), row.op, row.case] = row.ratio
+                newest[kind_of(row), row.dtype, records.kind(record["machine"]), row.op, row.case] = row.ratio
     out: Points = {}
     for (kind, dtype, isa, *_), ratio in newest.items():
         out.setdefault(kind, {}).setdefault(dtype, {}).setdefault(isa, []).append(ratio)
@@ -179,7 +174,7 @@ def page(everything: list[dict], files: list[Path]) -> str:
             lines.append(f"| {NAMES.get(kind, kind)} | {dtype} | " + " | ".join(cells) + " |")
     lines += ["", "| record | processor | kind | torch |", "| --- | --- | --- | --- |"]
     for path, record in zip(files, everything, strict=True):
-        m, kind = record["machine"], machine_of(record)
+        m, kind = record["machine"], records.kind(record["machine"])
         link = f"[{path.name}](../benchmarks/records/{path.name})"
         lines.append(f"| {link} | {m['cpu']} | {MACHINES.get(kind, kind)} | {m['torch']} |")
     return "\n".join(lines) + "\n"

@@ -120,15 +120,20 @@ def _clocks() -> str | None:
     return f"{query}: {done.stdout.strip()}" if done.returncode == 0 else None
 
 
+def kind(machine: dict) -> str:
+    """The kind of processor, by what decides its figures: the instruction set, "zen5" where MKL uses half of it, and
+    "slow_dots" where instructions for bfloat16 are slower than none."""
+    if machine.get("build_mkl_is_narrow"):
+        return "zen5"
+    return "slow_dots" if machine.get("build_bf16_dots_are_slow") else machine["isa"]
+
+
 def file_name(device: str) -> str:
     """cpu-avx512_bf16-2threads-20260131.json, or nvidia-h100-80gb-hbm3-20260131.json."""
-    from seqfuse import native
-
     if device == "cuda":
         where = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     else:
-        kind = "zen5" if native.mkl_is_narrow() else native.isa()  # their figures have little in common
-        where = f"cpu-{kind}-{torch.get_num_threads()}threads"
+        where = f"cpu-{kind(machine(device))}-{torch.get_num_threads()}threads"
     return f"{where}-{datetime.date.today():%Y%m%d}.json"
 
 

@@ -153,6 +153,21 @@ def test_isa_limit():
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_slow_instructions_for_bf16_products_are_used_only_when_asked_for():
+    found = native.isa()
+    has = native.isa_has("avx512_bf16")
+    assert not native.bf16_dots_are_slow() or found == "avx512_bf16"
+    assert native.bf16_dots() == (has and not native.bf16_dots_are_slow())
+    with native.isa_limit("avx512_bf16"):
+        assert native.bf16_dots() == has
+        with native.isa_limit("avx512"):
+            assert not native.bf16_dots()
+        assert native.bf16_dots() == has
+    assert native.isa() == found
+    assert native.bf16_dots() == (has and not native.bf16_dots_are_slow())
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 def test_what_the_caches_keep():
     """At least 8 MiB, and what was found comes back after a limit."""
     facts = native.build_facts()

@@ -20,7 +20,7 @@ ROWS = [
 def write(path, rows):
     head = {
         "date": "2026-01-31T00:00:00",
-        "machine": records.machine("cpu") | {"isa": "avx2", "build_mkl_is_narrow": False},
+        "machine": records.machine("cpu") | {"isa": "avx2", "build_mkl_is_narrow": False, "build_bf16_dots_are_slow": False},
     }
     records.write(path, head, rows)
     return records.read(path)
@@ -72,8 +72,10 @@ def test_overview_takes_the_newest_record_of_each_case_and_what_auto_chose():
     other = record("2026-01-15", "amx", measured("T4-B1-H8", 3.0), measured("T4-B1-H8", 5.0, mode="fwd"))
     wide = record("2026-01-15", "avx512_bf16", measured("T4-B1-H8", 4.0))
     wide["machine"]["build_mkl_is_narrow"] = True
-    assert overview.points([newer, older, other, wide]) == {
-        "gru": {"fp32": {"avx2": [8.0, 2.0], "amx": [3.0], "zen5": [4.0]}}
+    slow = record("2026-01-15", "avx512_bf16", measured("T4-B1-H8", 6.0))
+    slow["machine"]["build_bf16_dots_are_slow"] = True
+    assert overview.points([newer, older, other, wide, slow]) == {
+        "gru": {"fp32": {"avx2": [8.0, 2.0], "amx": [3.0], "zen5": [4.0], "slow_dots": [6.0]}}
     }
 
 

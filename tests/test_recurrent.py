@@ -129,6 +129,19 @@ def test_random_configurations(cell, T, B, width, H, layers, flags, dtype, threa
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [3, 5, 8])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_many_rows_of_weights_that_no_cache_holds(isa, cell, rows):
+    """With AVX-512 alone, bf16 weights are pairs that a tile widens: to 4 rows, or 8 where they exceed the L2."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        module = torch_module(cell, 16, 516)
+        check(cell, module, torch.bfloat16, *inputs(cell, module, 3, rows))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("size", [(64, 32, 64, 128), (40, 1, 32, 256)], ids=["T64-B32-H128", "T40-B1-H256"])
 def test_long_sequences(cell, size):

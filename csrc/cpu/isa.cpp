@@ -43,6 +43,14 @@ Isa isa_detected() {
 #endif
 }
 
+bool bf16_dots_are_slow() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  return isa_detected() == Isa::avx512_bf16 && __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 bool mkl_is_narrow() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
@@ -54,14 +62,24 @@ bool mkl_is_narrow() {
 #endif
 }
 
-static std::atomic<int> limit{int(Isa::amx)};
+constexpr int none = int(Isa::amx) + 1;
+static std::atomic<int> limit{none};
 
 Isa isa_active() {
   return Isa(std::min(int(isa_detected()), limit.load(std::memory_order_relaxed)));
 }
 
+Isa isa_for_bf16_products() {
+  static const bool slow = bf16_dots_are_slow();
+  return slow && limit.load(std::memory_order_relaxed) == none ? Isa::avx512 : isa_active();
+}
+
 void isa_limit(Isa top) {
   limit.store(int(top), std::memory_order_relaxed);
+}
+
+void isa_unlimit() {
+  limit.store(none, std::memory_order_relaxed);
 }
 
 const char* isa_name(Isa isa) {

@@ -378,7 +378,7 @@ SEQFUSE_INLINE void put_operand(const bf16* d, int64_t K, word* out) {
 template <class T>
 void column_tile(const DenseProduct<T>& p, int64_t B, int64_t tile) {
   constexpr int64_t kTerms = (uses_dot<T> ? 2048 : 1024) / VL, kBatch = 32;
-  const Product product = uses_dot<T> ? product_for<T>(B) : Product::floats;
+  const Product product = uses_dot<T> ? product_for<T>(B, true) : Product::floats;
   [[maybe_unused]] const tiles::InUse in_use;
   alignas(64) word packed[1024 / VL * max_vectors * VL];
   alignas(64) float sums[kBatch * max_vectors * VL];

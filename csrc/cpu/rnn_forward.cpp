@@ -21,7 +21,7 @@ struct ForwardScan {
   const Plan plan;
   const int64_t units = a.H / (Plain ? 1 : a.options.heads);  // of this head; a.H lies between two gates
   const int64_t blocks = ceil_div(units, VL);
-  const Product kind = product_for<T>(rows_each(plan, a.B));
+  const Product kind = product_for<T>(rows_each(plan, a.B), plan.near);
   const int64_t words = weight_words(kind, units);
   const int64_t terms = operand_words(kind, units);
   const int64_t ld = operand_ld(terms);

@@ -2,6 +2,8 @@
 // several chains along k, or the latency of one multiply-add would set the pace.
 #include "cpu/rnn_gemm.h"
 
+#include <algorithm>
+
 #include "cpu/turn.h"
 
 namespace seqfuse {
@@ -82,7 +84,9 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
     }
 }
 
-template <Product P, int NV, int NR = P == Product::widened_pairs ? most_pair_rows : tile_rows(P, NV)>
+template <Product P, int NV,
+          int NR = P == Product::widened_pairs ? std::min(tile_rows(P, NV), int(most_pair_rows(false)))
+                                               : tile_rows(P, NV)>
 TileFn by_rows(int rows) {
   if constexpr (NR == 0)
     return nullptr;

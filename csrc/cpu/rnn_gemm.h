@@ -12,7 +12,6 @@
 namespace seqfuse {
 namespace SEQFUSE_ISA {
 
-constexpr int most_pair_rows = 2;
 constexpr int least_unit_rows = 2;  // rows of the state from which on the tile unit multiplies
 
 enum class Product { floats, widened_pairs, dot, tiles };
@@ -20,11 +19,21 @@ enum class Product { floats, widened_pairs, dot, tiles };
 template <class T>
 constexpr bool uses_dot = has_dot && sizeof(T) == 2;
 
-// For a worker that has so many rows. On Zen 3 pairs win with up to two: 1.5x with one, 0.8x with four.
+// Rows up to which a worker's bf16 weights are pairs. near: as floats they would stay in its second-level cache. On Zen
+// 3 pairs win with up to two: 1.5x with one, 0.8x with four. AVX-512 has registers for more (docs/recurrent.md).
+constexpr int64_t most_pair_rows(bool near) {
+#if defined(__AVX512F__)
+  return near ? 4 : 8;
+#else
+  return 2;
+#endif
+}
+
+// For a worker that has so many rows.
 template <class T>
-SEQFUSE_INLINE Product product_for(int64_t rows) {
+SEQFUSE_INLINE Product product_for(int64_t rows, bool near) {
   if (uses_dot<T>) return has_tiles && rows >= least_unit_rows ? Product::tiles : Product::dot;
-  return sizeof(T) == 2 && rows <= most_pair_rows ? Product::widened_pairs : Product::floats;
+  return sizeof(T) == 2 && rows <= most_pair_rows(near) ? Product::widened_pairs : Product::floats;
 }
 
 typedef uint32_t word;

@@ -22,6 +22,7 @@ SEQFUSE_INLINE Range part(int64_t n, int64_t i, int64_t of) {
 struct Plan {
   int64_t workers;
   bool by_batch;
+  bool near = true;  // each worker's weights, as floats where the processor does not multiply pairs, stay in its L2
 };
 
 // The slots of one of the workers that split the batch: as many as it gets when they take turns.

@@ -79,15 +79,17 @@ static bool fits_l2(int64_t bytes) {
 Plan plan_scan(const Parallel& parallel, DType dtype, int64_t T, int64_t B, int64_t H, int64_t G) {
   const int64_t threads = parallel.threads < 1 ? 1 : parallel.threads;
   const double step = step_ns(dtype, B, H, G);
-  const bool near = fits_l2(weight_bytes(dtype, H, G));
+  const int64_t weights = weight_bytes(dtype, H, G);
+  const bool near = fits_l2(weights);
   const int64_t rows = has_tiles ? (near ? 8 : 16) : near ? 2 : 4;
   if (B >= rows * threads || (!parallel.concurrent && B > 1)) {
-    if (step * double(T) < 15e3) return {1, false};  // less than what starting the threads costs
-    return {threads < B ? threads : B, true};
+    if (step * double(T) < 15e3) return {1, false, near};  // less than what starting the threads costs
+    return {threads < B ? threads : B, true, near};
   }
-  if (!parallel.concurrent || step < (has_tiles ? 4e3 : 2.5e3)) return {1, false};  // less than what a barrier saves
-  const int64_t blocks = ceil_div(H, VL);
-  return {threads < blocks ? threads : blocks, false};
+  if (!parallel.concurrent || step < (has_tiles ? 4e3 : 2.5e3))
+    return {1, false, near};  // less than what a barrier saves
+  const int64_t blocks = ceil_div(H, VL), workers = threads < blocks ? threads : blocks;
+  return {workers, false, fits_l2(weights / workers)};
 }
 
 }  // namespace SEQFUSE_ISA

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     facts["cuda"] = false;
 #endif
+    facts["bf16_dots_are_slow"] = bf16_dots_are_slow();
     facts["mkl_is_narrow"] = mkl_is_narrow();
     facts["last_level_cache"] = last_level_cache();
     facts["cached_bytes"] = cached_bytes();
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cached_bytes", &set_cached_bytes, "What the caches are taken to keep from one call to the next; negative: as found");
   m.def("isa_detected", [] { return isa_name(isa_detected()); });
   m.def("isa_active", [] { return isa_name(isa_active()); });
+  m.def("isa_for_bf16_products", [] { return isa_name(isa_for_bf16_products()); });
+  m.def("isa_unlimit", &isa_unlimit);
   m.def("isa_limit", [](const std::string& top) {
     for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
       if (top == isa_name(isa)) return isa_limit(isa);

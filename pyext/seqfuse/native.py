@@ -39,6 +39,17 @@ def isa_has(level: str) -> bool:
     return _C is not None and LEVELS.index(isa()) >= LEVELS.index(level)
 
 
+def bf16_dots() -> bool:
+    """Whether kernels multiply bfloat16 by the processor's own instructions: it has them, and they are not slow."""
+    return _C is not None and LEVELS.index(_C.isa_for_bf16_products()) >= LEVELS.index("avx512_bf16")
+
+
+def bf16_dots_are_slow() -> bool:
+    """Whether products of widened bfloat16 are twice as fast as the processor's own instructions: on Intel's without
+    a tile unit that may be used. isa_limit("avx512_bf16") makes our kernels use them all the same."""
+    return build_facts().get("bf16_dots_are_slow", False)
+
+
 def build_facts() -> dict:
     return {} if _C is None else dict(_C.build_facts(), isa_detected=_C.isa_detected())
 
@@ -96,6 +107,9 @@ def rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, back
     return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward)
 
 
+_limit: str | None = None
+
+
 @contextlib.contextmanager
 def isa_limit(level: str) -> Iterator[None]:
     """Never use an instruction-set level above `level` inside the block (for tests and benchmarks)."""
@@ -103,13 +117,15 @@ def isa_limit(level: str) -> Iterator[None]:
         raise RuntimeError(_why_not)
     from seqfuse import dispatch
 
-    before = _C.isa_active()
+    global _limit
     _C.isa_limit(level)
+    before, _limit = _limit, level
     dispatch.forget()
     try:
         yield
     finally:
-        _C.isa_limit(before)
+        _limit = before
+        _C.isa_unlimit() if before is None else _C.isa_limit(before)
         dispatch.forget()
 
 

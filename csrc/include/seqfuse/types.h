@@ -29,10 +29,16 @@ struct Parallel {
 // Levels of the run-time dispatch on x86; every other architecture has the baseline only.
 enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-Isa isa_detected();       // what this processor can do
-Isa isa_active();         // what kernels use: min(detected, limit)
-void isa_limit(Isa top);  // for tests and benchmarks: never use a level above `top`
+Isa isa_detected();           // what this processor can do
+Isa isa_active();             // what kernels use: min(detected, limit)
+Isa isa_for_bf16_products();  // what those use that multiply bf16: AVX-512 where its own instructions are slow
+void isa_limit(Isa top);      // for tests and benchmarks: never use a level above `top`, and use it although slow
+void isa_unlimit();           // as before any limit
 const char* isa_name(Isa);
+
+// Whether VDPBF16PS, 32 products of bf16, takes as long as four FMAs of 16 instead of two: on Intel, where the tile
+// unit is what bf16 is meant for. Not said where that unit may be used.
+bool bf16_dots_are_slow();
 
 // Whether MKL multiplies float32 with vectors of half the width that this processor computes with: on AMD it keeps to
 // AVX2, and from Zen 5 on a core computes 512 bits at once. (Zen 4 does so in two halves, and Zen 5 in processors for

@@ -182,7 +182,7 @@ CPU_FASTER_FROM_WITH_TILES = {
 def _least(dtype, grad, hides):
     if native.isa_has("amx"):
         return CPU_FASTER_FROM_WITH_TILES.get((dtype, grad), 0)
-    if dtype == torch.bfloat16 and native.isa_has("avx512_bf16"):
+    if dtype == torch.bfloat16 and native.bf16_dots():
         return CPU_FASTER_FROM_WITH_DOTS[grad]
     return CPU_FASTER_FROM.get((dtype, grad), (0, 0))[hides]
 

@@ -191,7 +191,7 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     if not case.dense:
         return "the rows of the weight are not dense"
     if case.dtype == torch.bfloat16:
-        if NATIVE_BF16 and case.rows > (FEW_ROWS if native.isa_has("avx512_bf16") else _WIDENED_ROWS):
+        if NATIVE_BF16 and case.rows > (FEW_ROWS if native.bf16_dots() else _WIDENED_ROWS):
             return "for so many rows oneDNN's own bfloat16 was measured faster"
     elif FEW_ROWS < case.rows and not many_rows_pay(case.rows):
         return "for so many rows PyTorch's own product was measured faster"
@@ -210,7 +210,7 @@ def _sizes(case: LinearCase) -> tuple[int, int, int]:
 
 def compiled_pays(dtype: torch.dtype, inputs: int, outputs: int) -> bool:
     """Whether torch.compile is to leave a layer's products to us, however many rows there will be."""
-    return products.OWN_FLOATS and dtype == torch.float32 and min(inputs, outputs) >= _SIDE
+    return products.atens_is_slow(dtype) and min(inputs, outputs) >= _SIDE
 
 
 def ever_pays(weight) -> bool:

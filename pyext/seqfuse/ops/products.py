@@ -3,7 +3,7 @@
 Where ATen has nothing good for bfloat16, both operands are widened (exactly), multiplied in float32 and rounded once.
 Without AVX-512 it multiplies bfloat16 in a plain loop, at about 1 GFLOP/s where float32 runs at 50 to 150. With AVX-512
 but no bfloat16 instructions (Skylake to Ice Lake) oneDNN does their work in software, at 55 GFLOP/s where float32 runs
-at 210. And on Zen 5 MKL multiplies float32 at half of what the processor can (docs/linear.md).
+at 210. Intel's are slow unless its tile unit may be used: 170 GFLOP/s where float32 runs at 330. And on Zen 5 MKL multiplies float32 at half of what the processor can (docs/linear.md).
 """
 
 import math
@@ -23,7 +23,7 @@ def _widen_from() -> int:
         return sys.maxsize  # another library: not measured
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0
-    return sys.maxsize if torch.cpu._is_avx512_bf16_supported() else 48
+    return sys.maxsize if torch.cpu._is_avx512_bf16_supported() and not native.bf16_dots_are_slow() else 48
 
 
 # Products of bfloat16 whose three sizes are all at least this are taken in float32 on this machine's CPU: 0 for all.
@@ -74,9 +74,9 @@ def _alone(*operands) -> bool:
 def _compiled(*operands) -> bool:
     """Whether torch.compile is to see one opaque call, which chooses by its sizes when it runs. Not asked elsewhere:
     sizes may be symbolic here."""
-    if not OWN_FLOATS or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return operands[0].is_cpu and operands[0].dtype == torch.float32
+    return operands[0].is_cpu and atens_is_slow(operands[0].dtype)
 
 
 def linear(x, w, b=None):
@@ -86,7 +86,7 @@ def linear(x, w, b=None):
     rows = x.numel() // max(x.shape[-1], 1)
     if widened(x, rows, *w.shape):
         if _alone(x) and native.isa_has("avx2"):
-            return torch.ops.seqfuse.linear_fwd(x, w, b)  # which widens no weight in memory
+            return own_linear(x, w, b)  # which widens no weight in memory
         return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
     if x.dtype == torch.float32 and _alone(x):
         if min(w.shape) >= 128 and many_rows_pay(rows):
@@ -101,7 +101,7 @@ def own_linear(x, w, b=None):
     if torch.compiler.is_compiling():
         return torch.ops.seqfuse_composed.linear(x, w, b)
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows <= MOST_ROWS and w.stride(1) == 1 or x.dtype != torch.float32:
+    if rows <= MOST_ROWS and w.stride(1) == 1:
         return torch.ops.seqfuse.linear_fwd(x, w, b)
     return _own(b, x.reshape(rows, x.shape[-1]), w.t()).view(*x.shape[:-1], w.shape[0])
 

@@ -152,7 +152,7 @@ def _cpu_prefers(case):
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
     if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512 and not large:
         return "packing so large a w_hh takes longer than the scan over so few steps saves against oneDNN"
-    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.isa() == "avx512_bf16":
+    if case.dtype == torch.bfloat16 and not case.grad and case.B >= 8 and native.bf16_dots() and not large:
         return "oneDNN's bfloat16 LSTM was measured 1.1 times as fast in inference at this batch size"
     return None
 
