@@ -148,10 +148,12 @@ def test_auto(monkeypatch):
     assert chosen(*sample(129, 512, 512, torch.bfloat16)).backend == "cpu"
     monkeypatch.setitem(rules, "NATIVE_BF16", True)
     monkeypatch.setattr(native, "isa", lambda: "avx512")
+    monkeypatch.setattr(native, "bf16_dots", lambda: False)
     seqfuse.dispatch.forget()
     many = sample(5, 512, 512, torch.bfloat16)
     assert "oneDNN" in why_not_cpu(chosen(*many))
     monkeypatch.setattr(native, "isa", lambda: "amx")
+    monkeypatch.setattr(native, "bf16_dots", lambda: True)
     seqfuse.dispatch.forget()
     assert chosen(*many).backend == "cpu"
     assert "oneDNN" in why_not_cpu(chosen(*sample(9, 512, 512, torch.bfloat16)))
@@ -256,6 +258,7 @@ def twice(call, *args):
 
 def test_auto_where_mkl_leaves_half_of_the_processor_unused(monkeypatch):
     monkeypatch.setattr("seqfuse.ops.products.OWN_FLOATS", True)
+    monkeypatch.setattr("seqfuse.ops.products.WIDEN_FROM", sys.maxsize)
     monkeypatch.setattr(native, "isa", lambda: "avx512")
     seqfuse.dispatch.forget()
     module = torch.nn.Linear(512, 256)
