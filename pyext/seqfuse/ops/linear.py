@@ -1,5 +1,5 @@
 """linear: torch.nn.functional.linear with kernels of its own for the few rows of a step of decoding, and for all
-products of float32 where PyTorch's library leaves half of the processor unused."""
+products where PyTorch's library leaves half of the processor unused."""
 
 from typing import NamedTuple
 
@@ -36,9 +36,9 @@ def linear(x, weight, bias=None):
     x: [..., K]; weight: [N, K], or [K]; bias: [N], [] or None; all of one dtype. Returns [..., N], or [...].
     On a CPU, float32 or bfloat16 can be multiplied by kernels of ours, with float32 sums: up to 128 rows without a
     gradient, and any rows, forward and backward, of float32 where MKL leaves half of the processor unused
-    (seqfuse.native.mkl_is_narrow) and of bfloat16 where the processor has no instructions for it. Everything else is
-    PyTorch's own call, so autocast, subclasses of tensors and torch.func work as they do there. Parameters stay as
-    nn.Linear keeps them: nothing is packed. Differentiable twice.
+    (seqfuse.native.mkl_is_narrow) and of bfloat16 where the processor has no instructions for it, or slow ones
+    (bf16_dots_are_slow). Everything else is PyTorch's own call, so autocast, subclasses of tensors and torch.func work
+    as they do there. Parameters stay as nn.Linear keeps them: nothing is packed. Differentiable twice.
     Raises TypeError or ValueError on bad arguments.
     """
     key = None if traced() else _key(x, weight, bias)
@@ -184,8 +184,9 @@ def _cpu_prefers(case: LinearCase) -> str | None:
     side = min(case.inputs, case.outputs)
     if side >= _SIDE and own_floats(case.dtype, *_sizes(case)):
         return None
-    if case.grad and case.dtype == torch.bfloat16 and min(_sizes(case)) >= products.WIDEN_FROM:
-        return None  # three products that PyTorch takes in a plain loop, or in software
+    hard = case.grad or not case.dense
+    if hard and case.dtype == torch.bfloat16 and min(_sizes(case)) >= products.WIDEN_FROM:
+        return None  # one or three products that PyTorch takes in a plain loop, in software or by slow instructions
     if case.grad:
         return "with a gradient PyTorch's own products are as fast"
     if not case.dense:
@@ -218,7 +219,8 @@ def ever_pays(weight) -> bool:
     if weight.dim() != 2 or library.cpu_refusal(weight.device.type, weight.dtype):
         return False
     like = LinearCase("cpu", weight.dtype, 1, weight.shape[1], weight.shape[0], False, dense=weight.stride(1) == 1)
-    return any(_cpu_prefers(like._replace(rows=rows)) is None for rows in (1, 1024))
+    calls = ((1, False), (1024, False), (1024, True))
+    return any(_cpu_prefers(like._replace(rows=rows, grad=grad)) is None for rows, grad in calls)
 
 
 def _fake(x, weight, bias):

@@ -49,8 +49,8 @@ def cross_entropy(
         dx = None if scale is None else torch.empty_like(logits)
         losses, lse = kernel(logits, target, class_weight, scale, lse, dx, *options)
         return losses, lse, x.new_empty(0) if dx is None else dx, x.new_empty(0), x.new_empty(0)
-    dtype, wide = x.dtype, products.widened(x, x.shape[0], *weight.shape)
-    if wide:
+    dtype = x.dtype
+    if products.widened_in_memory(x, x.shape[0], *weight.shape):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, vocabulary, x.device.type)
@@ -122,7 +122,7 @@ def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
     triton = backend == "triton"
     kernel = library.launcher("cross_entropy", "kl_rows") if triton else torch.ops.seqfuse.kl_rows.default
     dtype = x.dtype
-    if products.widened(x, x.shape[0], *weight.shape):
+    if products.widened_in_memory(x, x.shape[0], *weight.shape):
         x, weight, teacher_x, teacher_weight = (t.float() for t in (x, weight, teacher_x, teacher_weight))
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, 2 * vocabulary, x.device.type)

@@ -39,6 +39,11 @@ def widened(t: torch.Tensor, *sizes: int) -> bool:
     return min(sizes, default=0) >= WIDEN_FROM
 
 
+def widened_in_memory(t: torch.Tensor, *sizes: int) -> bool:
+    """The same, where no kernel of ours widens operands in the caches: better once for several products."""
+    return widened(t, *sizes) and not native.isa_has("avx2")
+
+
 # Products of float32 are our kernel's where MKL leaves half of the processor unused (docs/linear.md).
 OWN_FLOATS = native.mkl_is_narrow()
 _LEAST, _LEAST_WORK = 32, 1 << 19  # of each size, of the three multiplied: smaller ones it takes longer for
