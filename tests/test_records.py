@@ -20,7 +20,8 @@ ROWS = [
 def write(path, rows):
     head = {
         "date": "2026-01-31T00:00:00",
-        "machine": records.machine("cpu") | {"isa": "avx2", "build_mkl_is_narrow": False, "build_bf16_dots_are_slow": False},
+        "machine": records.machine("cpu")
+        | {"isa": "avx2", "build_mkl_is_narrow": False, "build_bf16_dots_are_slow": False},
     }
     records.write(path, head, rows)
     return records.read(path)

@@ -3,7 +3,8 @@
 Where ATen has nothing good for bfloat16, both operands are widened (exactly), multiplied in float32 and rounded once.
 Without AVX-512 it multiplies bfloat16 in a plain loop, at about 1 GFLOP/s where float32 runs at 50 to 150. With AVX-512
 but no bfloat16 instructions (Skylake to Ice Lake) oneDNN does their work in software, at 55 GFLOP/s where float32 runs
-at 210. Intel's are slow unless its tile unit may be used: 170 GFLOP/s where float32 runs at 330. And on Zen 5 MKL multiplies float32 at half of what the processor can (docs/linear.md).
+at 210. Intel's instructions are slow unless its tile unit may be used: 170 GFLOP/s where float32 runs at 330. And on
+Zen 5 MKL multiplies float32 at half of what the processor can (docs/linear.md).
 """
 
 import math
@@ -89,10 +90,11 @@ def linear(x, w, b=None):
     if _compiled(x):
         return torch.ops.seqfuse_composed.linear(x, w, b)
     rows = x.numel() // max(x.shape[-1], 1)
-    if widened(x, rows, *w.shape):
+    if widened(x, *w.shape) and rows >= min(WIDEN_FROM, ROWS[0]):
         if _alone(x) and native.isa_has("avx2"):
             return own_linear(x, w, b)  # which widens no weight in memory
-        return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
+        if rows >= WIDEN_FROM:
+            return F.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
     if x.dtype == torch.float32 and _alone(x):
         if min(w.shape) >= 128 and many_rows_pay(rows):
             return torch.ops.seqfuse.linear_fwd(x, w, b)
