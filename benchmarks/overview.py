@@ -127,11 +127,11 @@ def svg(found: Points) -> str:
             f'<line class="{kind_of_line}" x1="{x(value):.1f}" y1="{TOP - 14}" x2="{x(value):.1f}" y2="{y - 12:.1f}"/>'
         )
         grid.append(f'<text class="quiet" x="{x(value):.1f}" y="{y + 4:.1f}" text-anchor="middle">{value:g}x</text>')
-    legend, left = [], LABEL
+    legend, left = [], 12
     for isa in present(found):
         legend.append(f'<circle class="{isa}" cx="{left + 6}" cy="56" r="5"/>')
         legend.append(f'<text x="{left + 17}" y="60">{MACHINES[isa]}</text>')
-        left += 44 + 8 * len(MACHINES[isa])
+        left += 36 + 7 * len(MACHINES[isa])
     title = "Times faster than PyTorch on two CPU threads, forward + backward"
     quiet = "dots: geometric mean of a machine's cases; line: from the slowest single case to the fastest"
     height = round(y + 16)

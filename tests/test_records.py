@@ -107,6 +107,14 @@ def test_overview_writes_picture_and_page(tmp_path, capsys):
     assert "no ratio" in capsys.readouterr().err
 
 
+def test_the_legend_fits_the_picture():
+    root = ElementTree.fromstring(overview.svg({"gru": {"fp32": {kind: [2.0] for kind in overview.MACHINES}}}))
+    ends = {
+        t.text: float(t.get("x")) + 7 * len(t.text) for t in root.iter(TEXT) if t.text in overview.MACHINES.values()
+    }
+    assert set(ends) == set(overview.MACHINES.values()) and max(ends.values()) <= overview.WIDTH
+
+
 def test_the_page_in_docs_is_of_the_records_there_are(tmp_path):
     if not (ROOT / "docs").is_dir():
         pytest.skip("not a checkout")
