@@ -43,12 +43,17 @@ Isa isa_detected() {
 #endif
 }
 
-bool bf16_dots_are_slow() {
+bool is_intel() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  return isa_detected() == Isa::avx512_bf16 && __builtin_cpu_is("intel");
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
 #else
   return false;
 #endif
+}
+
+bool bf16_dots_are_slow() {
+  return isa_detected() == Isa::avx512_bf16 && is_intel();
 }
 
 bool mkl_is_narrow() {

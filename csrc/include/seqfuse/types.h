@@ -35,6 +35,7 @@ Isa isa_for_bf16_products();  // what those use that multiply bf16: AVX-512 wher
 void isa_limit(Isa top);      // for tests and benchmarks: never use a level above `top`, and use it although slow
 void isa_unlimit();           // as before any limit
 const char* isa_name(Isa);
+bool is_intel();
 
 // Whether VDPBF16PS, 32 products of bf16, takes as long as four FMAs of 16 instead of two: on Intel, where the tile
 // unit is what bf16 is meant for (measured on Emerald and Granite Rapids). Not said where that unit may be used.

@@ -144,10 +144,12 @@ def _cpu_prefers(case):
     if case.cell != "lstm" or "proj_size" in case.extras:
         return None
     wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
-    large = native.isa_has("amx")  # such processors have an L2 of 2 MB a core, which holds larger w_hh
+    amx = native.isa_has("amx")
+    large = amx or (wide and native.bf16_dots_are_slow())  # they have an L2 of 2 MB a core, which holds larger w_hh
+    few = case.B < (8 if amx else 7) or (case.B < 12 and case.hidden_size >= 512 and not amx)
     if case.dtype == torch.float32 and case.B < 8 and OWN_FLOATS and wide:
         return None  # the products around the scan are ours too
-    if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or case.B < 8)):
+    if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or few)):
         if not case.grad or wide or (case.T * case.B >= 1024 and case.B >= 8) or case.hidden_size >= 512:
             return "oneDNN's float32 LSTM was measured 1.1 to 1.3 times as fast at this batch size"
     if case.dtype == torch.float32 and not case.grad and case.T < 128 and case.hidden_size >= 512 and not large:
