@@ -79,12 +79,9 @@ Isa isa_for_bf16_products() {
   return slow && limit.load(std::memory_order_relaxed) == none ? Isa::avx512 : isa_active();
 }
 
-void isa_limit(Isa top) {
-  limit.store(int(top), std::memory_order_relaxed);
-}
-
-void isa_unlimit() {
-  limit.store(none, std::memory_order_relaxed);
+std::optional<Isa> isa_limit(std::optional<Isa> top) {
+  const int before = limit.exchange(top ? int(*top) : none, std::memory_order_relaxed);
+  return before == none ? std::nullopt : std::optional(Isa(before));
 }
 
 const char* isa_name(Isa isa) {

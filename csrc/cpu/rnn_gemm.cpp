@@ -85,8 +85,7 @@ void tile(const word* __restrict w, const word* __restrict x, int64_t ldx, int64
 }
 
 template <Product P, int NV,
-          int NR = P == Product::widened_pairs ? std::min(tile_rows(P, NV), int(most_pair_rows(false)))
-                                               : tile_rows(P, NV)>
+          int NR = P == Product::widened_pairs ? std::min(tile_rows(P, NV), most_pair_rows(false)) : tile_rows(P, NV)>
 TileFn by_rows(int rows) {
   if constexpr (NR == 0)
     return nullptr;

@@ -21,7 +21,7 @@ constexpr bool uses_dot = has_dot && sizeof(T) == 2;
 
 // Rows up to which a worker's bf16 weights are pairs. near: as floats they would stay in its second-level cache. On Zen
 // 3 pairs win with up to two: 1.5x with one, 0.8x with four. AVX-512 has registers for more (docs/recurrent.md).
-constexpr int64_t most_pair_rows(bool near) {
+constexpr int most_pair_rows(bool near) {
 #if defined(__AVX512F__)
   return near ? 4 : 8;
 #else

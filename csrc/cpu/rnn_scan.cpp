@@ -78,8 +78,8 @@ static bool fits_l2(int64_t bytes) {
 // with three rows of floats a step took longer than with four.
 static int64_t least_rows(DType dtype, bool near) {
   if (has_tiles) return near ? 8 : 16;
-  static const bool eager = VL == 16 && is_intel();
-  if (eager && !has_dot) return dtype == DType::f32 ? (near ? 4 : 6) : near ? 3 : 4;
+  static const bool eager = VL == 16 && !has_dot && is_intel();
+  if (eager) return dtype == DType::f32 ? (near ? 4 : 6) : near ? 3 : 4;
   return near ? 2 : 4;
 }
 

@@ -46,12 +46,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_detected", [] { return isa_name(isa_detected()); });
   m.def("isa_active", [] { return isa_name(isa_active()); });
   m.def("isa_for_bf16_products", [] { return isa_name(isa_for_bf16_products()); });
-  m.def("isa_unlimit", &isa_unlimit);
-  m.def("isa_limit", [](const std::string& top) {
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-      if (top == isa_name(isa)) return isa_limit(isa);
+  // by name; None stands for no limit, also in what is returned: the limit there was
+  m.def("isa_limit", [](const py::object& top) -> py::object {
+    std::optional<Isa> level;
+    if (!top.is_none()) {
+      const std::string name = py::cast<std::string>(top);
+      for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
+        if (name == isa_name(isa)) level = isa;
+      if (!level)
+        throw py::value_error("unknown instruction set '" + name + "': use baseline, avx2, avx512, avx512_bf16 or amx");
     }
-    throw py::value_error("unknown instruction set '" + top + "': use baseline, avx2, avx512, avx512_bf16 or amx");
+    const std::optional<Isa> before = isa_limit(level);
+    return before ? py::object(py::str(isa_name(*before))) : py::object(py::none());
   });
   // Launch plans. cell and dtype are the numbers of csrc/include/seqfuse: rnn.h, types.h.
   const auto whose = [](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {

@@ -44,6 +44,7 @@ def bf16_dots() -> bool:
     return _C is not None and LEVELS.index(_C.isa_for_bf16_products()) >= LEVELS.index("avx512_bf16")
 
 
+@functools.cache  # a rule of auto asks, and the facts are looked up anew each time
 def bf16_dots_are_slow() -> bool:
     """Whether products of widened bfloat16 are twice as fast as the processor's own instructions: on Intel's without
     a tile unit that may be used. isa_limit("avx512_bf16") makes our kernels use them all the same."""
@@ -107,9 +108,6 @@ def rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, back
     return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward)
 
 
-_limit: str | None = None
-
-
 @contextlib.contextmanager
 def isa_limit(level: str) -> Iterator[None]:
     """Never use an instruction-set level above `level` inside the block (for tests and benchmarks)."""
@@ -117,15 +115,12 @@ def isa_limit(level: str) -> Iterator[None]:
         raise RuntimeError(_why_not)
     from seqfuse import dispatch
 
-    global _limit
-    _C.isa_limit(level)
-    before, _limit = _limit, level
+    before = _C.isa_limit(level)
     dispatch.forget()
     try:
         yield
     finally:
-        _limit = before
-        _C.isa_unlimit() if before is None else _C.isa_limit(before)
+        _C.isa_limit(before)
         dispatch.forget()
 
 

@@ -1,6 +1,7 @@
 // Types that every contract header shares. No torch header may be included below csrc/.
 #pragma once
 #include <cstdint>
+#include <optional>
 
 namespace seqfuse {
 
@@ -32,8 +33,9 @@ enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, 
 Isa isa_detected();           // what this processor can do
 Isa isa_active();             // what kernels use: min(detected, limit)
 Isa isa_for_bf16_products();  // what those use that multiply bf16: AVX-512 where its own instructions are slow
-void isa_limit(Isa top);      // for tests and benchmarks: never use a level above `top`, and use it although slow
-void isa_unlimit();           // as before any limit
+// For tests and benchmarks: never use a level above `top`, and use it although slow; none: as found. Returns the limit
+// there was.
+std::optional<Isa> isa_limit(std::optional<Isa> top);
 const char* isa_name(Isa);
 bool is_intel();
 

@@ -146,7 +146,7 @@ def _cpu_prefers(case):
     wide = native.isa_has("avx512")  # oneDNN gains more from it than our scan, whose products are smaller
     amx = native.isa_has("amx")
     large = amx or (wide and native.bf16_dots_are_slow())  # they have an L2 of 2 MB a core, which holds larger w_hh
-    few = case.B < (8 if amx else 7) or (case.B < 12 and case.hidden_size >= 512 and not amx)
+    few = case.B < (8 if amx else 12 if case.hidden_size >= 512 else 7)
     if case.dtype == torch.float32 and case.B < 8 and OWN_FLOATS and wide:
         return None  # the products around the scan are ours too
     if case.dtype == torch.float32 and case.B >= 4 and not (large and (case.grad or few)):
