@@ -460,7 +460,7 @@ def test_plan_says_why_not(dtype, H, capability, resident, words):
 @pytest.mark.parametrize("backward", [False, True])
 def test_plan_for_the_current_device(host, backward):
     def text(**changes):
-        numbers = {"cell": 3, "dtype": 1, "B": 40, "H": 70, "options": 0, "backward": backward}
+        numbers = {"cell": 3, "dtype": 1, "B": 40, "H": 70, "backward": backward}
         numbers |= {"capability": 90, "resident": 2, "allow": 1, "scans": 1, "tf32": 0} | changes
         return bytes(host("rnn_cluster_plan", numbers, {}, {"text": (120, torch.uint8)})["text"]).decode().strip()
 

@@ -216,10 +216,10 @@ def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
     """In the machine code: every product of the kernel lies in the time loop, and too few loads to fetch w_hh again."""
     sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled[source][0]])
     kernels = {n: code for n, code in functions(sass).items() if "rnn_cluster" in n}
-    # cells x 16-bit types x extents x options; in tf32 the larger extent is the plain RNN's alone
-    assert len(kernels) == 24 + 8
+    # cells x 16-bit types x extents; in tf32 the larger extent is the plain RNN's alone
+    assert len(kernels) == 12 + 4
     for name, code in kernels.items():
-        cell, extent, options = re.search(r"CellE(\d).*Li(\d+)ELb(\d)", name).groups()
+        cell, extent = re.search(r"CellE(\d).*Li(\d+)E", name).groups()
         gates, body = GATES[cell], time_loop(code)
         tf32 = 1 if "bf16" in name or "f16" in name else 2  # words of a value
         fragments = gates * int(extent) // 32 * tf32
@@ -229,7 +229,7 @@ def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
         assert sum(opcode(t).startswith("HMMA") for _, t in code) == fragments, name
         # a pair is one load of 4 bytes or two of 2, in two places: what the step before left may be in two arrays
         pairs = gates if CLUSTER[source] == "forward" else {"0": 2, "2": 6, "3": 6}[cell]
-        flags = 5 + 2 if options == "1" else 0  # bytes of masks, dcells
+        flags = 5 + 2  # bytes of masks, dcells
         # w_hh is not among them: its share of a thread is many times as much
         assert 3 * pairs + 2 + flags < fragments * 2 or gates == 1
         loads = sum(o.startswith("LDG") for o in body)

@@ -17,9 +17,8 @@ def device(monkeypatch):
     """device(capability, resident): what the GPU is, and how many clusters forward and backward it holds at once."""
 
     def describe(capability=90, resident=(8, 8)):
-        def plan(cell, dtype, batch, hidden, scans, tf32, options, backward):
-            found = native._C.rnn_cluster_plan(cell, dtype, batch, hidden, capability, resident[backward], scans, tf32)
-            return found | {"asked": options}
+        def plan(cell, dtype, batch, hidden, scans, tf32, backward):
+            return native._C.rnn_cluster_plan(cell, dtype, batch, hidden, capability, resident[backward], scans, tf32)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(native, "has_cuda", lambda: True)
@@ -135,22 +134,6 @@ def test_what_no_cuda_kernel_has(device, extra, words):
 def test_an_empty_batch(device):
     device()
     assert "the batch is empty" in refusal(B=0)
-
-
-def test_the_plan_is_asked_for_the_instance_that_will_run(device, monkeypatch):
-    device()
-    plan, asked = native.rnn_cluster_plan_here, []
-
-    def recording(*args):
-        asked.append(args[-2:])
-        return plan(*args)
-
-    monkeypatch.setattr(native, "rnn_cluster_plan_here", recording)
-    for extras, options in (((), [0, 0]), (("lengths",), [1, 1]), (("return_cell_states",), [0, 1])):
-        asked.clear()
-        dispatch.forget()
-        chosen(extras=extras)
-        assert {tuple(map(int, a)) for a in asked} == set(zip(options, (0, 1), strict=True))
 
 
 def test_tf32_follows_torchs_setting(monkeypatch):

@@ -77,11 +77,10 @@ struct Scans {
   Scan of[2];
 };
 
-// The second argument of a kernel. Lengths, resets and weights are those of both scans, masks are each one's own.
-template <bool Options>
-struct ClusterOptions {};
-template <>
-struct ClusterOptions<true> {
+// The second argument of a kernel, looked at in every step: instances without it would save 12 to 24 registers and some
+// tests of constants, and take as long again to compile. Lengths, resets and weights are those of both scans, masks are
+// each one's own.
+struct ClusterOptions {
   const int64_t* lengths;  // [B] or null
   Sequence<const bool> resets, zone_h[2], zone_c[2];
   float zoneout_h, zoneout_c;
@@ -137,9 +136,8 @@ SEQFUSE_DEVICE void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const u
 struct StepFlags {
   bool active = true, reset = false, zone_h[2] = {}, zone_c[2] = {};
 
-  SEQFUSE_DEVICE void load(const ClusterOptions<false>&, const Owner&, int64_t, int64_t) {}
   // length: of the thread's row
-  SEQFUSE_DEVICE void load(const ClusterOptions<true>& o, const Owner& me, int64_t t, int64_t length) {
+  SEQFUSE_DEVICE void load(const ClusterOptions& o, const Owner& me, int64_t t, int64_t length) {
     if (!me.count) return;
     active = t < length;
     if (o.resets.data) reset = *o.resets.at(t, me.row, 0);
@@ -151,15 +149,12 @@ struct StepFlags {
     }
   }
   // the weight of the value of the step before
-  SEQFUSE_DEVICE float kept_h(const ClusterOptions<true>& o, int e) const { return zone_h[e] ? 1.0f : o.zoneout_h; }
-  SEQFUSE_DEVICE float kept_c(const ClusterOptions<true>& o, int e) const { return zone_c[e] ? 1.0f : o.zoneout_c; }
+  SEQFUSE_DEVICE float kept_h(const ClusterOptions& o, int e) const { return zone_h[e] ? 1.0f : o.zoneout_h; }
+  SEQFUSE_DEVICE float kept_c(const ClusterOptions& o, int e) const { return zone_c[e] ? 1.0f : o.zoneout_c; }
 };
 
 // the number of steps of the thread's row; without lengths, or where there is no row, more than any
-SEQFUSE_DEVICE int64_t length_of(const ClusterOptions<false>&, const Owner&) {
-  return INT64_MAX;
-}
-SEQFUSE_DEVICE int64_t length_of(const ClusterOptions<true>& o, const Owner& me) {
+SEQFUSE_DEVICE int64_t length_of(const ClusterOptions& o, const Owner& me) {
   return o.lengths && me.count ? o.lengths[me.row] : INT64_MAX;
 }
 

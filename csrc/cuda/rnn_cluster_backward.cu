@@ -38,31 +38,28 @@ int64_t rnn_workspace_cluster_cuda(Cell cell, int64_t B, int64_t H) {
 int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspace, void* stream) {
   const RnnBackward& a = scans[0];
   if (const int error = cluster_refused(scans, count)) return error;
-  bool options = false, sums = false;
-  for (int i = 0; i < count; i++) {
-    options = options || scans[i].options.in_use() || scans[i].dcells;
-    sums = sums || scans[i].db_hh;
-  }
+  bool sums = false;
+  for (int i = 0; i < count; i++) sums = sums || scans[i].db_hh;
   const int64_t rows = partial_rows(a.B), cols = gates_of(a.cell) * a.H;
   ColumnSum sum[2];
   for (int i = 0; i < 2; i++)
     sum[i] = {static_cast<float*>(workspace) + i * rows * cols, i < count ? scans[i].db_hh : nullptr, rows, cols};
-  const int error = with_cluster_instance(a.cell, a.dtype, a.H, options, [&]<Cell C, class T, int K, bool Options>() {
+  const int error = with_cluster_instance(a.cell, a.dtype, a.H, [&]<Cell C, class T, int K>() {
     static_assert(sizeof(BackwardShared<T, kGates<C>, K>) == cluster_shared(C, dtype_number<T>, K).backward);
-    return launch_clusters<Options>(&rnn_cluster_backward<C, T, K, Options>, scans, count,
-                                    cluster_shared(C, a.dtype, K).backward, stream, [&](const RnnBackward& scan) {
-                                      ClusterBackward<T> p = view_of<T>(scan);
-                                      if (sums) p.partial = const_cast<float*>(sum[&scan - scans].in);
-                                      return p;
-                                    });
+    return launch_clusters(&rnn_cluster_backward<C, T, K>, scans, count, cluster_shared(C, a.dtype, K).backward, stream,
+                           [&](const RnnBackward& scan) {
+                             ClusterBackward<T> p = view_of<T>(scan);
+                             if (sums) p.partial = const_cast<float*>(sum[&scan - scans].in);
+                             return p;
+                           });
   });
   return error || !sums ? error : launch_column_sums<float>(sum[0], sum[1], count, stream);
 }
 
-int64_t rnn_backward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H, bool options) {
-  return with_cluster_instance(cell, dtype, H, options, [&]<Cell C, class T, int K, bool Options>() {
+int64_t rnn_backward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H) {
+  return with_cluster_instance(cell, dtype, H, [&]<Cell C, class T, int K>() {
     const int blocks = int((H + kBlockUnits - 1) / kBlockUnits);
-    return dev::resident_clusters(&rnn_cluster_backward<C, T, K, Options>,
+    return dev::resident_clusters(&rnn_cluster_backward<C, T, K>,
                                   {blocks, 1, blocks, cluster_shared(cell, dtype, K).backward}, kClusterThreads);
   });
 }

@@ -76,13 +76,12 @@ struct BackwardShared {
   };
 };
 
-template <Cell C, class T, int K, bool Options>
-SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, const ClusterOptions<Options>& o) {
+template <Cell C, class T, int K>
+SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, const ClusterOptions& o) {
   using dev::Math;
   const ClusterBackward<T>& p = scans.of[dev::block_y()];
   constexpr int G = kGates<C>, kTiles = kBlockTiles<T>, kColumnTiles = K / 8 / kClusterWarps;
   constexpr int kSaved = C == Cell::rnn_tanh ? 1 : 4;
-  constexpr bool kDirect = C == Cell::gru || Options;  // some of dh bypasses w_hh in every step
   using Shared = BackwardShared<T, G, K>;
   using Sums = typename Shared::Sums;
   Shared& s = dev::dynamic_shared<Shared>();
@@ -115,7 +114,7 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
     StepFlags flags;
 
     // of time step t, which came after `t + direction` in the forward pass, or first of all
-    SEQFUSE_DEVICE void load(const ClusterBackward<T>& p, const ClusterOptions<Options>& o, const Owner& me, int64_t t,
+    SEQFUSE_DEVICE void load(const ClusterBackward<T>& p, const ClusterOptions& o, const Owner& me, int64_t t,
                              int64_t length, bool first) {
       if (!me.count) return;
       const ClusterShape& shape = p.shape;
@@ -135,14 +134,14 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
       }
       if (p.dy.data) dy = dev::load_pair(p.dy.at(t, me.row, me.unit), me.count, shape.paired);
       if constexpr (C == Cell::rnn_tanh) {
-        const Sequence<const T>& from = Options && p.gates.data ? p.gates : p.y;  // h before zoneout
+        const Sequence<const T>& from = p.gates.data ? p.gates : p.y;  // h before zoneout
         saved[0] = dev::load_pair(from.at(t, me.row, me.unit), me.count, shape.paired);
       } else {
 #pragma unroll
         for (int k = 0; k < 4; k++)
           saved[k] = dev::load_pair(p.gates.at(t, me.row, int64_t(k) * shape.H + me.unit), me.count, shape.paired);
       }
-      if (C == Cell::lstm && Options && p.dcells.data) {
+      if (C == Cell::lstm && p.dcells.data) {
 #pragma unroll
         for (int e = 0; e < 2; e++)
           if (e < me.count) dc[e] = *p.dcells.at(t, me.row, me.unit + e);
@@ -174,7 +173,7 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
 #pragma unroll
       for (int e = 0; e < 2; e++) dh[e] += part.x[e];
     }
-    if (Options && cut) dh[0] = dh[1] = 0.0f;
+    if (cut) dh[0] = dh[1] = 0.0f;
   };
   if (dev::thread() == 0) dev::arrivals_init(s.arrivals[0]), dev::arrivals_init(s.arrivals[1]);
   dev::cluster_barrier();
@@ -187,31 +186,27 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
     if (i > 0) sum_parts(dh, int(i % 2));
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      if (kDirect || i == 0) dh[e] += direct[e];
+      dh[e] += direct[e];
       direct[e] = 0.0f;
-      if constexpr (Options) {
-        if (!now.flags.active) {
-          direct[e] = dh[e];
-          continue;
-        }
+      if (!now.flags.active) {
+        direct[e] = dh[e];
+        continue;
       }
       dh[e] += dev::element(now.dy, e);
       float before_h = dev::element(now.before_h, e), before_c = now.before_c[e], kept_dc = 0.0f;
-      if constexpr (Options) {
-        if (now.flags.reset) before_h = before_c = 0.0f;
-        const float kept_h = now.flags.kept_h(o, e);
-        direct[e] = kept_h * dh[e], dh[e] *= 1.0f - kept_h;
-      }
+      if (now.flags.reset) before_h = before_c = 0.0f;
+      const float kept_h = now.flags.kept_h(o, e);
+      if (kept_h != 0.0f) direct[e] = kept_h * dh[e], dh[e] *= 1.0f - kept_h;
       float saved[kSaved];
 #pragma unroll
       for (int k = 0; k < kSaved; k++) saved[k] = dev::element(now.saved[k], e);
       if constexpr (C == Cell::lstm) {
         float fresh = c[e];
-        if constexpr (Options) {
-          dc[e] += now.dc[e];
-          const float kept_c = now.flags.kept_c(o, e);
+        dc[e] += now.dc[e];
+        const float kept_c = now.flags.kept_c(o, e);
+        if (kept_c != 0.0f) {
           kept_dc = kept_c * dc[e], dc[e] *= 1.0f - kept_c;
-          if (kept_c != 0.0f) fresh = saved[1] * before_c + saved[0] * saved[2];  // c before zoneout
+          fresh = saved[1] * before_c + saved[0] * saved[2];  // c before zoneout
         }
         const LstmGrad<float> z =
             lstm_backward<Math>(saved[0], saved[1], saved[2], saved[3], fresh, before_c, dh[e], dc[e]);
@@ -224,9 +219,7 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
       } else {
         da[0][e] = shape.relu ? rnn_backward<Math, true>(saved[0], dh[e]) : rnn_backward<Math, false>(saved[0], dh[e]);
       }
-      if constexpr (Options) {
-        if (now.flags.reset) direct[e] = dc[e] = 0.0f;
-      }
+      if (now.flags.reset) direct[e] = dc[e] = 0.0f;
     }
     cut = now.flags.active && now.flags.reset;
 #pragma unroll
@@ -280,7 +273,7 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
   float dh[2];
   sum_parts(dh, int(shape.steps % 2));
   if (me.count) {
-    if (kDirect) dh[0] += direct[0], dh[1] += direct[1];
+    dh[0] += direct[0], dh[1] += direct[1];
     dev::store_pair(p.dh0 + me.at(shape), dev::rounded_pair<T>(dh[0], dh[1]), me.count, shape.paired);
     if (C == Cell::lstm)
       dev::store_pair(p.dc0 + me.at(shape), dev::rounded_pair<T>(dc[0], dc[1]), me.count, shape.paired);
@@ -299,10 +292,10 @@ SEQFUSE_DEVICE void cluster_backward(const Scans<ClusterBackward<T>>& scans, con
   }
 }
 
-template <Cell C, class T, int K, bool Options>
+template <Cell C, class T, int K>
 SEQFUSE_KERNEL(kClusterThreads, 1)
-rnn_cluster_backward(SEQFUSE_ARGUMENT Scans<ClusterBackward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions<Options> o) {
-  if constexpr (dev::kClusters) cluster_backward<C, T, K, Options>(scans, o);
+rnn_cluster_backward(SEQFUSE_ARGUMENT Scans<ClusterBackward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions o) {
+  if constexpr (dev::kClusters) cluster_backward<C, T, K>(scans, o);
 }
 
 }  // namespace seqfuse::cuda

@@ -31,19 +31,17 @@ ClusterForward<T> view_of(const RnnForward& a) {
 int rnn_forward_cluster_cuda(const RnnForward* scans, int count, void* stream) {
   const RnnForward& a = scans[0];
   if (const int error = cluster_refused(scans, count)) return error;
-  bool options = false;
-  for (int i = 0; i < count; i++) options = options || scans[i].options.in_use();
-  return with_cluster_instance(a.cell, a.dtype, a.H, options, [&]<Cell C, class T, int K, bool Options>() {
+  return with_cluster_instance(a.cell, a.dtype, a.H, [&]<Cell C, class T, int K>() {
     static_assert(sizeof(ForwardShared<T, kGates<C>, K>) == cluster_shared(C, dtype_number<T>, K).forward);
-    return launch_clusters<Options>(&rnn_cluster_forward<C, T, K, Options>, scans, count,
-                                    cluster_shared(C, a.dtype, K).forward, stream, &view_of<T>);
+    return launch_clusters(&rnn_cluster_forward<C, T, K>, scans, count, cluster_shared(C, a.dtype, K).forward, stream,
+                           &view_of<T>);
   });
 }
 
-int64_t rnn_forward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H, bool options) {
-  return with_cluster_instance(cell, dtype, H, options, [&]<Cell C, class T, int K, bool Options>() {
+int64_t rnn_forward_clusters_resident_cuda(Cell cell, DType dtype, int64_t H) {
+  return with_cluster_instance(cell, dtype, H, [&]<Cell C, class T, int K>() {
     const int blocks = int((H + kBlockUnits - 1) / kBlockUnits);
-    return dev::resident_clusters(&rnn_cluster_forward<C, T, K, Options>,
+    return dev::resident_clusters(&rnn_cluster_forward<C, T, K>,
                                   {blocks, 1, blocks, cluster_shared(cell, dtype, K).forward}, kClusterThreads);
   });
 }
@@ -56,13 +54,12 @@ std::atomic<bool> allowed{true};
 // what the driver says costs some microseconds, and does not change
 int64_t resident(const RnnClusterCase& c) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, Cell, DType, int64_t, bool, bool>, int64_t> known;
+  static std::map<std::tuple<int, Cell, DType, int64_t, bool>, int64_t> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, fresh] =
-      known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.options, c.backward}, 0);
+  const auto [entry, fresh] = known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.backward}, 0);
   if (fresh)
-    entry->second = c.backward ? rnn_backward_clusters_resident_cuda(c.cell, c.dtype, c.H, c.options)
-                               : rnn_forward_clusters_resident_cuda(c.cell, c.dtype, c.H, c.options);
+    entry->second = c.backward ? rnn_backward_clusters_resident_cuda(c.cell, c.dtype, c.H)
+                               : rnn_forward_clusters_resident_cuda(c.cell, c.dtype, c.H);
   return entry->second;
 }
 

@@ -63,8 +63,8 @@ struct ForwardShared {
 
 constexpr int kTurn = 4;  // k-tiles of a warp between two looks at H
 
-template <Cell C, class T, int K, bool Options>
-SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const ClusterOptions<Options>& o) {
+template <Cell C, class T, int K>
+SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const ClusterOptions& o) {
   using dev::Math;
   const ClusterForward<T>& p = scans.of[dev::block_y()];
   constexpr int G = kGates<C>, kTile = kTileUnits<T>, kTiles = K / kTile / 2;  // k-tiles a warp
@@ -90,7 +90,7 @@ SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const
   struct Inputs {
     Pair<T> x[G];
     StepFlags flags;
-    SEQFUSE_DEVICE void load(const ClusterForward<T>& p, const ClusterOptions<Options>& o, const Owner& me, int64_t t,
+    SEQFUSE_DEVICE void load(const ClusterForward<T>& p, const ClusterOptions& o, const Owner& me, int64_t t,
                              int64_t length) {
       flags.load(o, me, t, length);
       if (!flags.active) return;
@@ -127,8 +127,7 @@ SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const
       const int64_t row = me.group * kGroupRows + v % dev::kWarp / 4 + i % 2 * 8;
       const int k = v / dev::kWarp * kTile + (sizeof(T) == 2 ? i / 2 * 8 : 0) + v % 4 * 2;
       bool there = row < shape.rows;
-      if constexpr (Options) there = there && !(o.resets.data && *o.resets.at(t, row, 0));
-      if (!there) continue;
+      if (!there || (o.resets.data && *o.resets.at(t, row, 0))) continue;
       const Pair<T> pair = dev::load_pair(p.h0 + row * H + k, H - k, shape.paired);
       bits.word[i] = sizeof(T) == 2 ? pair.word[0] : dev::round_tf32(dev::element(pair, i / 2));
     }
@@ -177,9 +176,7 @@ SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       float x[G], before_h = h[e], before_c = c[e], new_h, new_c = 0.0f;
-      if constexpr (Options) {
-        if (now.flags.reset) before_h = before_c = 0.0f;
-      }
+      if (now.flags.reset) before_h = before_c = 0.0f;
 #pragma unroll
       for (int g = 0; g < G; g++) x[g] = dev::element(now.x[g], e);
       if constexpr (C == Cell::lstm) {
@@ -195,11 +192,9 @@ SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const
         new_h = shape.relu ? rnn_forward<Math, true>(x[0] + a[0][e]) : rnn_forward<Math, false>(x[0] + a[0][e]);
         saved[0][e] = new_h;
       }
-      if constexpr (Options) {
-        new_h = zoned(new_h, before_h, now.flags.kept_h(o, e));
-        if (C == Cell::lstm) new_c = zoned(new_c, before_c, now.flags.kept_c(o, e));
-        if (!now.flags.active) continue;  // a sequence that has ended, or not yet begun, keeps its state
-      }
+      if (!now.flags.active) continue;  // a sequence that has ended, or not yet begun, keeps its state
+      new_h = zoned(new_h, before_h, now.flags.kept_h(o, e));
+      if (C == Cell::lstm) new_c = zoned(new_c, before_c, now.flags.kept_c(o, e));
       h[e] = new_h, c[e] = new_c;
     }
     shown = dev::rounded_pair<T>(h[0], h[1]);
@@ -240,10 +235,10 @@ SEQFUSE_DEVICE void cluster_forward(const Scans<ClusterForward<T>>& scans, const
 }
 
 // C stands for the kind of cell: rnn_tanh means both activations of the plain RNN.
-template <Cell C, class T, int K, bool Options>
+template <Cell C, class T, int K>
 SEQFUSE_KERNEL(kClusterThreads, 1)
-rnn_cluster_forward(SEQFUSE_ARGUMENT Scans<ClusterForward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions<Options> o) {
-  if constexpr (dev::kClusters) cluster_forward<C, T, K, Options>(scans, o);
+rnn_cluster_forward(SEQFUSE_ARGUMENT Scans<ClusterForward<T>> scans, SEQFUSE_ARGUMENT ClusterOptions o) {
+  if constexpr (dev::kClusters) cluster_forward<C, T, K>(scans, o);
 }
 
 }  // namespace seqfuse::cuda

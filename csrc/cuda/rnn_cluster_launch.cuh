@@ -57,19 +57,18 @@ int cluster_refused(const Scan* scans, int count) {
   return 0;
 }
 
-inline void set_options(ClusterOptions<false>&, const RnnOptions&, int) {}
-inline void set_options(ClusterOptions<true>& out, const RnnOptions& o, int scan) {
+inline void set_options(ClusterOptions& out, const RnnOptions& o, int scan) {
   out.lengths = o.lengths, out.resets = {o.resets, o.resets_strides};
   out.zone_h[scan] = {o.zone_h, o.zone_h_strides}, out.zone_c[scan] = {o.zone_c, o.zone_c_strides};
   out.zoneout_h = o.zoneout_h, out.zoneout_c = o.zoneout_c;
 }
 
 // Launches `kernel` for all batch rows of one scan or two. make(scan) gives a kernel's view of one.
-template <bool Options, class View, class Scan, class Make>
-int launch_clusters(void (*kernel)(Scans<View>, ClusterOptions<Options>), const Scan* scans, int count, int64_t shared,
+template <class View, class Scan, class Make>
+int launch_clusters(void (*kernel)(Scans<View>, ClusterOptions), const Scan* scans, int count, int64_t shared,
                     void* stream, Make make) {
   Scans<View> views{};
-  ClusterOptions<Options> options{};
+  ClusterOptions options{};
   for (int i = 0; i < count; i++) {
     views.of[i] = make(scans[i]);
     set_options(options, scans[i].options, i);
@@ -80,28 +79,25 @@ int launch_clusters(void (*kernel)(Scans<View>, ClusterOptions<Options>), const 
   return dev::launch(kernel, grid, kClusterThreads, stream, views, options);
 }
 
-// f(C, T, K, Options) as template arguments of f.operator()
+// f(C, T, K) as template arguments of f.operator()
 template <class F>
-int with_cluster_instance(Cell cell, DType dtype, int64_t H, bool options, F f) {
-  auto with_cell = [&]<class T, int K, bool Options>() {
-    if (cell == Cell::lstm) return f.template operator()<Cell::lstm, T, K, Options>();
-    if (cell == Cell::gru) return f.template operator()<Cell::gru, T, K, Options>();
-    return f.template operator()<Cell::rnn_tanh, T, K, Options>();
+int with_cluster_instance(Cell cell, DType dtype, int64_t H, F f) {
+  auto with_cell = [&]<class T, int K>() {
+    if (cell == Cell::lstm) return f.template operator()<Cell::lstm, T, K>();
+    if (cell == Cell::gru) return f.template operator()<Cell::gru, T, K>();
+    return f.template operator()<Cell::rnn_tanh, T, K>();
   };
-  auto with_extent = [&]<class T, bool Options>() {
-    if (H <= 256) return with_cell.template operator()<T, 256, Options>();
+  auto with_extent = [&]<class T>() {
+    if (H <= 256) return with_cell.template operator()<T, 256>();
     if constexpr (sizeof(T) == 2)
-      return with_cell.template operator()<T, 512, Options>();
+      return with_cell.template operator()<T, 512>();
     else  // only the weights of a plain RNN fit
-      return f.template operator()<Cell::rnn_tanh, T, 512, Options>();
-  };
-  auto with_type = [&]<class T>() {
-    return options ? with_extent.template operator()<T, true>() : with_extent.template operator()<T, false>();
+      return f.template operator()<Cell::rnn_tanh, T, 512>();
   };
   if (H < 1 || H > cluster_most_units(cell, dtype)) return kInvalidValue;
-  if (dtype == DType::bf16) return with_type.template operator()<dev::bf16>();
-  if (dtype == DType::f16) return with_type.template operator()<dev::f16>();
-  return with_type.template operator()<float>();
+  if (dtype == DType::bf16) return with_extent.template operator()<dev::bf16>();
+  if (dtype == DType::f16) return with_extent.template operator()<dev::f16>();
+  return with_extent.template operator()<float>();
 }
 
 }  // namespace seqfuse::cuda

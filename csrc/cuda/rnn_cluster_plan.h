@@ -31,9 +31,9 @@ struct RnnClusterCase {
   Cell cell;
   DType dtype;
   int64_t B, H;
-  int scans = 1;                           // 2: both directions of a layer
-  bool tf32 = false;                       // whether float32 may be multiplied in tf32
-  bool options = false, backward = false;  // whether anything of RnnOptions, or dcells, is in use; which pass
+  int scans = 1;          // 2: both directions of a layer
+  bool tf32 = false;      // whether float32 may be multiplied in tf32
+  bool backward = false;  // which pass
 };
 
 struct RnnClusterPlan {

@@ -60,14 +60,14 @@ PYBIND11_MODULE(_C, m) {
     return before ? py::object(py::str(isa_name(*before))) : py::object(py::none());
   });
   // Launch plans. cell and dtype are the numbers of csrc/include/seqfuse: rnn.h, types.h.
-  const auto whose = [](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {
-    return cuda::RnnClusterCase{Cell(cell), DType(dtype), B, H, scans, tf32, options, backward};
+  const auto whose = [](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool backward) {
+    return cuda::RnnClusterCase{Cell(cell), DType(dtype), B, H, scans, tf32, backward};
   };
   m.def(
       "rnn_cluster_plan",
       [whose](int cell, int dtype, int64_t B, int64_t H, int capability, int64_t resident, int scans, bool tf32) {
         return as_dict(
-            cuda::rnn_cluster_plan(whose(cell, dtype, B, H, scans, tf32, false, false), capability, resident));
+            cuda::rnn_cluster_plan(whose(cell, dtype, B, H, scans, tf32, false), capability, resident));
       },
       py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("capability"), py::arg("resident"),
       py::arg("scans") = 1, py::arg("tf32") = false,
@@ -76,11 +76,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SEQFUSE_CUDA
   m.def(
       "rnn_cluster_plan_here",
-      [whose](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool options, bool backward) {
-        return as_dict(cuda::rnn_cluster_plan_here(whose(cell, dtype, B, H, scans, tf32, options, backward)));
+      [whose](int cell, int dtype, int64_t B, int64_t H, int scans, bool tf32, bool backward) {
+        return as_dict(cuda::rnn_cluster_plan_here(whose(cell, dtype, B, H, scans, tf32, backward)));
       },
       py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("scans"), py::arg("tf32"),
-      py::arg("options"), py::arg("backward"), "What it does on the current device");
+      py::arg("backward"), "What it does on the current device");
   m.def("rnn_cluster_allow", &cuda::rnn_cluster_allow, "False: one launch a step, for tests and benchmarks");
 #endif
   m.def("set_openmp", [](bool value) { detail::openmp() = value; });

@@ -201,7 +201,7 @@ template <class Args>
 bool one_launch(const Args& a, int count, bool tf32, const char* option, bool backward) {
   const char* refused = cuda::cluster_option_refused(a.options);
   STD_TORCH_CHECK(!refused, refused, " is not supported by the CUDA kernels");
-  const auto plan = cuda::rnn_cluster_plan_here({a.cell, a.dtype, a.B, a.H, count, tf32, option != nullptr, backward});
+  const auto plan = cuda::rnn_cluster_plan_here({a.cell, a.dtype, a.B, a.H, count, tf32, backward});
   STD_TORCH_CHECK(plan.refusal.empty() || !option, option, " is supported by the CUDA cluster kernel only, and ",
                   plan.refusal);
   return plan.refusal.empty();

@@ -99,13 +99,13 @@ def _door():
 door = _door()
 
 
-def rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward) -> dict:
+def rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, backward) -> dict:
     """The launch plan of the CUDA cluster kernel on the current device; needs a build with CUDA (has_cuda).
 
     cell, dtype: numbers of csrc/include/seqfuse. scans: 2 for both directions at once. tf32: whether float32 may be
-    multiplied in it. options: whether the scan does more than the plain one. backward: which of the two passes.
+    multiplied in it. backward: which of the two passes.
     """
-    return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, options, backward)
+    return _C.rnn_cluster_plan_here(cell, dtype, batch, hidden, scans, tf32, backward)
 
 
 @contextlib.contextmanager

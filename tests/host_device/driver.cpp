@@ -228,7 +228,7 @@ int plan_here(const Job& j) {
   cuda::rnn_cluster_allow(j.integer("allow"));
   cuda::RnnClusterCase c{Cell(j.integer("cell")), DType(j.integer("dtype")), j.integer("B"), j.integer("H")};
   c.scans = scans_of(j), c.tf32 = j.integer("tf32");
-  c.options = j.integer("options"), c.backward = j.integer("backward");
+  c.backward = j.integer("backward");
   const auto plan = cuda::rnn_cluster_plan_here(c);
   std::string text = plan.text();
   text.resize(j.buffers.at("text").bytes, ' ');

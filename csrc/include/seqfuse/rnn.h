@@ -145,7 +145,7 @@ int rnn_forward_cluster_cuda(const RnnForward* scans, int count, void* stream);
 int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspace, void* stream);
 
 // How many clusters of these kernels the current device can hold at once (cudaOccupancyMaxActiveClusters); 0: none.
-int64_t rnn_forward_clusters_resident_cuda(Cell, DType, int64_t H, bool options);
-int64_t rnn_backward_clusters_resident_cuda(Cell, DType, int64_t H, bool options);
+int64_t rnn_forward_clusters_resident_cuda(Cell, DType, int64_t H);
+int64_t rnn_backward_clusters_resident_cuda(Cell, DType, int64_t H);
 
 }  // namespace seqfuse

@@ -81,19 +81,8 @@ def _fused_refusal(case):
 def _cuda_plans(case):
     """The cluster kernel's launch plans for the forward pass and, with a gradient, the backward pass."""
     number, scans = _DTYPE_NUMBERS[case.dtype], 2 if case.bidirectional and "recompute" not in case.extras else 1
-    options = any(e in _CLUSTER_TAKES and e != "return_cell_states" for e in case.extras)
-    dcells = case.grad and "return_cell_states" in case.extras
     return [
-        native.rnn_cluster_plan_here(
-            CELLS[case.cell],
-            number,
-            case.B,
-            case.hidden_size,
-            scans,
-            case.tf32,
-            options or (backward and dcells),
-            backward,
-        )
+        native.rnn_cluster_plan_here(CELLS[case.cell], number, case.B, case.hidden_size, scans, case.tf32, backward)
         for backward in (False, *([True] if case.grad else []))
     ]
 
