@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
 BUILD_TOOLS := "setuptools>=68" wheel "pybind11>=2.12" ninja
-RUNTIME := numpy safetensors tokenizers typer
+RUNTIME := numpy safetensors tokenizers typer rich
 TESTING := pytest pytest-benchmark hypothesis expecttest transformers "sacrebleu>=2" seqeval rouge-score peft matplotlib
 
 .PHONY: demo test lint bench claims clean
@@ -56,7 +56,7 @@ $(VENV)/.torch:
 	@touch $@
 
 # Only what is missing is installed, so a machine that has everything needs no network.
-$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc pyext/bindings -type f 2>/dev/null)
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc pyext/bindings pyext/autograd -type f 2>/dev/null)
 	$(PIP) $(BUILD_TOOLS) $(RUNTIME)
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@

@@ -227,6 +227,8 @@ class Runner:
         if self.options.json_file is not None:
             report.say(f"record: {self.options.json_file}")
         if status == 0 and not any(row.status == "ok" for row in self.rows):
-            report.say("nothing could be timed; the reasons are above")
+            report.say(
+                "nothing could be timed" + ("; the reasons are above" if self.rows else ": no case is like that")
+            )
             return 2
         return status

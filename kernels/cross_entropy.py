@@ -50,6 +50,10 @@ def cross_entropy_rows_kernel(
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
+        u_target = tl.load(logits_ptr + base + at).to(tl.float32)
+        if CAPPED:
+            u_target = softcap * tanh(u_target / softcap)
+        origin = tl.where(u_target == float("-inf"), 0.0, u_target)
         for start in range(0, V, BLOCK):
             cols = start + lanes
             mask = cols < V
@@ -61,18 +65,17 @@ def cross_entropy_rows_kernel(
             total = total * tl.exp(top - shift) + tl.exp(u - shift)
             top = larger
             if SMOOTH:
+                # from the target's logit, so that what all have in common does not round
                 if HAS_CW:
-                    weighted += tl.where(mask, u * tl.load(cw_ptr + cols, mask, other=0.0), 0.0)
+                    weighted += tl.where(mask, (u - origin) * tl.load(cw_ptr + cols, mask, other=0.0), 0.0)
                 else:
-                    weighted += tl.where(mask, u, 0.0)
+                    weighted += tl.where(mask, u - origin, 0.0)
         largest = tl.max(top, axis=0)
-        lse = largest + tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
-        u_target = tl.load(logits_ptr + base + at).to(tl.float32)
-        if CAPPED:
-            u_target = softcap * tanh(u_target / softcap)
-        loss = (1.0 - eps) * w * (lse - u_target) + z_loss * w * lse * lse
+        log_total = tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
+        lse = largest + log_total
+        loss = (1.0 - eps) * w * ((largest - u_target) + log_total) + z_loss * w * lse * lse
         if SMOOTH:
-            loss += eps * (cw_mean * lse - tl.sum(weighted, axis=0) / V)
+            loss += eps * (cw_mean * ((largest - origin) + log_total) - tl.sum(weighted, axis=0) / V)
         loss = tl.where(exists, loss, float("nan"))
         tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
         tl.store(lse_ptr + row, tl.where(keep, lse, 0.0))

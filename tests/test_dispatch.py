@@ -95,7 +95,9 @@ def test_environment_variable():
     )
     assert python(code, SEQFUSE_BACKEND="reference").stdout.strip() == "reference"
     wrong = python(code, SEQFUSE_BACKEND="gpu")
-    assert wrong.returncode and wrong.stderr.strip().splitlines()[-1].startswith("ValueError: unknown backend 'gpu'")
+    said = "ValueError: unknown backend 'gpu' in the environment variable SEQFUSE_BACKEND: use one of auto, "
+    assert wrong.returncode and wrong.stderr.strip().splitlines()[-1].startswith(said)
+    assert python(code, SEQFUSE_BACKEND="").stdout.strip() in ("cpu", "torch")
 
 
 def test_import_without_extension_and_without_triton():
@@ -135,10 +137,16 @@ def test_tuned_table_is_followed_and_survives_damage(tmp_path, monkeypatch):
     tuned.save("cpu", "layer_norm", {case.shape_class(): other})
     seqfuse.ops.layer_norm(x)
     assert seen[-1][0].backend == other and "measured fastest on this machine" in seen[-1][0].reason
-    tuned.path().write_text("{damaged")
-    tuned.reload()
-    seqfuse.ops.layer_norm(x)
-    assert seen[-1][0].backend == choice.backend
+    for damaged in (
+        "{damaged",
+        "[1]",
+        f'{{"{tuned.machine("cpu")}": [1]}}',
+        f'{{"{tuned.machine("cpu")}": {{"a": 1}}}}',
+    ):
+        tuned.path().write_text(damaged)
+        tuned.reload()
+        seqfuse.ops.layer_norm(x)
+        assert seen[-1][0].backend == choice.backend
     monkeypatch.undo()
     tuned.reload()
 

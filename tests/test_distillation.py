@@ -83,7 +83,8 @@ def test_double_backward_compile_and_opcheck():
         assert_accurate(a, b, c)
     op = torch.ops.seqfuse_composed.kl.default
     for scale in (None, torch.ones(1)):
-        torch.library.opcheck(op, (*tensors, mask, scale, 1.0, "cpu"))
+        for wanted in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(op, (*tensors, mask, scale, 1.0, wanted, "cpu"))
 
 
 def test_bad_input_gets_one_sentence():
@@ -94,3 +95,22 @@ def test_bad_input_gets_one_sentence():
         seqfuse.ops.kl_loss(*tensors, mask=mask.float())
     with pytest.raises(ValueError, match="reduction must be mean or sum"):
         seqfuse.ops.kl_loss(*tensors, reduction="none")
+    with pytest.raises(TypeError, match="temperature must be a number, got '1'"):
+        seqfuse.ops.kl_loss(*tensors, temperature="1")
+
+
+def test_autocast_converts_all_four():
+    tensors, _ = sample(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = seqfuse.ops.kl_loss(*(t.bfloat16() if i % 2 else t for i, t in enumerate(tensors)))
+    torch.testing.assert_close(mixed, seqfuse.ops.kl_loss(*(t.bfloat16() for t in tensors)))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    tensors, _ = sample(torch.float32)
+    leaves = [t.clone().requires_grad_(i in (0, 1) and i != frozen) for i, t in enumerate(tensors)]
+    whole = [t.clone().requires_grad_(i in (0, 1)) for i, t in enumerate(tensors)]
+    for each in (leaves, whole):
+        seqfuse.ops.kl_loss(*each).backward()
+    assert leaves[frozen].grad is None and torch.equal(leaves[1 - frozen].grad, whole[1 - frozen].grad)

@@ -203,8 +203,26 @@ def test_include_and_exclude():
     assert type(model.norm) is nn.LayerNorm and type(model.decoder) is seqfuse.nn.GRU
     with pytest.raises(TypeError, match="include takes module paths and module classes"):
         seqfuse.fuse(Tagger(), include=[3])
+    with pytest.raises(TypeError, match="include takes module paths and module classes, got 3"):
+        seqfuse.fuse(Tagger(), include=3)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         seqfuse.fuse(3)
+    with pytest.warns(UserWarning, match="no module's path is 'encodr', which exclude names"):
+        seqfuse.fuse(Tagger(), exclude="encodr")
+
+
+def test_include_and_exclude_by_any_path_container_or_class_of_ours():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.LSTM(4, 4)
+            self.inside = nn.Sequential(self.a, nn.LayerNorm(4))
+
+    for pattern in ("a", "inside", "inside.0", "*.0", seqfuse.nn.LSTM, nn.RNNBase):
+        assert type(seqfuse.fuse(Shared(), exclude=pattern).a) is nn.LSTM
+        assert type(seqfuse.fuse(Shared(), include=pattern).a) is seqfuse.nn.LSTM
+    assert type(seqfuse.fuse(Shared(), exclude="inside").inside[1]) is nn.LayerNorm
+    assert type(seqfuse.fuse(Shared(), include="a").inside[1]) is nn.LayerNorm
 
 
 def test_subclasses_are_left_alone():
@@ -212,6 +230,10 @@ def test_subclasses_are_left_alone():
         def forward(self, x):
             return "mine"
 
+    class Same(nn.LSTM):
+        pass
+
+    assert type(seqfuse.fuse(nn.Sequential(Same(4, 4)))[0]) is Same
     model = seqfuse.fuse(nn.Sequential(Mine(4, 4)))
     assert type(model[0]) is Mine and model(torch.randn(2, 1, 4)) == "mine"
 
@@ -263,3 +285,42 @@ def test_explain_shows_choice_and_reasons(ids):
     assert [row.op for row in after] == ["layer_norm", "lstm", "gru", "layer_norm"]
     assert all("asked for" not in row.reason for row in after)
     assert "encoder" in str(after) and "not called yet" not in str(after)
+
+
+def test_explain_after_a_call_that_failed():
+    model, x = seqfuse.fuse(nn.Sequential(nn.LSTM(8, 8))), torch.randn(40, 3, 8)
+    model(x)
+    wanted = seqfuse.explain(model)[0]
+    with pytest.raises(ValueError):
+        model[0](x, lengths=[1])
+    seqfuse.ops.layer_norm(torch.randn(3, 8))
+    assert seqfuse.explain(model)[0] == wanted
+
+
+def test_explain_says_what_it_takes_and_what_a_backend_can_not_run():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        seqfuse.explain("model")
+    if not torch.cuda.is_available():
+        with seqfuse.backend("cuda"):
+            (row,) = seqfuse.explain(seqfuse.nn.LSTM(8, 8))
+        assert row.backend == "none" and "no CUDA device is available" in row.reason
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LSTM(8, 8), nn.GRU(8, 8), nn.GRUCell(8, 8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)], ids=str
+)
+def test_meta_tensors(module):
+    fused = seqfuse.fuse(copy.deepcopy(module)).to("meta")
+    x = torch.randn(4, 8, device="meta")
+    x = x[None] if "RNN" in type(module).__bases__[0].__name__ and "Cell" not in type(module).__name__ else x
+    found, wanted = fused(x), copy.deepcopy(module).to("meta")(x)
+    first = found[0] if isinstance(found, tuple) else found
+    assert first.is_meta and first.shape == (wanted[0] if isinstance(wanted, tuple) else wanted).shape
+
+
+def test_a_layer_norm_of_another_dtype_or_device_gets_one_sentence():
+    norm = seqfuse.nn.LayerNorm(8)
+    with pytest.raises(RuntimeError, match="LayerNorm: input is float64, but weight is float32: convert one of them"):
+        norm(torch.randn(3, 8).double())
+    with pytest.raises(ValueError, match="weight is on cpu, but x is on meta"):
+        norm(torch.randn(3, 8, device="meta"))

@@ -215,6 +215,13 @@ def test_rope_compiled_and_registered():
             ValueError,
             "positions must have shape",
         ),
+        (
+            lambda: seqfuse.ops.rope(torch.randn(1, 1, 3, 4), *(t.double() for t in tables(4, 2))),
+            ValueError,
+            "cos must have x's dtype or be float32",
+        ),
+        (lambda: seqfuse.ops.rope(torch.randn(1, 1, 3, 4), *tables(4, 2), offset=0.5), TypeError, "must be an integer"),
+        (lambda: seqfuse.ops.swiglu(torch.randn(3).to_sparse(), torch.randn(3)), TypeError, "gate must be a dense"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, error, text):
@@ -226,3 +233,28 @@ def test_bad_input_gets_one_sentence(call, error, text):
 def test_a_position_outside_of_the_tables_raises():
     with seqfuse.backend("cpu"), pytest.raises(RuntimeError, match="position 9 is outside of the tables"):
         seqfuse.ops.rope(torch.randn(1, 1, 1, 4), *tables(4, 2), positions=torch.tensor([9]))
+    for position in (4, -1):
+        with pytest.raises(IndexError, match=f"position {position} is outside of tables of 4 rows"):
+            seqfuse.ops.rope(torch.randn(1, 1, 1, 4), *tables(4, 2), positions=torch.tensor([position]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_rope_in_place_is_a_change_that_autograd_hears_of(backend):
+    x = torch.randn(1, 2, 8, 4, requires_grad=True)
+    h = x * 1
+    loss = h.square().sum()
+    with torch.no_grad(), seqfuse.backend(backend):
+        seqfuse.ops.rope(h, *tables(8, 2), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode(), seqfuse.backend(backend):
+        seqfuse.ops.rope(torch.randn(1, 2, 8, 4), *tables(8, 2), inplace=True)
+    heads = torch.randn(1, 1, 8, 4).expand(1, 2, 8, 4)
+    with seqfuse.backend(backend), pytest.raises(RuntimeError, match="more than one element"):
+        seqfuse.ops.rope(heads, *tables(8, 2), inplace=True)
+
+
+def test_gated_without_columns():
+    nothing = torch.randn(9, 0)
+    with seqfuse.backend("cpu"):
+        assert seqfuse.ops.swiglu(nothing, nothing).shape == (9, 0)

@@ -413,3 +413,35 @@ class TestNode:
         with seqfuse.backend("cpu"):
             y = seqfuse.nn.LayerNorm(512)(x)
         assert y.grad_fn.name() == "SeqfuseLayerNormBackward"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_a_float32_bias_without_a_weight(dtype, residual, rows):
+    x, bias = torch.randn(rows, 64).to(dtype).requires_grad_(), torch.randn(64, requires_grad=True)
+    y = seqfuse.ops.layer_norm(x, None, bias, residual=x.detach() if residual else None)
+    (y[0] if residual else y).float().sum().backward()
+    assert x.grad.dtype == dtype and torch.allclose(bias.grad, torch.full((64,), float(rows)))
+
+
+@pytest.mark.parametrize(
+    "options,error,text",
+    [
+        (dict(eps=None), TypeError, "eps must be a number, got None"),
+        (dict(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
+        (dict(eps=float("nan")), ValueError, "eps must be at least 0, got nan"),
+        (dict(dropout_p="a"), TypeError, "dropout_p must be a number, got 'a'"),
+    ],
+)
+def test_options_that_are_no_numbers_get_one_sentence(options, error, text):
+    x, weight = torch.randn(40, 3000), torch.randn(3000)
+    for call in (
+        lambda: seqfuse.ops.layer_norm(x, weight, weight, **options),
+        lambda: seqfuse.ops.rms_norm(x, **options),
+    ):
+        for _ in range(2):
+            with pytest.raises(error) as caught:
+                call()
+            assert text in str(caught.value) and "\n" not in str(caught.value)
+        seqfuse.ops.layer_norm(x, weight, weight)  # opens the door

@@ -250,9 +250,11 @@ def test_reference_is_differentiable_twice():
 def test_opcheck():
     (x, weight, bias), target, cw = sample(6, 24, 8, torch.float32, class_weight=True)
     op = torch.ops.seqfuse_composed.cross_entropy.default
-    options = (-100, 0.1, 4.0, 0.1, "cpu")
+    options = (-100, 0.1, 4.0, 0.1, (True, True, True), "cpu")
     for scale in (None, torch.tensor([0.5]), torch.rand(6)):
         torch.library.opcheck(op, (x, weight, bias, target, cw, scale, None, *options))
+        for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+            torch.library.opcheck(op, (x, weight, bias, target, cw, scale, None, *options[:4], wanted, "cpu"))
         torch.library.opcheck(op, (F.linear(x, weight), None, None, target, None, scale, None, *options))
     _, lse, *_ = op(x, weight, bias, target, cw, None, None, *options)
     torch.library.opcheck(op, (x, weight, bias, target, cw, torch.rand(6), lse, *options))
@@ -309,9 +311,9 @@ X, W, T = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
         (lambda op: op(X, W, T[:2]), ValueError, "target must have shape [3]"),
         (lambda op: op(X, W, T.int()), TypeError, "target must be an int64 tensor"),
         (lambda op: op(X, W, T, reduction="max"), ValueError, "reduction must be one of"),
-        (lambda op: op(X, W, T, label_smoothing=2.0), ValueError, "label_smoothing must lie between"),
+        (lambda op: op(X, W, T, label_smoothing=2.0), ValueError, "label_smoothing must be between 0 and 1"),
         (lambda op: op(X, W, T, softcap=-1.0), ValueError, "softcap must be positive"),
-        (lambda op: op(X, W, T, z_loss=-1.0), ValueError, "z_loss must not be negative"),
+        (lambda op: op(X, W, T, z_loss=-1.0), ValueError, "z_loss must be at least 0"),
         (lambda op: op(X, W, T, class_weight=torch.ones(4)), ValueError, "class_weight must have shape [5]"),
     ],
 )
@@ -331,3 +333,79 @@ def test_rows_of_a_block_begin_at_cache_lines(dtype):
     block = loss_blocks._block(torch.empty(1, dtype=dtype), 3, 33)
     assert block.shape == (3, 33) and block.stride(0) * block.element_size() % 64 == 0
     assert loss_blocks._block(torch.empty(1, dtype=dtype), 3, 64).is_contiguous()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_target_out_of_range_raises_where_blocks_are_parts_of_the_vocabulary(reduction, monkeypatch):
+    monkeypatch.setattr(loss_blocks, "_BLOCK", 1)
+    monkeypatch.setitem(loss_blocks._LEAST_TOKENS, "cpu", 1)
+    for wrong in (5, -1):
+        with torch.no_grad(), seqfuse.backend("cpu"), pytest.raises(IndexError, match=f"target {wrong} is out of bou"):
+            seqfuse.ops.linear_cross_entropy(X, W, torch.tensor([0, wrong, 1]), reduction=reduction)
+
+
+def test_a_masked_part_of_the_vocabulary_without_a_gradient(monkeypatch):
+    """Blocks of columns of which no word is allowed add nothing to the sum."""
+    monkeypatch.setattr(loss_blocks, "_BLOCK", 1)
+    monkeypatch.setitem(loss_blocks._LEAST_TOKENS, "cpu", 1)
+    monkeypatch.setattr(loss_blocks, "_IN_CACHE", 1)  # blocks of 256 columns
+    (x, weight, _), target, _ = sample(10, 1000, 16, torch.float32)
+    bias = torch.full((1000,), float("-inf"))
+    bias[300:500] = 0.0
+    target = 300 + target % 200
+    with torch.no_grad(), seqfuse.backend("cpu"):
+        got = seqfuse.ops.linear_cross_entropy(x, weight, target, bias=bias, reduction="none")
+    exact = F.cross_entropy(x.double() @ weight.double().t() + bias, target, reduction="none")
+    assert_accurate(got, exact)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_all_logits_have_in_common_does_not_round(isa, offset, smoothing):
+    logits, target = torch.randn(20, 77) + offset, torch.randint(0, 77, (20,))
+    options = dict(label_smoothing=smoothing, reduction="none")
+    with seqfuse.backend("cpu"):
+        got = seqfuse.ops.cross_entropy(logits, target, **options)
+    assert_accurate(got, F.cross_entropy(logits.double(), target, **options))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_is_frozen_costs_no_product(frozen, monkeypatch):
+    tensors, target, _ = sample(21, 77, 12, torch.float32)
+    leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
+    x, weight, bias = leaves
+    made, product = [], loss_blocks.products.product
+    monkeypatch.setattr(loss_blocks.products, "product", lambda *a, **k: (made.append(1), product(*a, **k))[1])
+    with seqfuse.backend("cpu"):
+        seqfuse.ops.linear_cross_entropy(x, weight, target, bias=bias).backward()
+    assert len(made) == (3 if frozen == 2 else 2) and leaves[frozen].grad is None
+    exact = [t.double().requires_grad_() for t in tensors]
+    F.cross_entropy(F.linear(*exact), target).backward()
+    for i, (leaf, e) in enumerate(zip(leaves, exact, strict=True)):
+        if i != frozen:
+            assert_accurate(leaf.grad, e.grad)
+
+
+@pytest.mark.parametrize(
+    "option,error,text",
+    [
+        (dict(softcap="3"), TypeError, "softcap must be a number, got '3' (str)"),
+        (dict(softcap=float("inf")), ValueError, "softcap must be finite, got inf"),
+        (dict(z_loss=None), TypeError, "z_loss must be a number, got None"),
+        (dict(label_smoothing="a"), TypeError, "label_smoothing must be a number"),
+        (dict(ignore_index=1.5), TypeError, "ignore_index must be an integer, got 1.5"),
+        (dict(ignore_index=None), TypeError, "ignore_index must be a number, got None"),
+    ],
+)
+def test_options_that_are_no_numbers_get_one_sentence(option, error, text):
+    with pytest.raises(error) as caught:
+        seqfuse.ops.cross_entropy(torch.randn(3, 5), torch.zeros(3, dtype=torch.int64), **option)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_words_and_no_width():
+    nobody = torch.zeros(0, dtype=torch.int64)
+    with seqfuse.backend("cpu"):
+        assert seqfuse.ops.cross_entropy(torch.randn(0, 0), nobody, reduction="sum") == 0
+        loss = seqfuse.ops.linear_cross_entropy(torch.randn(3, 0), torch.randn(5, 0), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())

@@ -65,3 +65,17 @@ def test_bad_input_gets_one_sentence():
         seqfuse.ops.dpo_loss(x, weight, target, reference[:3])
     with pytest.raises(TypeError, match="target must be an int64 tensor"):
         seqfuse.ops.orpo_loss(x, weight, target.float())
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, got 5"):
+        seqfuse.ops.dpo_loss(x, weight, target, reference, label_smoothing=5)
+    with pytest.raises(ValueError, match="beta must be at least 0, got -1"):
+        seqfuse.ops.dpo_loss(x, weight, target, reference, beta=-1)
+    with pytest.raises(TypeError, match="beta must be a number, got 'a'"):
+        seqfuse.ops.dpo_loss(x, weight, target, reference, beta="a")
+
+
+def test_orpo_of_an_answer_that_is_certain():
+    target = torch.randint(0, 8, (2, 5))
+    x = torch.eye(8)[target].requires_grad_()
+    loss = seqfuse.ops.orpo_loss(x, 200 * torch.eye(8), target)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()

@@ -343,3 +343,24 @@ def test_lengths_need_a_batch_and_no_packed_sequence():
     packed = pack_padded_sequence(torch.randn(5, 3, 4), [5, 4, 1])
     with pytest.raises(ValueError, match="lengths goes with a padded batch"):
         module(packed, lengths=[5, 4, 1])
+
+
+@pytest.mark.parametrize("T", [4, 64])
+def test_states_of_the_wrong_kind_get_one_sentence(T):
+    x, h = torch.randn(T, 3, 4), torch.zeros(1, 3, 6)
+    for kind in OURS.values():
+        module = kind(4, 6)
+        is_lstm = module.mode == "LSTM"
+        for wrong, error, text in (
+            (h.double(), ValueError, "h0 is float64, but input is float32: convert one of them"),
+            (h.bfloat16(), ValueError, "h0 is bfloat16, but input is float32"),
+            (h.to("meta"), ValueError, "h0 is on meta, but input is on cpu"),
+            ((h, h), TypeError, "h0 must be a tensor, got tuple"),
+        ):
+            for with_grad in (True, False):
+                with torch.set_grad_enabled(with_grad), pytest.raises(error) as caught:
+                    module(x, (wrong, h) if is_lstm else wrong)
+                assert text in str(caught.value) and "\n" not in str(caught.value)
+        if is_lstm:
+            with pytest.raises(ValueError, match=r"hx must be \(h0, c0\), got a tensor"):
+                module(x, h)

@@ -150,7 +150,7 @@ def test_opcheck_and_compile(p):
 
 @pytest.mark.parametrize("p", [-0.1, 1.5])
 def test_bad_dropout(p):
-    with pytest.raises(ValueError, match="dropout_p must be a number in"):
+    with pytest.raises(ValueError, match="dropout_p must be between 0 and 1"):
         seqfuse.ops.rms_norm(torch.randn(2, 4), dropout_p=p)
 
 

@@ -85,7 +85,7 @@ struct Row {
   Cap<Capped> cap;
   static constexpr bool kKeeps = sizeof(T) == 4 && !Capped;  // exponentials are kept where the gradient will be
 
-  // sum_j exp(u_j - m); and sum_j class_weight_j u_j with label smoothing
+  // sum_j exp(u_j - m); and sum_j class_weight_j (u_j - m) with label smoothing
   void sums(const T* x, T* kept, float m, float& total, float& weighted) const {
     vf s[2] = {}, w[2] = {};
     const vf top = splat(m);
@@ -96,7 +96,7 @@ struct Row {
       vf e = exp(u - top);
       if (n != VL) e = existing(e, n);
       s[k] = s[k] + e;
-      if (smooth) w[k] = w[k] + existing(cw ? u * take(cw + i, n) : u, n);
+      if (smooth) w[k] = w[k] + existing(cw ? (u - top) * take(cw + i, n) : u - top, n);
       if constexpr (kKeeps)
         if (kept) give(kept + i, e, n);
     });
@@ -140,9 +140,11 @@ struct Row {
       const float m = row_largest(x, V, cap);
       float weighted;
       sums(x, dx, m, total, weighted);
-      lse = m + std::log(total);
-      float loss = (1.0f - eps) * w * (lse - u_target) + a.z_loss * w * lse * lse;
-      if (eps > 0.0f) loss += eps * (a.class_weight_sum / float(V) * lse - weighted / float(V));
+      // what all logits have in common is taken off before it can round; where all are -inf, so is their sum
+      const float log_total = std::log(total);
+      lse = m == kNone ? m : m + log_total;
+      float loss = (1.0f - eps) * w * ((m - u_target) + log_total) + a.z_loss * w * lse * lse;
+      if (eps > 0.0f) loss += eps * (a.class_weight_sum / float(V) * log_total - weighted / float(V));
       a.loss[r] = loss, a.lse[r] = lse;
     } else {
       lse = a.lse[r];

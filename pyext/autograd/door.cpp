@@ -52,7 +52,7 @@ bool is_eager() {
          !at::impl::torch_function_mode_enabled();
 }
 
-// A dense tensor on the CPU, of class Tensor or Parameter; anything else is undefined.
+// A dense tensor on the CPU, of class Tensor or Parameter and without a tangent; anything else is undefined.
 Tensor plain(PyObject* object) {
   static const auto dense = DispatchKeySet(DispatchKey::CPU).raw_repr();
   static const auto beside =
@@ -60,7 +60,8 @@ Tensor plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return {};
   const Tensor& t = THPVariable_Unpack(object);
   const auto keys = t.key_set().raw_repr();
-  return (keys & dense) == dense && (keys & ~(dense | beside)) == 0 ? t : Tensor();
+  const bool is_plain = (keys & dense) == dense && (keys & ~(dense | beside)) == 0;
+  return is_plain && !t._fw_grad(/*level=*/0).defined() ? t : Tensor();
 }
 
 // Whether they are plain tensors of one dtype for which there are kernels of ours.
@@ -198,6 +199,7 @@ PyObject* layer_norm(Arguments args) {
   if (!residual.sizes().equals(x.sizes()) || !weight.sizes().equals(x.sizes().slice(x.dim() - 1))) Py_RETURN_NONE;
   if (!bias.sizes().equals(weight.sizes()) || !PyFloat_CheckExact(args[4])) Py_RETURN_NONE;
   const double eps = PyFloat_AS_DOUBLE(args[4]);
+  if (!(eps >= 0.0 && std::isfinite(eps))) Py_RETURN_NONE;
   const bool grad = wants_gradient(x, weight, bias, residual);
   const bool ours = x.numel() >= least.layer_norm[4 * is_bf16(x) + 2 * adds + grad];
   if (args[6] != Py_None && PyUnicode_CompareWithASCIIString(args[6], ours ? "cpu" : "torch")) Py_RETURN_NONE;

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from seqfuse import tuned
 from seqfuse.native import door
@@ -65,7 +66,8 @@ class Choice(NamedTuple):
 
 
 _ops: dict[str, dict[str, Backend]] = {}
-_forced: str = os.environ.get("SEQFUSE_BACKEND", "auto")
+_VARIABLE = "SEQFUSE_BACKEND"
+_forced: str = os.environ.get(_VARIABLE) or "auto"
 _cache: dict[Any, Choice] = {}
 _listeners: list[Callable[[Choice, Any], None]] = []
 _least: dict[str, Callable[[], tuple[int, ...]]] = {}
@@ -97,7 +99,8 @@ def ops() -> dict[str, dict[str, Backend]]:
 
 def _check_name(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)}")
+        where = f" in the environment variable {_VARIABLE}" if name == os.environ.get(_VARIABLE) else ""
+        raise ValueError(f"unknown backend {name!r}{where}: use one of {', '.join(BACKENDS)}")
 
 
 @contextlib.contextmanager
@@ -146,13 +149,14 @@ def _changed() -> None:
 def epoch() -> int:
     """A number that grows whenever a decision taken before may no longer hold, or somebody listens who has to hear of
     it. A module that remembers its last choice compares this, and torch's number of threads."""
-    return _changes + tuned.generation()
+    now = _changes + tuned.generation()
+    return -1 - now if forward_mode() else now
 
 
 def may_shortcut() -> bool:
     """Whether a module may go to PyTorch by a built-in rule without asking: `auto`, no tuned table, and nobody listens
     (but explain(), which the module tells itself)."""
-    return _forced == "auto" and nobody_else_listens() and not tuned.exists()
+    return _forced == "auto" and nobody_else_listens() and not tuned.exists() and not forward_mode()
 
 
 def nobody_else_listens() -> bool:
@@ -160,10 +164,22 @@ def nobody_else_listens() -> bool:
     return len(_listeners) <= 1
 
 
+def forward_mode() -> bool:
+    """Whether tangents travel along with values (torch.func.jvp, torch.autograd.forward_ad): our kernels have none."""
+    return forward_ad._current_level >= 0
+
+
 def select(op: str, case: Any) -> Choice:
     """Choose a backend of `op` for `case`. Raises RuntimeError if a backend asked for by name can't run it."""
     if torch.compiler.is_compiling():
         return _decide(op, case, _forced, compiling=True)
+    if forward_mode():
+        # not PyTorch's own ops: some, like its LSTM and its attention, have no such derivative either
+        choice = _decide(op, case, "reference" if _forced == "auto" else _forced, compiling=False)
+        if get(op, choice.backend).bwd is not None:
+            raise RuntimeError(f"backend {choice.backend!r} has no forward-mode derivative of {op}: use 'auto'")
+        tell(choice, case)
+        return choice
     # what else a decision depends on; a tuned table that was reloaded has a new generation
     key = (op, case, _forced, torch.get_num_threads(), tuned.generation())
     choice = _cache.get(key)
@@ -182,6 +198,8 @@ def tell(choice: Choice, case: Any) -> None:
     """
     for listener in _listeners:
         listener(choice, case)
+    if forward_mode():
+        return
     if not door.opened() and may_shortcut():
         door.open({op: least() for op, least in _least.items()})
 

@@ -38,11 +38,23 @@ def last_choice(module: torch.nn.Module) -> dispatch.Choice | None:
     return _last.get(module)
 
 
+_ops_of: dict[type, str | None] = {}  # the op that modules of a class call; None: it varies
+
+
+def _calls(module: torch.nn.Module, op: str) -> bool:
+    """Whether the module may have called this op: one whose call failed before it chose may still be waiting."""
+    cls = type(module)
+    if cls not in _ops_of:
+        case = getattr(module, "typical_case", lambda: None)()
+        _ops_of[cls] = None if case is None else case[0]
+    return _ops_of[cls] in (None, op)
+
+
 def note(choice: dispatch.Choice, case) -> None:
     """The dispatcher's listener: remember the choice for the module that is running."""
     global _current
     module = _current() if _current is not None else None
-    if module is not None:
+    if module is not None and _calls(module, choice.op):
         module.__dict__.pop(_REASON, None)
         _last[module] = choice
     _current = None
@@ -90,6 +102,8 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Explanation:
     Without inputs: each module's last call, or, for a module that was never called, what would be chosen at a usual
     size. Print the result for a table.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
     if inputs or kwargs:
         with torch.no_grad():
             for module in model.modules():
@@ -120,7 +134,10 @@ def _would_choose(module: torch.nn.Module) -> dispatch.Choice | None:
     if case is None:
         return None
     op, case = case
-    choice = dispatch.select(op, case)
+    try:
+        choice = dispatch.select(op, case)
+    except RuntimeError as refused:  # by a backend that was asked for by name
+        return dispatch.Choice(op, "none", str(refused))
     return choice._replace(reason=f"{choice.reason} (not called yet: at a usual size)")
 
 

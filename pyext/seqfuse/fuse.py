@@ -74,31 +74,38 @@ def fuse(
     and TransformerEncoderLayer / DecoderLayer of `model`, and under each Linear that is faster with them on this
     processor, in place; returns `model`.
 
-    include, exclude: paths as in named_modules() (with * and ?) or module classes. Without include, everything.
+    include, exclude: paths as in named_modules() (with * and ?), which stand for all that is in the module there, or
+    module classes. A module with several paths goes by any of them. Without include, everything.
     Hugging Face models (without include) change their attention implementation to "seqfuse", unless their class is in
     exclude; RMSNorm, gated MLPs and GPT-2's Conv1D of the families in interop/hf_layers.py are replaced like torch.nn's
     modules.
     fuse_loss: GPT2LMHeadModel and LlamaForCausalLM, called with labels, compute the loss without ever holding the
-    logits, and return logits=None. Raises ValueError where the model has neither.
-    Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses with
-    a forward of their own and scripted modules are left alone. A module already fused stays as it is.
+    logits, and return logits=None, whatever `include` says. Raises ValueError where the model has neither.
+    Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses of
+    these classes and scripted modules are left alone. A module already fused stays as it is.
     """
     wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
     rules = {rule.original: rule for rule in RULES}
     banned = [p for p in ([exclude] if isinstance(exclude, (str, type)) else exclude or ()) if isinstance(p, type)]
     modules = _modules(model, "fuse")
+    paths = _paths(model)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        _warn_of_strangers(name, patterns, paths)
     if fuse_loss and not hf_layers.has_a_loss_to_fuse(model):
         known = " and ".join(sorted(hf_layers.CAUSAL_LMS))
         raise ValueError(
             f"fuse: fuse_loss=True knows the loss of {known}, and {type(model).__name__} has neither in it"
         )
-    for path, module in modules:
+    for _, module in modules:
         rule = rules.get(_plain_class(module))
         if (fused := hf_layers.fused_class(module, fuse_loss)) is not None:
             rule = Rule(type(module), fused)
+        is_loss = hf_layers.has_its_loss(module)
         if rule is None or "forward" in module.__dict__ or not rule.pays(module):
             continue
-        if (include is not None and not wanted(path, rule)) or unwanted(path, rule):
+        if include is not None and not (is_loss or wanted(paths[module], rule)):
+            continue
+        if unwanted(paths[module], rule):
             continue
         _change_class(module, rule.fused)
         rule.after_fuse(module)
@@ -135,18 +142,45 @@ def _modules(model, what):
     return list(model.named_modules())
 
 
-def _matcher(name, patterns):
-    if isinstance(patterns, (str, type)):
-        patterns = [patterns]
-    patterns = list(patterns or [])
+def _listed(name, patterns) -> list:
+    if patterns is None or isinstance(patterns, (str, type)):
+        return [] if patterns is None else [patterns]
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"fuse: {name} takes module paths and module classes, got {patterns!r}")
+    patterns = list(patterns)
     for p in patterns:
         if not isinstance(p, (str, type)):
             raise TypeError(f"fuse: {name} takes module paths and module classes, got {p!r}")
+    return patterns
 
-    def matches(path, rule):
-        return any(
-            fnmatch.fnmatchcase(path, p) if isinstance(p, str) else issubclass(rule.original, p) for p in patterns
-        )
+
+def _paths(model) -> dict[torch.nn.Module, set[str]]:
+    """Of every module all of its paths, and those of the modules that it is in."""
+    found: dict[torch.nn.Module, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names = path.split(".")
+        found.setdefault(module, set()).update(".".join(names[: n + 1]) for n in range(len(names)))
+    return found
+
+
+def _warn_of_strangers(name, patterns, paths) -> None:
+    known = set().union(*paths.values())
+    for p in _listed(name, patterns):
+        if isinstance(p, str) and not any(fnmatch.fnmatchcase(path, p) for path in known):
+            warnings.warn(f"fuse: no module's path is {p!r}, which {name} names", stacklevel=3)
+
+
+def _matcher(name, patterns):
+    patterns = _listed(name, patterns)
+
+    def matches(paths, rule):
+        for p in patterns:
+            if isinstance(p, type):
+                if issubclass(rule.original, p) or issubclass(rule.fused, p):
+                    return True
+            elif any(fnmatch.fnmatchcase(path, p) for path in paths):
+                return True
+        return False
 
     return matches
 

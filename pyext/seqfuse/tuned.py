@@ -39,9 +39,19 @@ def _load() -> dict:
             _table = json.loads(path().read_text())
         except (OSError, ValueError):  # none yet, or damaged: the built-in rules hold
             _table = {}
-        if not isinstance(_table, dict):
+        if not _is_table(_table):
             _table = {}
     return _table
+
+
+def _is_table(found) -> bool:
+    """Whether it is {machine: {op: {shape class: backend}}}."""
+    for _ in range(3):
+        parts = [found] if isinstance(found, dict) else found
+        if not all(isinstance(part, dict) for part in parts):
+            return False
+        found = [value for part in parts for value in part.values()]
+    return all(isinstance(value, str) for value in found)
 
 
 def exists() -> bool:

@@ -54,8 +54,9 @@ class _ZeroCenteredRMSNorm(_RMSNorm):
 
 class _GatedMLP(_Fused):
     def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
         explanation.entering(self)
-        return self.down_proj(_ACTIVATIONS[type(self.act_fn).__name__](self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(_ACTIVATIONS[type(self.act_fn).__name__](gate, up))
 
 
 class _TanhGELU(_Fused):
@@ -143,10 +144,13 @@ def fused_class(module: nn.Module, fuse_loss: bool) -> type | None:
     return None
 
 
+def has_its_loss(module: nn.Module) -> bool:
+    """Whether the module is a causal language model whose loss can be fused."""
+    return type(module).__name__ in CAUSAL_LMS and type(module).__module__.startswith("transformers.")
+
+
 def has_a_loss_to_fuse(model: nn.Module) -> bool:
-    return any(
-        type(m).__name__ in CAUSAL_LMS and type(m).__module__.startswith("transformers.") for m in model.modules()
-    )
+    return any(has_its_loss(m) for m in model.modules())
 
 
 def original_class(module: nn.Module) -> type | None:

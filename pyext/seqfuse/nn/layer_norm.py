@@ -8,7 +8,7 @@ from torch.compiler import is_dynamo_compiling
 
 from seqfuse import dispatch, explanation, ops
 from seqfuse.native import door
-from seqfuse.ops.autograd import traced, wants_gradient
+from seqfuse.ops.autograd import autocast_is_on, traced, wants_gradient
 from seqfuse.ops.layer_norm import LayerNormCase, run
 
 
@@ -54,11 +54,16 @@ class LayerNorm(torch.nn.LayerNorm):
                 f"Given normalized_shape={list(self.normalized_shape)}, expected input with shape "
                 f"[*, {', '.join(map(str, self.normalized_shape))}], but got input of size {list(input.shape)}"
             )
-        if torch.is_autocast_enabled(input.device.type) and input.device.type == "cuda":
+        if autocast_is_on(input) and input.device.type == "cuda":
             # autocast keeps this op in float32 on a GPU
             input, residual = input.float(), None if residual is None else residual.float()
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dtype != input.dtype and not mixes(input.dtype, weight.dtype):
+            if input.is_cpu:  # PyTorch's sentence names neither
+                raise RuntimeError(
+                    f"LayerNorm: input is {str(input.dtype)[6:]}, but weight is {str(weight.dtype)[6:]}: "
+                    "convert one of them"
+                )
             explanation.handed_over(self, "input and weight have dtypes that only PyTorch's own op may judge")
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
         explanation.entering(self)

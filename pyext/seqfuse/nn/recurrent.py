@@ -9,6 +9,7 @@ from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqfuse import dispatch, explanation, ops
+from seqfuse.ops import checks
 from seqfuse.ops.products import widened
 from seqfuse.ops.recurrent import WHOLE, Extent, Stack, packed_sequence
 from seqfuse.ops.rnn_extras import NO_OPTIONS, check_probability, in_force, projection_in_force
@@ -192,11 +193,17 @@ class _Recurrent(nn.Module):
         """The initial state as 3-D tensors, or None for zeros."""
         if hx is None:
             return None
+        if self._is_lstm and (isinstance(hx, torch.Tensor) or len(hx) != 2):
+            given = "a tensor" if isinstance(hx, torch.Tensor) else f"{len(hx)} tensors"
+            raise ValueError(f"LSTM: hx must be (h0, c0), got {given}")
         states = tuple(hx) if self._is_lstm else (hx,)
-        if self._is_lstm and len(states) != 2:
-            raise ValueError(f"LSTM: hx must be (h0, c0), got {len(states)} tensors")
         dims = 3 if batched else 2
-        for s in states:
+        for name, s in zip(("h0", "c0"), states):  # noqa: B905
+            if not isinstance(s, torch.Tensor):
+                raise TypeError(f"{self._name}: {name} must be a tensor, got {type(s).__name__}")
+            checks.same_device(self._name, name, s, "input", input)
+            if not torch._C._is_any_autocast_enabled():
+                checks.same_dtype(self._name, name, s, "input", input)
             if s.dim() != dims:
                 kind = "batched 3-D" if batched else "unbatched 2-D"
                 raise RuntimeError(f"For {kind} input, hx should also be {dims}-D but got {s.dim()}-D tensor")

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, reference
 from seqfuse.ops.attention_rules import describe
-from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
+from seqfuse.ops.autograd import (
+    apply,
+    autocast_is_on,
+    differentiable_gradients,
+    is_differentiated,
+    traced,
+    wants_gradient,
+)
 from seqfuse.reference import AttentionOptions
 
 _TENSORS = 8  # of the options, the first: bias ... seed
@@ -34,9 +41,15 @@ class AttentionFunction(torch.autograd.Function):
         numbers, name, deterministic = ctx.call
         bias, want_dbias = tensors[0], ctx.needs_input_grad[3]
         nothing = (None,) * (_TENSORS - 1 + len(numbers) + 2)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            again = reference.attention(q, k, v, AttentionOptions(*tensors, *numbers))
-            return *differentiable_gradients(again, (dout, dlse), (q, k, v, bias)), *nothing
+        if is_differentiated(dout, dlse, q, k, v, bias):
+            rest = (*tensors[1:], *numbers)
+            found = differentiable_gradients(
+                lambda q, k, v, bias: reference.attention(q, k, v, AttentionOptions(bias, *rest)),
+                (dout, dlse),
+                (q, k, v, bias),
+                ctx.needs_input_grad,
+            )
+            return *found, *nothing
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
         bwd = dispatch.get("attention", name).bwd
@@ -139,7 +152,7 @@ def _distinct(tensors):
 
 def without_autocast(call, q, *args):
     """call(q, *args): its dtypes are settled, and autocast would round what the reference keeps in float32."""
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocast_is_on(q):
         return call(q, *args)
     with torch.autocast(q.device.type, enabled=False):
         return call(q, *args)
@@ -147,7 +160,7 @@ def without_autocast(call, q, *args):
 
 def autocast(q, *others):
     """The floating-point tensors in autocast's dtype, as scaled_dot_product_attention has them under autocast."""
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocast_is_on(q):
         return q, *others
     dtype = torch.get_autocast_dtype(q.device.type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, *others))

@@ -2,6 +2,8 @@
 
 import torch
 
+from seqfuse.dispatch import forward_mode
+
 
 def traced() -> bool:
     """Whether torch.compile, torch.export or a transform of torch.func looks at this call: then the values of tensors
@@ -11,8 +13,10 @@ def traced() -> bool:
 
 def may_write(*tensors) -> bool:
     """Whether what is made of these (None: an absent one) may be written into memory that is there already: nothing is
-    traced, and none of them is a batch of torch.autograd.grad(..., is_grads_batched=True)."""
-    return not traced() and not any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    traced, they have no tangents, and none is a batch of torch.autograd.grad(..., is_grads_batched=True)."""
+    if traced() or forward_mode():
+        return False
+    return not any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def freed_afterwards() -> bool:
@@ -20,6 +24,11 @@ def freed_afterwards() -> bool:
     Where torch does not say: no."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is not None and not kept()
+
+
+def autocast_is_on(t: torch.Tensor) -> bool:
+    """Whether autocast converts what is done with t. torch raises where a device type knows no autocast."""
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
 
 def wants_gradient(*tensors) -> bool:
@@ -42,15 +51,30 @@ def apply(function, *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
-def differentiable_gradients(outputs, grads, inputs):
-    """Gradients of `inputs` that can be differentiated again, for create_graph=True: None where none is wanted.
+def is_differentiated(*saved) -> bool:
+    """In a backward pass: whether its result is to be differentiated in its turn (create_graph=True). saved: what it is
+    made of. torch.func makes every backward pass so, also the last."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(t is not None and t.requires_grad for t in saved)
 
-    outputs: what the reference made of `inputs` in this backward pass, with None for absent ones; grads: what arrives
-    at each, None for zero.
+
+def differentiable_gradients(make, grads, inputs, needs):
+    """Gradients of `inputs` that can be differentiated again: None where none is needed.
+
+    make(*inputs): the outputs by the reference, None for absent ones; grads: what arrives at each, None for zero. Each
+    input counts by itself, even if one was made of another or two are the same tensor: what they have to do with each
+    other is known to the graph that this is a part of.
     """
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    reached, arriving = zip(*pairs, strict=True)
-    got = torch.autograd.grad(reached, wanted, arriving, create_graph=True, allow_unused=True)
-    found = dict(zip(map(id, wanted), got, strict=True))
-    return tuple(None if t is None else found.get(id(t)) for t in inputs)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and needs[i]]
+
+    def reached(*some):
+        own = list(inputs)
+        for i, t in zip(wanted, some, strict=True):
+            own[i] = t
+        return tuple(o for o, g in zip(make(*own), grads, strict=True) if o is not None and g is not None)
+
+    outputs, back = torch.func.vjp(reached, *(inputs[i] for i in wanted))
+    arriving = tuple(g.to(o.dtype) for o, g in zip(outputs, (g for g in grads if g is not None), strict=True))
+    found = dict(zip(wanted, back(arriving), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))

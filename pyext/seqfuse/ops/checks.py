@@ -1,5 +1,8 @@
 """Argument checks: one clear sentence that names the argument, what was given and what is accepted."""
 
+import math
+import numbers
+
 import torch
 
 
@@ -15,9 +18,27 @@ def tensor(op: str, name: str, value, dims: tuple[int, ...] | None = None) -> No
         raise TypeError(f"{op}: {name} must be a tensor, got {describe(value)}")
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
     if dims is not None and value.dim() not in dims:
         wanted = " or ".join(f"{d}-D" for d in dims)
         raise ValueError(f"{op}: {name} must be {wanted}, got {describe(value)}")
+
+
+def number(op: str, name: str, value, least: float = -math.inf, most: float = math.inf) -> None:
+    """A finite number, least <= number <= most. What torch.compile traces as a symbol is one."""
+    real = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+    if not real:
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    if not (least <= value <= most and -math.inf < value < math.inf):
+        accepted = "finite" if least == -math.inf else f"at least {least:g}"
+        accepted = accepted if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{op}: {name} must be {accepted}, got {value!r}")
+
+
+def rows(value: torch.Tensor) -> torch.Tensor:
+    """[..., N] -> [rows, N]; reshape(-1, N) cannot tell how many where N is 0."""
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
 def shape(op: str, name: str, value: torch.Tensor, wanted: tuple) -> None:

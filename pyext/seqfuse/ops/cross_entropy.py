@@ -1,8 +1,8 @@
 """cross_entropy of given logits and linear_cross_entropy of hidden states: checks, autograd, who runs what.
 
 Both are one autograd function: for reductions "mean" and "sum" the gradient is computed in the forward pass, while the
-logits are in the caches, and only multiplied by the incoming gradient in the backward pass; for "none" it is computed
-in the backward pass, for which linear_cross_entropy makes the logits once more (docs/losses.md).
+logits are in the caches, and only multiplied by the incoming gradient in the backward pass; for "none" and in float16
+it is computed in the backward pass, for which linear_cross_entropy makes the logits once more (docs/losses.md).
 """
 
 from typing import NamedTuple
@@ -14,7 +14,15 @@ from torch.compiler import is_dynamo_compiling
 from seqfuse import dispatch, reference
 from seqfuse.native import door
 from seqfuse.ops import checks, library, loss_blocks
-from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
+from seqfuse.ops.autograd import (
+    apply,
+    autocast_is_on,
+    differentiable_gradients,
+    is_differentiated,
+    may_write,
+    traced,
+    wants_gradient,
+)
 from seqfuse.reference import LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -71,7 +79,7 @@ def linear_cross_entropy(
             return loss
     checks.tensor(op, "x", x)
     checks.tensor(op, "weight", weight, (2,))
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"{op}: x must be [..., {weight.shape[1]}] for this weight, got {checks.describe(x)}")
     for name, t in (("weight", weight), ("bias", bias)):
@@ -83,7 +91,7 @@ def linear_cross_entropy(
         checks.shape(op, "bias", bias, weight.shape[:1])
     options = _options(op, ignore_index, label_smoothing, softcap, z_loss)
     _check_targets(op, x, x.shape[:-1], weight.shape[0], target, class_weight, reduction)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = checks.rows(x)
     return _loss(op, rows, weight, bias, target, class_weight, options, reduction)
 
 
@@ -108,7 +116,7 @@ def cross_entropy(
         raise ValueError(f"{op}: logits must be [..., V], got a scalar")
     options = _options(op, ignore_index, label_smoothing, softcap, z_loss)
     _check_targets(op, logits, logits.shape[:-1], logits.shape[-1], target, class_weight, reduction)
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = checks.rows(logits)
     return _loss(op, rows, None, None, target, class_weight, options, reduction)
 
 
@@ -129,82 +137,100 @@ def _loss(op, x, weight, bias, target, class_weight, options, reduction):
     if backend.bwd is None:
         losses = backend.fwd(x, weight, bias, target, class_weight, options)
     else:
+        wanted = tuple(wants_gradient(t) for t in (x, weight, bias))
         args = (x, weight, bias, target.contiguous(), class_weight, scale, tuple(options), reduction, op, backend.name)
-        losses = apply(LossFunction, *args)[0] if grad else LossFunction.forward(*args, False)[0]
+        losses = (apply(LossFunction, *args, wanted) if grad else LossFunction.forward(*args, wanted))[0]
         if reduction != "none":
             return losses
     return losses.view(shape) if reduction == "none" else losses.sum() * scale
 
 
+def _in_forward(x, reduction):
+    """Whether the gradient is made in the forward pass. Not in float16: there it would vanish below 6e-8 before the
+    loss scale (torch.amp.GradScaler) reaches it."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
 class LossFunction(torch.autograd.Function):
     """Outputs: (loss, lse [N], dx, dweight, dbias); all but the first only so that they can be kept.
 
+    wanted: whether x, weight and bias get gradients: a frozen vocabulary matrix costs neither a product nor memory.
     Gradients that the forward pass made are handed on by the first backward pass, multiplied in place: nobody else
     holds them. A second one (retain_graph=True) finds them gone and computes them again.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, weight, bias, target, class_weight, scale, options, reduction, op, name, grad=True):
+    def forward(x, weight, bias, target, class_weight, scale, options, reduction, op, name, wanted):
         fwd = dispatch.get(op, name).fwd
-        in_forward = grad and reduction != "none"
+        own_scale = scale.reshape(1) if any(wanted) and _in_forward(x, reduction) else None
         losses, lse, dx, dweight, dbias = fwd(
-            x, weight, bias, target, class_weight, scale.reshape(1) if in_forward else None, None, LossOptions(*options)
+            x, weight, bias, target, class_weight, own_scale, None, LossOptions(*options), wanted
         )
         return losses if reduction == "none" else losses.sum() * scale, lse, dx, dweight, dbias
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, target, class_weight, scale, options, reduction, op, name = inputs
+        x, weight, bias, target, class_weight, scale, options, reduction, op, name, wanted = inputs
         _, lse, *grads = output
         ctx.mark_non_differentiable(lse, *grads)
         ctx.set_materialize_grads(False)
-        ctx.call = options, reduction, op, name, traced()
-        saved = grads if traced() else ()
-        ctx.save_for_backward(x, weight, bias, target, class_weight, scale, lse, *saved)
-        ctx.grads = None if traced() or reduction == "none" else grads
+        made = _in_forward(x, reduction)
+        ctx.call = options, reduction, op, name, wanted, made and traced()
+        ctx.save_for_backward(x, weight, bias, target, class_weight, scale, lse, *(grads if made and traced() else ()))
+        ctx.grads = grads if made and not traced() else None
 
     @staticmethod
     def backward(ctx, dloss, *_):
         x, weight, bias, target, class_weight, scale, lse, *grads = ctx.saved_tensors
-        options, reduction, op, name, was_traced = ctx.call
-        nothing = (None,) * 7
+        options, reduction, op, name, wanted, was_saved = ctx.call
+        nothing, needs = (None,) * 8, ctx.needs_input_grad[:3]
         if dloss is None:
             return None, None, None, *nothing
         options = LossOptions(*options)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            losses = dispatch.get(op, "reference").fwd(x, weight, bias, target, class_weight, options)
-            loss = losses if reduction == "none" else losses.sum() * scale
-            return *differentiable_gradients([loss], [dloss], (x, weight, bias)), *nothing
-        if was_traced and reduction != "none":
+        if is_differentiated(dloss, x, weight, bias):
+
+            def loss(x, weight, bias):
+                losses = dispatch.get(op, "reference").fwd(x, weight, bias, target, class_weight, options)
+                return [losses if reduction == "none" else losses.sum() * scale]
+
+            return *differentiable_gradients(loss, [dloss], (x, weight, bias), needs), *nothing
+        if was_saved:
             grads = [g * dloss.to(g.dtype) for g in grads]
-        elif ctx.grads is not None:
+        elif ctx.grads is not None and may_write(dloss):
             grads, ctx.grads = ctx.grads, None
             if dloss.device.type != "cpu" or dloss.item() != 1.0:  # of a CPU tensor, item() waits for nothing
                 for g in grads:
                     g.mul_(dloss)
+        elif ctx.grads is not None:
+            grads = [g * dloss.to(g.dtype) for g in ctx.grads]
         else:
             upstream = dloss.reshape(-1) if reduction == "none" else (dloss * scale).reshape(1)
             upstream = upstream.to(torch.float32).contiguous()
-            grads = dispatch.get(op, name).bwd(x, weight, bias, target, class_weight, upstream, lse, options)[2:]
-        wanted = ctx.needs_input_grad
-        dx, dweight, dbias = (g if w else None for g, w in zip(grads, wanted[:3], strict=True))
-        return dx, dweight, dbias, *nothing
+            bwd = dispatch.get(op, name).bwd
+            grads = bwd(x, weight, bias, target, class_weight, upstream, lse, options, wanted)[2:]
+        return *(g if n else None for g, n in zip(grads, needs, strict=True)), *nothing
 
 
-def _autocast(x, weight, bias):
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+def autocast(*tensors):
+    """The tensors (None: an absent one), in autocast's dtype where it is on."""
+    if not autocast_is_on(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def _options(op, ignore_index, label_smoothing, softcap, z_loss):
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must lie between 0 and 1, got {label_smoothing!r}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{op}: softcap must be positive or None, got {softcap!r}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss!r}")
+    checks.number(op, "label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.number(op, "z_loss", z_loss, 0.0)
+    if softcap is not None:
+        checks.number(op, "softcap", softcap)
+        if not softcap > 0.0:
+            raise ValueError(f"{op}: softcap must be positive or None, got {softcap!r}")
+    checks.number(op, "ignore_index", ignore_index)
+    if int(ignore_index) != ignore_index:
+        raise TypeError(f"{op}: ignore_index must be an integer, got {checks.describe(ignore_index)}")
     return LossOptions(int(ignore_index), float(label_smoothing), float(softcap or 0.0), float(z_loss))
 
 
@@ -251,17 +277,20 @@ def _reference(x, weight, bias, target, class_weight, options):
 def _kernel(name):
     """fwd and bwd of a backend: the same call, with `lse` of an earlier one in the backward pass."""
 
-    def run(x, weight, bias, target, class_weight, scale, lse, options):
+    def run(x, weight, bias, target, class_weight, scale, lse, options, wanted):
         op = torch.ops.seqfuse_composed.cross_entropy.default
-        return op(x, weight, bias, target, class_weight, scale, lse, *options, name)
+        return op(x, weight, bias, target, class_weight, scale, lse, *options, wanted, name)
 
     return run
 
 
-def _fake(x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, backend):
+def _fake(
+    x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, wanted, backend
+):
     rows = x.new_empty(x.shape[0] if lse is None else 0, dtype=torch.float32)
     grads = (
-        t.new_empty(0 if scale is None else t.shape) if t is not None else x.new_empty(0) for t in (x, weight, bias)
+        x.new_empty(0 if scale is None or t is None or not w else t.shape)
+        for t, w in zip((x, weight, bias), wanted, strict=True)
     )
     return rows, torch.empty_like(rows), *grads
 
@@ -269,7 +298,7 @@ def _fake(x, weight, bias, target, class_weight, scale, lse, ignore_index, label
 library.register_composed(
     "cross_entropy",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? scale, Tensor? lse, "
-    "int ignore_index, float label_smoothing, float softcap, float z_loss, str backend) "
+    "int ignore_index, float label_smoothing, float softcap, float z_loss, bool[] wanted, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     loss_blocks.cross_entropy,

@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 from seqfuse import dispatch, reference
 from seqfuse.native import door
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients, wants_gradient
+from seqfuse.ops.autograd import apply, differentiable_gradients, is_differentiated, wants_gradient
 from seqfuse.reference.gated import ACTIVATIONS
 
 SILU, GELU, GELU_TANH = range(3)
@@ -64,12 +64,14 @@ def _gated(op, gate, up, activation):
     backend = dispatch.get("gated", dispatch.select("gated", case).backend)
     if backend.bwd is None:
         return backend.fwd(gate, up, activation)
-    rows = [t.reshape(1, 1) if t.dim() == 0 else t.reshape(-1, t.shape[-1]) for t in (gate, up)]
+    rows = [t.reshape(1, 1) if t.dim() == 0 else checks.rows(t) for t in (gate, up)]
     y = apply(GatedFunction, *rows, activation, backend.name) if grad else backend.fwd(*rows, activation)
     return y.view(gate.shape)
 
 
 class GatedFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gate, up, activation, name):
         return dispatch.get("gated", name).fwd(gate, up, activation)
@@ -84,9 +86,10 @@ class GatedFunction(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         activation, name = ctx.call
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = reference.gated(gate, up, activation)
-            dgate, dup = differentiable_gradients([y], [dy], (gate, up))
+        if is_differentiated(dy, gate, up):
+            dgate, dup = differentiable_gradients(
+                lambda gate, up: [reference.gated(gate, up, activation)], [dy], (gate, up), ctx.needs_input_grad
+            )
         else:
             dgate, dup = dispatch.get("gated", name).bwd(dy, gate, up, activation)
         return dgate, dup, None, None

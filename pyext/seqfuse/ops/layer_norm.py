@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from seqfuse import dispatch, native, reference
 from seqfuse.native import door
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients, traced, wants_gradient
+from seqfuse.ops.autograd import apply, differentiable_gradients, is_differentiated, traced, wants_gradient
 
 
 class LayerNormCase(NamedTuple):
@@ -50,7 +50,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last dimension, with s = dropout(x) + residual.
 
     x: [..., N], floating point, any strides. residual: like x, or None.
-    weight, bias: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the variance, > 0.
+    weight, bias: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the variance, not negative.
     dropout_p: probability with which an element of x is zeroed, in [0, 1]; the others are divided by 1 - dropout_p.
         Which ones depends on torch's generator and is the same on every backend (reference.norm_dropout).
     zero_centered: the weight is stored around zero: 1 + weight is what multiplies.
@@ -73,8 +73,10 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
         and weight.dtype == bias.dtype == x.dtype
         and weight.shape == bias.shape == x.shape[-1:]
         and weight.device == bias.device == x.device
+        and type(eps) is float
+        and 0.0 <= eps < math.inf
     ):  # everything but the usual call is looked at more closely
-        _check("layer_norm", x, weight, bias, residual, dropout_p)
+        _check("layer_norm", x, weight, bias, residual, dropout_p, eps)
     if dropout_p or zero_centered:
         return _norm("layer_norm", x, residual, weight, bias, eps, dropout_p, False, zero_centered)
     return _norm("layer_norm", x, residual, weight, bias, eps)
@@ -84,14 +86,14 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, dropout_p=0.0, zero_cen
     """y = s / sqrt(mean(s ** 2) + eps) * weight over the last dimension, with s = dropout(x) + residual.
 
     x: [..., N], floating point, any strides. residual: like x, or None.
-    weight: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the mean square, > 0.
+    weight: [N], of x's dtype or float32 (for 16-bit x), or None. eps: added to the mean square, not negative.
     dropout_p, zero_centered: as in layer_norm.
     Returns y [..., N] of x's dtype; with a residual (y, s). Statistics are float32 (float64 for float64 input).
 
     Differentiable twice. Raises TypeError or ValueError on bad arguments, before any kernel runs.
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
     """
-    _check("rms_norm", x, weight, None, residual, dropout_p)
+    _check("rms_norm", x, weight, None, residual, dropout_p, eps)
     return _norm("rms_norm", x, residual, weight, None, eps, dropout_p, True, zero_centered)
 
 
@@ -138,9 +140,9 @@ def _case(x, weight, bias, residual, grad, options=_PLAIN):
     )
 
 
-def _check(op, x, weight, bias, residual, dropout_p):
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be a number in [0, 1], got {dropout_p!r}")
+def _check(op, x, weight, bias, residual, dropout_p, eps):
+    checks.number(op, "dropout_p", dropout_p, 0.0, 1.0)
+    checks.number(op, "eps", eps, 0.0)
     checks.tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
@@ -170,6 +172,8 @@ class LayerNormFunction(torch.autograd.Function):
     The C++ ops have the same as a node of C++, which costs 30 us less a call: pyext/autograd/layer_norm.cpp.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, residual, weight, bias, eps, name, seed, dropout_p, rms, zero_centered):
         op = "rms_norm" if rms else "layer_norm"
@@ -197,8 +201,8 @@ class LayerNormFunction(torch.autograd.Function):
         if dy is None:  # only the sum was used
             dx = None if ds is None or not dropout_p else ds * reference.norm_dropout(ds, seed, dropout_p).to(ds.dtype)
             return dx if dropout_p else ds, ds, *(None for _ in range(8))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dr, dw, db = _differentiable_backward(dy, ds, s, weight, bias, eps, options)
+        if is_differentiated(dy, ds, s, weight, bias):
+            dx, dr, dw, db = _differentiable_backward(dy, ds, s, weight, bias, eps, options, ctx.needs_input_grad)
         else:
             bwd = dispatch.get("rms_norm" if rms else "layer_norm", name).bwd
             dx, dr, dw, db = bwd(dy, ds, s, weight, mean, rstd, want_weight, want_bias, want_residual, *options)
@@ -212,11 +216,16 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(dy, ds, s, weight, bias, eps, options):
+def _differentiable_backward(dy, ds, s, weight, bias, eps, options, needs):
     """The backward pass through the reference, for create_graph=True."""
     plain = options._replace(seed=None, dropout_p=0.0)  # s is behind dropout
-    y, _ = reference.layer_norm(s, None, weight, bias, eps, *plain)
-    dr, dw, db = differentiable_gradients([y], [dy], (s, weight, bias))
+    want_x, want_residual, *want_parameters = needs[:4]
+    dr, dw, db = differentiable_gradients(
+        lambda s, weight, bias: reference.layer_norm(s, None, weight, bias, eps, *plain)[:1],
+        [dy],
+        (s, weight, bias),
+        (want_x or want_residual, *want_parameters),
+    )
     if dr is not None and ds is not None:
         dr = dr + ds
     dx = dr
@@ -231,6 +240,8 @@ def _torch_norm(x, residual, weight, bias, eps, seed=None, dropout_p=0.0, rms=Fa
     s = x if residual is None else x + residual
     if zero_centered and weight is not None:
         weight = 1.0 + weight
+    if weight is None and bias is not None and bias.dtype != x.dtype:
+        weight = torch.ones_like(bias)  # PyTorch takes two parameters of another dtype than x's, or none
     if rms:
         y = F.rms_norm(s, s.shape[-1:], weight, eps).to(s.dtype)
     else:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library, products
-from seqfuse.ops.autograd import apply, traced, wants_gradient
+from seqfuse.ops.autograd import apply, autocast_is_on, traced, wants_gradient
 from seqfuse.ops.products import FEW_ROWS, MOST_ROWS, NATIVE_BF16, many_rows_pay, matmul, own_floats, own_linear
 
 
@@ -139,7 +139,7 @@ def _check(x, weight, bias):
         checks.tensor("linear", "bias", bias)
         checks.shape("linear", "bias", bias, weight.shape[:-1])
         checks.same_device("linear", "bias", bias, "x", x)
-    if not torch.is_autocast_enabled(x.device.type):  # which converts them
+    if not autocast_is_on(x):  # which converts them
         checks.same_dtype("linear", "weight", weight, "x", x)
         if bias is not None:
             checks.same_dtype("linear", "bias", bias, "x", x)
@@ -150,7 +150,7 @@ def _describe(x, weight, bias):
     special = ""
     if any(t is not None and type(t) not in _PLAIN for t in (x, weight, bias)) and not torch.compiler.is_compiling():
         special = "one of the tensors is of a class of its own, which has its own linear"
-    elif torch.is_autocast_enabled(x.device.type):
+    elif autocast_is_on(x):
         special = "autocast converts the weights, and keeps them converted, for PyTorch's own op"
     elif torch._C._are_functorch_transforms_active():
         special = "a transform of torch.func is at work"

@@ -38,10 +38,10 @@ def rows_kernel(backend):
 
 
 def cross_entropy(
-    x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, backend
+    x, weight, bias, target, class_weight, scale, lse, ignore_index, label_smoothing, softcap, z_loss, wanted, backend
 ):
-    """Losses [N] and lse [N] (float32; empty where `lse` is given), and with `scale` (float32, [1] or [N]) the
-    gradients of sum(scale * loss) for x, weight and bias; empty tensors stand for what is not there."""
+    """Losses [N] and lse [N] (float32; empty where `lse` is given), and with `scale` (float32, [1] or [N]) those
+    gradients of sum(scale * loss) for x, weight and bias that are wanted; empty tensors stand for what is not there."""
     options = ignore_index, label_smoothing, softcap, z_loss
     kernel = rows_kernel(backend)
     if weight is None:
@@ -55,12 +55,14 @@ def cross_entropy(
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, vocabulary, x.device.type)
     if scale is None and lse is None and size < tokens and backend == "cpu" and not label_smoothing:
+        _check_targets(target, vocabulary, ignore_index)
         found = _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, softcap, z_loss)
         return *found, *(x.new_empty(0, dtype=dtype) for _ in range(3))
     block = _block(x, min(size, tokens), vocabulary)
-    dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = None if scale is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dbias = None if scale is None or bias is None else torch.zeros(vocabulary, dtype=torch.float32, device=x.device)
+    want_x, want_weight, want_bias = (w and scale is not None for w in wanted)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    dbias = torch.zeros(vocabulary, dtype=torch.float32, device=x.device) if want_bias else None
     parts = []
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
@@ -72,8 +74,10 @@ def cross_entropy(
         parts.append(kernel(logits, target[part], class_weight, own_scale, own_lse, dlogits, *options))
         if scale is None:
             continue
-        products.product(logits, weight, out=dx[part])
-        products.product(logits.t(), hidden, None if start == 0 else dweight, dweight)
+        if want_x:
+            products.product(logits, weight, out=dx[part])
+        if want_weight:
+            products.product(logits.t(), hidden, None if start == 0 else dweight, dweight)
         if dbias is not None:
             dbias += logits.sum(0, dtype=torch.float32)
     if not parts:
@@ -83,6 +87,15 @@ def cross_entropy(
     losses, log_sums = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
     grads = (x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight, dbias))
     return losses, log_sums, *grads
+
+
+def _check_targets(target, vocabulary, ignore_index):
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
+    if wrong.numel():
+        raise IndexError(
+            f"target {int(wrong[0])} is out of bounds: the vocabulary has {vocabulary} entries and ignore_index is "
+            f"{ignore_index}"
+        )
 
 
 def _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, softcap, z_loss):
@@ -117,8 +130,9 @@ def _losses_by_columns(x, weight, bias, target, class_weight, ignore_index, soft
     return loss.where(keep, 0.0), lse.where(keep, 0.0)
 
 
-def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
-    """Losses [N] (float32), and with `scale` the gradients of sum(scale * loss) for x and weight (else empty)."""
+def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, wanted, backend):
+    """Losses [N] (float32), and with `scale` those gradients of sum(scale * loss) for x and weight that are wanted
+    (else empty)."""
     triton = backend == "triton"
     kernel = library.launcher("cross_entropy", "kl_rows") if triton else torch.ops.seqfuse.kl_rows.default
     dtype = x.dtype
@@ -127,8 +141,9 @@ def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
     tokens, vocabulary = x.shape[0], weight.shape[0]
     size = tokens_in_a_block(tokens, 2 * vocabulary, x.device.type)
     blocks = x.new_empty(2, min(size, tokens), vocabulary)
-    dx = None if scale is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = None if scale is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    want_x, want_weight = (w and scale is not None for w in wanted)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
@@ -137,7 +152,8 @@ def kl(x, weight, teacher_x, teacher_weight, mask, scale, temperature, backend):
         products.product(teacher_x[part], teacher_weight.t(), out=teacher)
         keep, gradient = None if mask is None else mask[part], None if scale is None else student
         losses[part] = kernel(student, teacher, keep, scale, gradient, temperature)
-        if scale is not None:
+        if want_x:
             products.product(student, weight, out=dx[part])
+        if want_weight:
             products.product(student.t(), x[part], dweight, dweight)
     return losses, *(x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight))

@@ -26,6 +26,12 @@ def _pairs(op, x, target):
     checks.shape(op, "target", target, x.shape[:2])
 
 
+def _log_of_other(log_p):
+    """log(1 - p). An answer that is certain counts as one that is as good as certain: its odds have no end."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return torch.where(log_p > -0.7, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
+
+
 def dpo_loss(
     x, weight, target, reference_log_probs, *, bias=None, beta=0.1, label_smoothing=0.0, ignore_index=-100, softcap=None
 ):
@@ -39,6 +45,8 @@ def dpo_loss(
     Source: Rafailov et al. 2023, equation 7 (arXiv:2305.18290); label smoothing: Mitchell 2023 (conservative DPO).
     """
     _pairs("dpo_loss", x, target)
+    checks.number("dpo_loss", "beta", beta, 0.0)
+    checks.number("dpo_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
     checks.tensor("dpo_loss", "reference_log_probs", reference_log_probs)
     checks.shape("dpo_loss", "reference_log_probs", reference_log_probs, x.shape[:1])
     checks.same_device("dpo_loss", "reference_log_probs", reference_log_probs, "x", x)
@@ -58,10 +66,11 @@ def orpo_loss(x, weight, target, *, bias=None, lam=0.1, ignore_index=-100, softc
     Source: Hong, Lee, Thorne 2024, equations 6 and 7 (arXiv:2403.07691).
     """
     _pairs("orpo_loss", x, target)
+    checks.number("orpo_loss", "lam", lam)
     log_probs = linear_log_probs(x, weight, target, bias=bias, ignore_index=ignore_index, softcap=softcap)
     counts = (target != ignore_index).sum(1)
     chosen, rejected = (log_probs.sum(1) / counts).chunk(2)
-    log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    log_odds = (chosen - rejected) - (_log_of_other(chosen) - _log_of_other(rejected))
     half = x.shape[0] // 2
     nll = -log_probs[:half].sum() / counts[:half].sum()
     return nll - lam * F.logsigmoid(log_odds).mean()

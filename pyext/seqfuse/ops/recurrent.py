@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, rnn_extras, rnn_ragged
-from seqfuse.ops.autograd import traced
+from seqfuse.ops.autograd import autocast_is_on, traced
 from seqfuse.ops.layer_norm import layer_norm
 from seqfuse.ops.rnn_extras import NO_OPTIONS, RecurrentOptions
 from seqfuse.ops.rnn_layer import Joined, ScanCall, both_directions, projected_layer, rnn_layer
@@ -105,7 +105,7 @@ def _run(op, cell, x, h0, c0, weights, stack, extent):
         extent = _check_extent(op, x, T, B, stack, extent)
     if T == 0:
         raise RuntimeError(f"{op}: the sequence is empty (T = 0); torch.nn refuses it too")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         x, h0, c0, weights, stack = _autocast(x, h0, c0, weights, stack)
     case = _case(cell, x, (T, B), (h0, c0), weights, stack, extent)
     name = dispatch.select(op, case).backend
@@ -150,7 +150,7 @@ def packed_sequence(op, cell, packed, states, weights, stack, extent=WHOLE):
             resets = resets.narrow(int(stack.batch_first), 0, min(T, resets.shape[int(stack.batch_first)]))
         resets = _check_resets(op, data, resets, T, B, stack.batch_first)
         resets = resets if order is None else resets.index_select(1, order)
-    if torch.is_autocast_enabled(data.device.type):
+    if autocast_is_on(data):
         data, h0, c0, weights, stack = _autocast(data, h0, c0, weights, stack)
     case = _case(cell, data, (T, B), (h0, c0), weights, stack, extent, ("packed_sequence",))
     name = dispatch.select(op, case).backend
@@ -226,7 +226,7 @@ def _check(op, cell, x, h0, c0, weights, stack, packed_batch=None):
         raise ValueError(
             f"{op}: weights must hold one tuple for each layer and direction ({directions} a layer), got {len(weights)}"
         )
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    autocast = torch._C._is_any_autocast_enabled() and autocast_is_on(x)
     accepted = (2, 4, 3, 5) if cell == "lstm" else (2, 4)
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     H = P = None

@@ -13,7 +13,15 @@ from torch import _VF
 
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, differentiable_gradients, traced
+from seqfuse.ops.autograd import (
+    apply,
+    autocast_is_on,
+    differentiable_gradients,
+    forward_mode,
+    is_differentiated,
+    may_write,
+    traced,
+)
 from seqfuse.ops.products import SLOW_BF16, addmm, linear, many_rows_pay, matmul
 from seqfuse.ops.rnn_cell_loop import loop_of
 from seqfuse.ops.rnn_scan import CELLS
@@ -65,7 +73,7 @@ def rnn_cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh"):
 def _run(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
     _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
     tensors = [x, h, c, w_ih, w_hh, b_ih, b_hh]
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     x, h, c, w_ih, w_hh, b_ih, b_hh = tensors
@@ -115,7 +123,7 @@ class StepCell:
 
     def __call__(self, x, h, c=None):
         """x: [B, I], h: [B, H], c of an LSTM alike -> the next state, (h,) or (h, c)."""
-        if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or traced() or forward_mode() or autocast_is_on(x):
             return self._state(*_run(f"{self.cell} cell", self.cell, x, h, c, *self.weights))
         key = x.shape, x.dtype, dispatch.epoch(), torch.get_num_threads()
         found = self._known.get(key)
@@ -130,7 +138,7 @@ class StepCell:
         is taken once for each token."""
         B, V = ids.shape[0], embedding.shape[0]
         many = B >= MANY_ROWS and V <= 4 * B  # a table of more tokens takes more products than some steps save
-        if not many or torch.is_grad_enabled() or traced() or self._backend(embedding, B) != "cpu":
+        if not many or torch.is_grad_enabled() or not may_write(h) or self._backend(embedding, B) != "cpu":
             return self(embedding.index_select(0, ids), h, c)
         _, w_hh, _, b_hh = self.weights
         xg, a = self._products(embedding).index_select(0, ids), linear(h, w_hh, b_hh)
@@ -149,7 +157,7 @@ class StepCell:
         return self._table
 
     def _backend(self, x, B):
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_is_on(x):
             return None
         case = CellCase(self.cell, x.device.type, x.dtype, B, self.weights[1].shape[1], False)
         return dispatch.select("rnn_cell", case).backend
@@ -187,7 +195,7 @@ def _check(op, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
         "h": (h, (x.shape[0], H)),
         "c": (c, (x.shape[0], H)),
     }
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_is_on(x)
     for name, (t, shape) in wanted.items():
         if t is None and name not in ("w_ih", "w_hh"):
             continue
@@ -235,8 +243,8 @@ class RnnCellFunction(torch.autograd.Function):
         dc_out = dc_out if cell == "lstm" else None  # torch.compile hands in zeros for the empty placeholder
         if dh_out is None and dc_out is None:
             return (None,) * 11
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out))
+        if is_differentiated(dh_out, dc_out, x, h, c, w_ih, w_hh, b_ih, b_hh):
+            found = _differentiable_backward(cell, (x, h, c, w_ih, w_hh, b_ih, b_hh), (dh_out, dc_out), needs)
             return *found, None, None, None, None
         gru, lstm = cell == "gru", cell == "lstm"
         by_ticket, step = ctx.has_ticket, _small_step(cell, x, h)
@@ -282,11 +290,13 @@ class RnnCellFunction(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(cell, inputs, grads):
+def _differentiable_backward(cell, inputs, grads, needs):
     """The backward pass through the reference, for create_graph=True."""
-    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
-    outputs = reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
-    return differentiable_gradients(outputs, grads, inputs)
+
+    def outputs(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return reference.rnn_cell(cell, F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, c)
+
+    return differentiable_gradients(outputs, grads, inputs, needs)
 
 
 def _fake_fwd(cell, xg, a, h, c, save):

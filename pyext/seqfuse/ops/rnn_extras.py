@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from seqfuse.ops import checks
-from seqfuse.ops.autograd import traced
+from seqfuse.ops.autograd import autocast_is_on, traced
 from seqfuse.reference import ScanOptions
 
 
@@ -99,7 +99,7 @@ def check_options(op, options, x, count, H):
     heads = options.heads
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or H % heads:
         raise ValueError(f"{op}: heads must be a whole number that divides the hidden size {H}, got {heads!r}")
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    autocast = torch._C._is_any_autocast_enabled() and autocast_is_on(x)
     for name, given, shapes in (
         ("layer_norm", options.layer_norm, ((4 * H,), (4 * H,), (H,), (H,))),
         ("peephole", options.peephole, ((3, H),)),

@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from seqfuse import reference
 from seqfuse.ops import rnn_ragged
-from seqfuse.ops.autograd import apply, differentiable_gradients, freed_afterwards, may_write, traced
+from seqfuse.ops.autograd import (
+    apply,
+    differentiable_gradients,
+    freed_afterwards,
+    is_differentiated,
+    may_write,
+    traced,
+)
 from seqfuse.ops.products import linear, matmul
 from seqfuse.ops.rnn_gradients import (
     bias_gradients,
@@ -254,9 +261,9 @@ class RnnLayerFunction(torch.autograd.Function):
         options = (*masks, *ctx.zoneouts)
         if call.joined is not None:
             y = call.joined.take()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-            return _differentiable_backward(call, inputs, options, (dy, dh_n, dc_n, dcells))
+        inputs, arriving = (x, h0, c0, w_ih, w_hh, b_ih, b_hh), (dy, dh_n, dc_n, dcells)
+        if is_differentiated(*arriving, *inputs, options[3]):
+            return _differentiable_backward(call, inputs, options, arriving, needs)
         first = _initial(call.cell, x, h0, c0, w_hh, options[0])
         grads, peephole = (dy, dh_n, dc_n, dcells), options[3]
         dpeephole = None
@@ -315,9 +322,14 @@ def _input_gates(x, w_ih, b_ih):
     return from_rows(linear(flat_rows(x, layout), w_ih, b_ih), x, layout)
 
 
-def _differentiable_backward(call, inputs, options, grads):
+def _differentiable_backward(call, inputs, options, grads, needs):
     """The backward pass through the reference, for create_graph=True."""
     call = call._replace(recompute=False)
-    y, h_n, c_n, cells = _reference(call, inputs, reference.ScanOptions(*options))
-    *found, dpeephole = differentiable_gradients((y, h_n, c_n, cells), grads, (*inputs, options[3]))
+
+    def outputs(*tensors):
+        *inputs, peephole = tensors
+        return _reference(call, inputs, reference.ScanOptions(*options)._replace(peephole=peephole))
+
+    needs = (*needs[:7], needs[11])
+    *found, dpeephole = differentiable_gradients(outputs, grads, (*inputs, options[3]), needs)
     return *found, None, None, None, None, dpeephole, None, None, None, None

@@ -6,7 +6,7 @@ import torch
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, traced, wants_gradient
+from seqfuse.ops.autograd import apply, is_differentiated, traced, wants_gradient
 
 
 class RopeCase(NamedTuple):
@@ -31,7 +31,7 @@ def rope(x, cos, sin, *, positions=None, offset=0, interleaved=False, inplace=Fa
     the others passed on. Pairs are (i, R / 2 + i), GPT-NeoX's layout, or with interleaved=True (2i, 2i + 1), GPT-J's.
     positions: int64 [T] or [B, T], rows of the tables; without them token t has offset + t. inplace: overwrite x, where
     no gradient is recorded. Returns tensors like x. Raises TypeError or ValueError on bad arguments; a position outside
-    of the tables raises.
+    of the tables raises on a CPU, and is not looked at on a GPU, where that would wait for it.
     Source: Su et al. 2021, "RoFormer" (arXiv:2104.09864).
     """
     xs = x if isinstance(x, (tuple, list)) else (x,)
@@ -53,16 +53,25 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
     backend = dispatch.get("rope", dispatch.select("rope", case).backend)
     args = (cos, sin, positions, offset, interleaved, False)
     if backend.bwd is None:
+        if positions is not None and positions.is_cpu and positions.numel() and not traced():  # kernels look themselves
+            for position in positions.aminmax():
+                if not 0 <= int(position) < cos.shape[0]:
+                    raise IndexError(f"rope: position {int(position)} is outside of tables of {cos.shape[0]} rows")
         y = backend.fwd(x, *args)
         return x.copy_(y) if inplace else y
-    if inplace and x.stride(3) == 1:
+    overlaps = any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
+    if inplace and x.stride(3) == 1 and not overlaps:  # copy_ says what is wrong with one that overlaps
         _INTO[backend.name](x, *args, x)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
         return x
     y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
     return x.copy_(y) if inplace else y
 
 
 class RopeFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, cos, sin, positions, offset, interleaved, inverse, name):
         return dispatch.get("rope", name).fwd(x, cos, sin, positions, offset, interleaved, inverse)
@@ -77,7 +86,7 @@ class RopeFunction(torch.autograd.Function):
     def backward(ctx, dy):
         offset, interleaved, inverse, name = ctx.call
         args = (dy, *ctx.saved_tensors, offset, interleaved, not inverse)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_differentiated(dy):
             dx = apply(RopeFunction, *args, name)
         else:
             dx = dispatch.get("rope", name).fwd(*args)
@@ -91,11 +100,15 @@ def _check(x, cos, sin, positions, offset):
     checks.shape("rope", "sin", sin, cos.shape)
     for name, t in (("cos", cos), ("sin", sin)):
         checks.same_device("rope", name, t, "x", x)
+        if t.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"rope: {name} must have x's dtype or be float32, got {checks.describe(t)}")
     if 2 * cos.shape[1] > x.shape[3]:
         raise ValueError(
             f"rope: cos has {cos.shape[1]} columns, at most half a head of x ({x.shape[3] // 2}) is accepted"
         )
     if positions is None:
+        if not isinstance(offset, (int, torch.SymInt)):
+            raise TypeError(f"rope: offset must be an integer, got {checks.describe(offset)}")
         if not 0 <= offset <= cos.shape[0] - x.shape[2]:
             raise ValueError(
                 f"rope: offset {offset} and {x.shape[2]} time steps do not fit into tables of {cos.shape[0]} rows"
