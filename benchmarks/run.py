@@ -72,6 +72,11 @@ def check(backend, dtype, quick, tune, json_file, device, mode, seconds, compile
             raise ValueError(f"--backend: unknown backend {name!r}: use one of {', '.join(dispatch.BACKENDS)}")
     if tune and "auto" in backend:
         raise ValueError("--tune measures what auto shall choose from: leave out --backend auto")
+    if tune:
+        try:
+            tuned.cache_dir().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--tune: its table can't be kept in {tuned.cache_dir()}: {error.strerror}") from None
     dtypes = []
     for name in dtype:
         short = _DTYPE_NAMES.get(name, name)

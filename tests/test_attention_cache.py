@@ -211,3 +211,21 @@ def test_bad_input_gets_one_sentence_before_anything_is_written(args, given, err
         attention_with_kv_cache(*args, **{"cache_lengths": N, **given})
     assert text in str(caught.value) and "\n" not in str(caught.value)
     assert all(map(torch.equal, args[1:3], before))
+
+
+@pytest.mark.parametrize("way", ["door", "auto", "cpu", "reference"])
+def test_autograd_hears_of_what_is_written(way):
+    cache, new = torch.zeros(1, 2, 8, 16), torch.randn(1, 2, 1, 16)
+    saved = torch.ones(1, requires_grad=True) * cache
+    known = dict(cache_lengths=torch.zeros(1, dtype=torch.int64), scale=0.1 if way == "door" else None)
+    with torch.no_grad(), seqfuse.backend("auto" if way == "door" else way):
+        for _ in range(3 if way == "door" else 1):  # the door opens with the first call
+            before = cache._version
+            seqfuse.ops.attention_with_kv_cache(torch.randn(1, 2, 1, 16), cache, cache.clone(), new, new, **known)
+            assert cache._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with torch.inference_mode():
+        inside = torch.zeros(1, 2, 8, 16)
+    with torch.no_grad():
+        seqfuse.ops.attention_with_kv_cache(torch.randn(1, 2, 1, 16), inside, inside.clone(), new, new, **known)

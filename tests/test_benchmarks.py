@@ -393,6 +393,12 @@ class TestCommand:
         assert said in result.stderr and result.stderr.startswith("seqfuse: ")
         assert result.stderr.count("\n") == 1 and not result.stdout
 
+    def test_a_table_that_can_not_be_kept_is_no_surprise_at_the_end(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        result = CliRunner().invoke(app, ["layer_norm", "--tune", "--quick"])
+        assert result.exit_code == 2 and "its table can't be kept in" in result.output.replace("\n", " ")
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_gpu_asked_for_where_there_is_none(self):
         result = CliRunner().invoke(app, ["--device", "cuda"])

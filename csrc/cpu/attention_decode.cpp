@@ -1,7 +1,8 @@
 // Attention over a cache of keys and values, for a few queries. Contract: seqfuse/attention.h
 //
-// What takes the time is reading the cache, so it is read once, in place, for all query heads that share it: for a
-// block of keys the scores of every query (dot products along the rows), their softmax (see attention_forward.cpp), and
+// What takes the time is reading the cache, so it is read once, in place, for all query heads that share it, and asked
+// for `keys_ahead` rows before, for what the hardware fetches ahead ends with each page of memory: for a block of keys
+// the scores of every query (dot products along the rows), their softmax (see attention_forward.cpp), and
 // the sum over the block's values. Long caches are split among the workers (Dao et al. 2023, "flash decoding"); parts
 // are put together by their maxima and sums, in order:
 //
@@ -34,14 +35,17 @@ Cache<T> cache_of(const Args& a, const HeadsView& v, int64_t b, int64_t kv_head)
   return {base, v.row, v.batch, a.page, a.pages, &a.block_table, b * a.pages, a.total_pages};
 }
 
+constexpr int64_t keys_ahead = 8;
+
 // Scores of VL keys for one query: q is padded with zeros to whole pairs, and in the order of pairs of T. A key is read
-// to its end before the next, for that is what the hardware fetches ahead.
-template <class T>
+// to its end before the next, for that is what the hardware fetches ahead. Fetch: whether to ask for later keys too.
+template <bool Fetch, class T>
 SEQFUSE_INLINE vf dots(const float* q, const T* const* keys, int64_t D) {
   vf acc[VL];
   for (int l = 0; l < VL; l++) {
     vf even{}, odd{};
     for_pairs(D, [&](int64_t d, int n) __attribute__((always_inline)) {
+      if constexpr (Fetch) prefetch_pair(keys[l + keys_ahead] + d);
       const vp key = take_pair(keys[l] + d, n);
       even += load(q + d) * key.a, odd += load(q + d + VL) * key.b;
     });
@@ -56,7 +60,7 @@ SEQFUSE_INLINE vf dots(const float* q, const T* const* keys, int64_t D) {
 }
 
 // out[0..P pairs) += sum over j < n of weights[j] * values[j][d..], in the order of pairs of T
-template <int P, class T>
+template <int P, bool Fetch, class T>
 SEQFUSE_INLINE void add_values(const float* weights, const T* const* values, int64_t n, int64_t d, float* out) {
   vf acc[2 * P];
 #pragma GCC unroll 8
@@ -65,6 +69,7 @@ SEQFUSE_INLINE void add_values(const float* weights, const T* const* values, int
     const vf w = splat(weights[j]);
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
+      if constexpr (Fetch) prefetch_pair(values[j + keys_ahead] + d + p * PL);
       const vp value = load_pair(values[j] + d + p * PL);
       acc[2 * p] += w * value.a, acc[2 * p + 1] += w * value.b;
     }
@@ -73,11 +78,11 @@ SEQFUSE_INLINE void add_values(const float* weights, const T* const* values, int
   for (int v = 0; v < 2 * P; v++) store(out + v * VL, acc[v]);
 }
 
-template <class T>
+template <bool Fetch, class T>
 SEQFUSE_INLINE void add_all_values(const float* weights, const T* const* values, int64_t n, int64_t Dv, float* out) {
   int64_t d = 0;
-  for (; d + 4 * PL <= Dv; d += 4 * PL) add_values<4>(weights, values, n, d, out + d);
-  for (; d + PL <= Dv; d += PL) add_values<1>(weights, values, n, d, out + d);
+  for (; d + 4 * PL <= Dv; d += 4 * PL) add_values<4, Fetch>(weights, values, n, d, out + d);
+  for (; d + PL <= Dv; d += PL) add_values<1, Fetch>(weights, values, n, d, out + d);
   if (d == Dv) return;
   for (int64_t j = 0; j < n; j++) {
     const vp value = take_pair(values[j] + d, int(Dv - d));
@@ -120,21 +125,25 @@ struct Decode {
       });
     }
     const Cache<T> keys_of = cache_of<T>(a, a.k, b, kv_head), values_of = cache_of<T>(a, a.v, b, kv_head);
-    const T *key[block_keys], *value[block_keys];
+    const T *key[block_keys + keys_ahead], *value[block_keys + keys_ahead];
     for (int64_t first = mine.begin; first < mine.end; first += block_keys) {
       const int64_t n = clamp(mine.end - first, 0, block_keys);
       const Range columns{0, round_up(n, 2 * VL)};
-      for (int64_t j = 0; j < n; j++) key[j] = keys_of.at(first + j), value[j] = values_of.at(first + j);
-      for (int64_t j = n; j < columns.end; j++) key[j] = key[0];
+      const int64_t known = clamp(mine.end - first, 0, block_keys + keys_ahead);  // beyond: any key stands in
+      for (int64_t j = 0; j < known; j++) key[j] = keys_of.at(first + j), value[j] = values_of.at(first + j);
+      for (int64_t j = known; j < block_keys + keys_ahead; j++) key[j] = key[0], value[j] = value[0];
       for (int64_t r = 0; r < rows; r++) {
-        for (int64_t j = 0; j < columns.end; j += VL) store(weights + j, dots(q + r * padded_q, key + j, a.D));
+        const float* query = q + r * padded_q;
+        for (int64_t j = 0; j < columns.end; j += VL)
+          store(weights + j, r ? dots<false>(query, key + j, a.D) : dots<true>(query, key + j, a.D));
         const int64_t h = kv_head * group + r / a.Tq, i = r % a.Tq;
         const ScoreRule rule = rule_of(b, h);
         if (!rule.plain) rule.apply(weights, i, i + seq.shift, first, columns, seq.keys, nullptr);
         const Range row = seq.seen(i);
         hide(weights, columns, {row.begin - first, clamp(row.end - first, 0, n)});
         softmax_row(weights, columns, rule.factor, to.m[r], to.l[r], to.out + r * padded, padded);
-        add_all_values(weights, value, n, a.Dv, to.out + r * padded);
+        float* out = to.out + r * padded;
+        r ? add_all_values<false>(weights, value, n, a.Dv, out) : add_all_values<true>(weights, value, n, a.Dv, out);
       }
     }
   }

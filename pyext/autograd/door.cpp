@@ -168,7 +168,11 @@ PyObject* attention_with_kv_cache(Arguments args) {
   return made_by([&] {
     static const auto append = seqfuse::find<Append>("seqfuse::kv_cache_append");
     static const auto decode = seqfuse::find<Decode>("seqfuse::attention_decode");
-    if (added) append.call(k_cache, v_cache, k, v, lengths, {});
+    if (added) {
+      append.call(k_cache, v_cache, k, v, lengths, {});
+      for (const Tensor& cache : {k_cache, v_cache})  // autograd hears of the change
+        if (!cache.is_inference()) cache.unsafeGetTensorImpl()->bump_version();
+    }
     const Tensor now = added ? at::add(lengths, added) : lengths;
     return std::get<0>(decode.call(q, k_cache, v_cache, now, {}, {}, scale, -1, right, 0.0));
   });

@@ -13,7 +13,7 @@ from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
 from seqfuse.ops import checks, library
 from seqfuse.ops.attention_function import without_autocast
-from seqfuse.ops.autograd import traced, wants_gradient
+from seqfuse.ops.autograd import told_of_change, traced, wants_gradient
 from seqfuse.reference import AttentionOptions
 from seqfuse.reference.attention import Positions, gather_pages, written
 
@@ -90,6 +90,8 @@ def attention_with_kv_cache(
         _remember(key, call._replace(choice=choice))
     if new:
         _APPEND[backend](k_cache, v_cache, k, v, cache_lengths, block_table)
+        if backend in ("cpu", "triton"):
+            told_of_change(k_cache, v_cache)
         cache_lengths = cache_lengths + new
     decode = dispatch.get("attention_decode", backend).fwd
     out, lse = without_autocast(

@@ -19,6 +19,13 @@ def may_write(*tensors) -> bool:
     return not any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
+def told_of_change(*tensors) -> None:
+    """Let autograd know that a kernel has changed these: whatever saved one of them must not be used any more."""
+    for t in tensors:
+        if not (traced() or t.is_inference()):
+            torch.autograd.graph.increment_version(t)
+
+
 def freed_afterwards() -> bool:
     """In a backward pass: whether what it saved is freed behind it (retain_graph=False), so that it may be overwritten.
     Where torch does not say: no."""

@@ -6,7 +6,7 @@ import torch
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, is_differentiated, traced, wants_gradient
+from seqfuse.ops.autograd import apply, is_differentiated, told_of_change, traced, wants_gradient
 
 
 class RopeCase(NamedTuple):
@@ -62,8 +62,7 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
     overlaps = any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
     if inplace and x.stride(3) == 1 and not overlaps:  # copy_ says what is wrong with one that overlaps
         _INTO[backend.name](x, *args, x)
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+        told_of_change(x)
         return x
     y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
     return x.copy_(y) if inplace else y
