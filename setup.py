@@ -163,6 +163,8 @@ def ninja_file(build: Path, targets: dict[str, Path], cxx: str) -> str:
     # ninja begins at the top: what takes longest comes first, or it would be waited for at the end
     first, *others = files["autograd"]  # compiled as one file: torch's headers are most of their time
     others = [f"-include {source}" for source in others]
+    # and a seventh of what is left is GCC's search for memory that it can use again: it does with 1.1 GB
+    others += ["--param=ggc-min-heapsize=1000000"] if gcc else []
     compile_one("cxx", first, [*cxx_flags(), "-O1", "-DAT_PER_OPERATOR_HEADERS", *headers, *others], objects=nodes)
     for source in files["cuda"] if cuda else []:
         compile_one("nvcc", source, nvcc_flags(Path(source).name))
