@@ -407,6 +407,7 @@ def packed(starts_q, starts_k):
         (lambda: varlen_attention(Q, K, V, K, K), ValueError, "q must be 3-D"),
         (lambda: packed([0, 10], [0, 2]), ValueError, "cu_seqlens_q must grow from 0 to at most 9, the rows that"),
         (lambda: packed([0, 9], [0, 3, 2]), ValueError, "cu_seqlens_k must grow from 0"),
+        (lambda: packed([1, 9], [0, 2]), ValueError, "cu_seqlens_q must grow from 0"),
         (lambda: packed([0, 9], [0, 1, 2]), ValueError, "as many sequences"),
         (lambda: packed([0.0, 9.0], [0, 2]), TypeError, "cu_seqlens_q must be int32 or int64"),
         (lambda: packed([[0, 9]], [0, 2]), ValueError, "cu_seqlens_q must be [sequences + 1]"),
@@ -499,3 +500,20 @@ def test_causal_calls_with_fewer_queries_are_not_taken_for_pytorchs():
         got, heard = told(lambda: attention(q, k, v, causal=True))
         assert heard == ["torch"]
         assert_accurate(got, attention(*(t.double() for t in (q, k, v)), causal=True))
+
+
+@pytest.mark.parametrize("lengths", [[-1, 3], [8, 3]])
+def test_key_lengths_that_no_keys_are_for(lengths):
+    x = torch.randn(2, 2, 7, 8)
+    with pytest.raises(ValueError, match="key_lengths must lie between 0 and 7, the keys that there are, got"):
+        seqfuse.ops.attention(x, x, x, key_lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+def test_keys_that_do_not_exist_may_hold_anything(backend):
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (5, 7, 7))
+    with seqfuse.backend(backend):
+        wanted = seqfuse.ops.attention(q, k[:, :, :5], v[:, :, :5])
+        k[:, :, 5:], v[:, :, 5:] = float("nan"), float("inf")
+        got = seqfuse.ops.attention(q, k, v, key_lengths=torch.tensor([5]))
+    torch.testing.assert_close(got, wanted)

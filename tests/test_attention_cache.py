@@ -229,3 +229,14 @@ def test_autograd_hears_of_what_is_written(way):
         inside = torch.zeros(1, 2, 8, 16)
     with torch.no_grad():
         seqfuse.ops.attention_with_kv_cache(torch.randn(1, 2, 1, 16), inside, inside.clone(), new, new, **known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_entry_of_the_table_that_nobody_needs_may_be_any_number(dtype):
+    cache, q = torch.zeros(4, 1, 4, 8, dtype=dtype), torch.ones(1, 1, 1, 8, dtype=dtype)
+    outs = []
+    for unused in (-1, 1_000_000, 0):
+        table = torch.tensor([[2, unused]])
+        known = dict(cache_lengths=torch.tensor([1]), block_table=table)
+        outs.append(attention_with_kv_cache(q, cache.clone(), cache.clone(), q, q, **known))
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[2])

@@ -171,3 +171,22 @@ def test_opcheck_of_decoding(paged):
     )
     new = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
     torch.library.opcheck(torch.ops.seqfuse.kv_cache_append.default, (*caches, *new, lengths, table))
+
+
+def test_fixed_masks_and_slopes_beside_dynamic_sizes():
+    """A size that is symbolic equals one that is not: that is a guard, not an error."""
+    mask, slopes = torch.rand(12, 12) < 0.7, torch.ones(4)
+    bias = torch.nn.Parameter(torch.randn(4, 12, 12))
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def call(q, k, v):
+        return (
+            seqfuse.ops.attention(q, k, v, mask=mask),
+            seqfuse.ops.attention(q, k, v, bias=bias),
+            seqfuse.ops.attention(q, k, v, alibi_slopes=slopes * 1),
+        )
+
+    q, k, v = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    want = [seqfuse.ops.attention(q, k, v, **o) for o in (dict(mask=mask), dict(bias=bias), dict(alibi_slopes=slopes))]
+    for a, b in zip(call(q, k, v), want, strict=True):
+        torch.testing.assert_close(a, b)

@@ -106,3 +106,29 @@ def test_generation_with_a_cache_gives_the_same_tokens(name):
     call = {k: v for k, v in inputs(plain).items() if not k.startswith("decoder")}
     options = dict(max_new_tokens=8, do_sample=False, use_cache=True)
     assert torch.equal(fused.generate(**call, **options), plain.generate(**call, **options))
+
+
+def test_attention_sinks():
+    """gpt-oss: a score in every softmax that belongs to no key, with its gradient."""
+    if not hasattr(transformers, "GptOssConfig"):
+        pytest.skip("this transformers has no gpt-oss")
+    c = transformers.GptOssConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+                                  num_experts_per_tok=2, attn_implementation="eager", **NONE)  # fmt: skip
+    plain = transformers.GptOssForCausalLM(c)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    fused, call = seqfuse.fuse(copy.deepcopy(plain)), inputs(plain)
+    assert fused.config._attn_implementation == "seqfuse"
+    for model in (plain, fused):
+        model(**call).logits[call["attention_mask"].bool()].square().sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm().clamp(min=1e-3), name
+
+
+def test_what_attention_has_not_is_refused():
+    from seqfuse.interop.hf_attention import attention_forward
+
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match="no 'indices', which Linear asks for"):
+        attention_forward(torch.nn.Linear(2, 2), q, q, q, None, indices=torch.zeros(1))

@@ -215,3 +215,38 @@ def test_bad_input_gets_one_sentence(call, text):
     with pytest.raises((ValueError, RuntimeError)) as caught:
         call(seqfuse.nn.GRUCell(4, 6))
     assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_call_that_is_known_is_looked_at_again_where_a_device_changes(grad):
+    x, h, c = torch.randn(4, 8), torch.randn(4, 16), torch.randn(4, 16)
+    with torch.set_grad_enabled(grad):
+        cell = seqfuse.nn.LSTMCell(8, 16)
+        for _ in range(3):
+            cell(x, (h, c))
+        with pytest.raises(ValueError, match="c is on meta, but x is on cpu"):
+            cell(x, (h, c.to("meta")))
+        for make, state in ((seqfuse.nn.LSTMCell, (h, c)), (seqfuse.nn.GRUCell, h)):
+            cell = make(8, 16)
+            for _ in range(3):
+                cell(x, state)
+            cell.bias_hh = torch.nn.Parameter(cell.bias_hh.detach().to("meta"))
+            with pytest.raises(ValueError, match="b_hh is on meta, but x is on cpu"):
+                cell(x, state)
+
+
+@pytest.mark.parametrize(
+    "hx,text",
+    [
+        (torch.zeros(5, 20), "hx must be a pair of tensors (h, c), got Tensor"),
+        ((torch.zeros(5, 20),), "hx must be a pair of tensors (h, c), got 1 of them"),
+        (3, "hx must be a pair of tensors (h, c), got int"),
+        ((None, None), "hx[0] must be a tensor, got NoneType"),
+    ],
+)
+def test_a_state_of_the_wrong_kind_gets_one_sentence(hx, text):
+    with pytest.raises(TypeError) as caught:
+        seqfuse.nn.LSTMCell(6, 20)(torch.randn(5, 6), hx)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"GRUCell: hx\[0\] must be a tensor, got int"):
+        seqfuse.nn.GRUCell(6, 20)(torch.randn(5, 6), 3)

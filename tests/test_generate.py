@@ -216,7 +216,7 @@ def test_an_empty_prompt_starts_with_bos(reader):
     [
         ([[3]], {"max_tokens": 3}, "unknown option 'max_tokens'; known are max_new_tokens, "),
         ([[3]], {"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
-        ([[3]], {"temperature": -1.0}, "temperature must be a number at least 0"),
+        ([[3]], {"temperature": -1.0}, "temperature must be a number at least 1e-6, or 0 \\(greedy\\)"),
         ([[3]], {"temperature": 1.0, "top_p": 0.0}, "top_p must be a number in"),
         ([[3]], {"top_k": 3}, "temperature=0 draws nothing"),
         ([[3]], {"num_beams": 2, "temperature": 0.5}, "leave out temperature"),
@@ -226,6 +226,8 @@ def test_an_empty_prompt_starts_with_bos(reader):
         ([[3]], {"stop": [None]}, "stop takes token ids and strings, got None"),
         ([[3]], {"forbidden": [7]}, "forbidden names token 7, but there are 7"),
         ([[3]], {"forbidden": 7}, "forbidden must be a list of token ids, got 7"),
+        ([[3]], {"forbidden": list(range(7))}, "forbidden names every token that there is"),
+        ([[3]], {"temperature": 1.0, "seed": 2**64}, "seed must be below 2\\*\\*63"),
         ("abc", {}, "this model has no tokenizer"),
         ([], {}, "prompts must be ids or text, or a list of them, got an empty list"),
         ([[]], {}, "prompts\\[0\\] is empty"),
@@ -266,3 +268,13 @@ def test_a_text_that_has_no_room_is_refused_before_the_model_runs(encoder_decode
 def test_a_model_without_the_protocol_is_named():
     with pytest.raises(TypeError, match="Linear does not generate: it has no method begin"):
         seqfuse.generate(torch.nn.Linear(2, 2), [[3]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_to_which_the_rules_leave_no_token_ends(temperature):
+    model = seqfuse.models.Decoder.from_config(dict(vocab=4, width=16, layers=1, heads=2, max_positions=32)).eval()
+    options = dict(no_repeat_ngram=1, max_new_tokens=6, temperature=temperature, stop=())
+    out = seqfuse.generate(model, torch.tensor([[1, 2], [3, 3]]), **options)
+    first, second = out[0, 2:].tolist(), out[1, 2:].tolist()
+    assert sorted(first[:2]) == [0, 3] and sorted(second[:3]) == [0, 1, 2]
+    assert set(first[2:]) | set(second[3:]) <= {0}, "padding"

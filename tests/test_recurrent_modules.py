@@ -324,6 +324,11 @@ def test_bad_constructor_arguments_get_one_sentence(make, text):
         (dict(lengths=[5, 6, 1]), "lengths must lie between 1 and T = 5, got 6"),
         (dict(lengths=[5, 5]), "lengths must be int64 of shape [3] (one number for each sequence)"),
         (dict(lengths=torch.ones(3)), "got a float32 tensor of shape [3]"),
+        (
+            dict(lengths=[1, 2, None]),
+            "lengths must be int64 of shape [3] (one number for each sequence), got [1, 2, None]",
+        ),
+        (dict(lengths="abc"), "lengths must be int64 of shape [3] (one number for each sequence), got 'abc'"),
         (dict(resets=torch.zeros(5, 3)), "resets must be a bool tensor of shape [5, 3], got a float32 tensor"),
         (dict(resets=torch.zeros(3, 5, dtype=torch.bool)), "resets must be a bool tensor of shape [5, 3]"),
         (dict(resets=torch.zeros(5, 3, dtype=torch.bool, device="meta")), "resets is on meta, but x is on cpu"),

@@ -77,9 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> step_cpu(int64_t number, Tensor x_in, Tensor 
   const int64_t G = gates_of(cell), B = x_in.size(0), I = x_in.size(1), H = h_in.size(1);
   check(h_in, B, H, x_in, "h"), check(c_in, B, H, x_in, "c");
   check(w_ih_in, G * H, I, x_in, "w_ih"), check(w_hh_in, G * H, H, x_in, "w_hh");
-  for (const Maybe& b : {b_ih_in, b_hh_in})
+  for (const Maybe& b : {b_ih_in, b_hh_in}) {
     STD_TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == G * H && b->scalar_type() == x_in.scalar_type()),
                     "a bias must be [G*H], of the dtype of x");
+    if (b) check_same_device(*b, x_in, "a bias");
+  }
   STD_TORCH_CHECK(c_in.has_value() == lstm, "c belongs to an LSTM");
   const Tensor x = dense(x_in), h = dense(h_in), w_ih = dense(w_ih_in), w_hh = dense(w_hh_in);
   const Maybe c = dense_or_none(c_in), b_ih = dense_or_none(b_ih_in), b_hh = dense_or_none(b_hh_in);

@@ -52,7 +52,7 @@ def train(
 
             compare(config, device=device)
             return
-        code = _train(config, folder, device)
+        code = _train(config, folder, device, resumed=resume is not None)
     raise typer.Exit(code)
 
 
@@ -101,16 +101,18 @@ def _key_and_value(text: str) -> tuple[str, object]:
         return key, value
 
 
-def _train(config, folder: Path, device: str) -> int:
+def _train(config, folder: Path, device: str, resumed: bool) -> int:
     from rich.console import Console
 
     from seqfuse import trainer
     from seqfuse.checkpoints import RunFolder
     from seqfuse.interrupts import INTERRUPTED
+    from seqfuse.parallel import pick_device
 
     console = Console(highlight=False)
     if RunFolder(folder).finished:
-        RunFolder(folder).check(RunFolder(folder).settings(), config.to_dict(), None, folder / "run.json")
+        data = None if resumed else _recipe(config.recipe).task(config, pick_device(device), folder).fingerprint
+        RunFolder(folder).check(RunFolder(folder).settings(), config.to_dict(), data, folder / "run.json")
         console.print(f"{folder}: this run is finished; another --out begins a new one", soft_wrap=True)
         return 0
     finished = trainer.train(config, folder, device=device)

@@ -71,7 +71,7 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
     twice in a row of tokens; num_beams (1): beam search if more; length_penalty (1.0): a beam's log-probability is
     divided by its length to this power; stop (None: the model's eos_ids): ids, which take their place (() for none),
     and strings, which also end a row; forbidden (()): ids that are never said; seed (None: torch's own generator). A
-    decoder's prompt counts as said, an encoder's source does not.
+    decoder's prompt counts as said, an encoder's source does not. A row to which the rules leave no token ends.
 
     Returns ids [B, T + new] int64: each row its prompt, then its new tokens up to and with the one that stopped it,
     then padding; of an encoder-decoder [B, new], without the source. Strings for strings: prompt and continuation, or
@@ -92,6 +92,8 @@ def generate(model, prompts, *, stream: bool = False, return_report: bool = Fals
         raise ValueError(f"generate: num_beams={options.num_beams} knows its text only at the end: leave out stream")
     if stream and isinstance(prompts, list | tuple) and texts is not None:
         raise ValueError(f"generate: stream takes one string at a time, got {len(texts)}")
+    if len(set(options.forbidden)) >= model.config.vocab:
+        raise ValueError("generate: forbidden names every token that there is")
     for token in options.forbidden:
         if not 0 <= token < model.config.vocab:
             raise ValueError(f"generate: forbidden names token {token}, but there are {model.config.vocab}")
@@ -190,7 +192,12 @@ def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report,
     report.prompt_seconds = clock - start
     going = B
     for n in range(options.max_new_tokens):
-        token = choose(rules.apply(logits), options, generator).masked_fill(done, pad)
+        scores = rules.apply(logits)
+        if rules.active:  # a row to which they leave no token has ended
+            mute = (scores == -torch.inf).all(-1)
+            done, scores = done | mute, torch.where(mute[:, None], logits, scores)
+            going = B - int(done.sum())
+        token = choose(scores, options, generator).masked_fill(done, pad)
         report.tokens += going
         if writers is not None:
             for row, writer in enumerate(writers):

@@ -44,9 +44,11 @@ class Options:
             _whole("top_k", self.top_k, 1)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
+            if self.seed >= 2**63:
+                raise ValueError(f"generate: seed must be below 2**63, got {self.seed}")
         if not isinstance(self.forbidden, list | tuple) or not all(type(token) is int for token in self.forbidden):
             raise TypeError(f"generate: forbidden must be a list of token ids, got {self.forbidden!r}")
-        _number("temperature", self.temperature, "at least 0 (0 is greedy)", lambda v: v >= 0)
+        _number("temperature", self.temperature, "at least 1e-6, or 0 (greedy)", lambda v: v == 0 or v >= 1e-6)
         _number("repetition_penalty", self.repetition_penalty, "above 0 (1 does nothing)", lambda v: v > 0)
         _number("length_penalty", self.length_penalty, "finite", lambda v: True)
         if self.top_p is not None:

@@ -9,6 +9,7 @@ from seqfuse import explanation
 from seqfuse.ops.attention import attend_masked
 
 NAME = "seqfuse"
+_CHANGES_THE_RESULT = ("sinks", "indices", "block_indices")  # of what some models hand over besides
 _BEFORE = "_attention_before_seqfuse"  # in a model's __dict__: what unfuse goes back to
 
 
@@ -23,13 +24,21 @@ def attention_forward(
     is_causal=None,
     position_bias=None,
     softcap=None,
+    s_aux=None,
     **kwargs,
 ):
     """transformers' attention interface: query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D] -> ([B, Tq, Hq, D], None).
 
     attention_mask: bool (True: seen) or added to the scores, or None: then causal modules are causal, top-left, as in
-    transformers' own sdpa. position_bias: added too, with its gradient (T5).
+    transformers' own sdpa. position_bias: added too, with its gradient (T5). s_aux: [Hq], each head's attention sink, a
+    key without a value (gpt-oss).
     """
+    for name in _CHANGES_THE_RESULT:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"seqfuse's attention has no {name!r}, which {type(module).__name__} asks for: keep the model's own "
+                "attention by fuse(model, exclude=[its class])"
+            )
     Tq, Tk = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and Tq > 1
@@ -40,7 +49,7 @@ def attention_forward(
     if attention_mask is not None:
         attention_mask = attention_mask[..., :Tk]
     explanation.entering(module)
-    out = attend_masked(query, key, value, attention_mask, bias, causal, dropout, scaling, softcap)
+    out = attend_masked(query, key, value, attention_mask, bias, causal, dropout, scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -35,8 +35,8 @@ class _Cell:
             any(w is None for w in weights)
             or route.shapes != (x.shape, h.shape)
             or not (x.dtype is h.dtype is route.dtype is weights[1].dtype)
-            or (c is not None and (c.shape != h.shape or c.dtype is not route.dtype or c is h))
-            or not (x.is_cpu and h.is_cpu)
+            or (c is not None and (c.shape != h.shape or c.dtype is not route.dtype or c is h or not c.is_cpu))
+            or not (x.is_cpu and h.is_cpu and all([w.is_cpu for w in weights]))
             or route.epoch != dispatch.epoch()
             or route.threads != torch.get_num_threads()
             or route.grad != wants_gradient(x, h, c, *weights)
@@ -64,6 +64,9 @@ class _Cell:
     def _batched(self, input, states):
         """(input 2-D, states 2-D or None, whether the input had a batch dimension)."""
         name = type(self).__name__
+        for i, s in enumerate(states or ()):
+            if not isinstance(s, torch.Tensor):
+                raise TypeError(f"{name}: hx[{i}] must be a tensor, got {type(s).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.shape[-1] != self.input_size:
@@ -85,9 +88,13 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     _cell = "lstm"
 
     def forward(self, input, hx=None):
-        if hx is not None and len(hx) == 2 and (out := self._again(input, *hx)) is not None:
-            return out
-        x, states, batched = self._batched(input, hx and tuple(hx))
+        if hx is not None:
+            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+                given = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+                raise TypeError(f"LSTMCell: hx must be a pair of tensors (h, c), got {given}")
+            if (out := self._again(input, *hx)) is not None:
+                return out
+        x, states, batched = self._batched(input, None if hx is None else tuple(hx))
         explanation.entering(self)
         h, c = ops.lstm_cell(x, states, *self._weights())
         if batched and states:

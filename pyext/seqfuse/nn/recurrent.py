@@ -117,6 +117,8 @@ class _Recurrent(nn.Module):
                 raise ValueError(f"{self._name}: lengths needs a batch (3-D input), got {input.dim()}-D")
             input = input.unsqueeze(0 if self.batch_first else 1)
             if resets is not None:
+                if not isinstance(resets, torch.Tensor):
+                    raise ValueError(f"{self._name}: resets must be a bool tensor, got {type(resets).__name__}")
                 extent = extent._replace(resets=resets.unsqueeze(0 if self.batch_first else 1))
         hx = self._check_state(hx, input, batched)
         if plain and self._handed_over(input):
@@ -193,8 +195,8 @@ class _Recurrent(nn.Module):
         """The initial state as 3-D tensors, or None for zeros."""
         if hx is None:
             return None
-        if self._is_lstm and (isinstance(hx, torch.Tensor) or len(hx) != 2):
-            given = "a tensor" if isinstance(hx, torch.Tensor) else f"{len(hx)} tensors"
+        if self._is_lstm and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            given = f"{len(hx)} tensors" if isinstance(hx, (tuple, list)) else f"a {type(hx).__name__.lower()}"
             raise ValueError(f"LSTM: hx must be (h0, c0), got {given}")
         states = tuple(hx) if self._is_lstm else (hx,)
         dims = 3 if batched else 2

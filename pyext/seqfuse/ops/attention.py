@@ -81,7 +81,7 @@ def attention(
         alibi_slopes=check.slopes("attention", alibi_slopes, q, q.shape[0]),
         bias=check.bias("attention", "bias", bias, q, k),
         mask=check.mask("attention", "mask", mask, q, k),
-        key_lengths=check.lengths("attention", "key_lengths", key_lengths, q),
+        key_lengths=check.lengths("attention", "key_lengths", key_lengths, q, k.shape[2]),
     )
     out, lse = attend(q, k, v, options, return_lse, deterministic, key)
     return (out, lse) if return_lse else out
@@ -192,8 +192,11 @@ def scaled_dot_product_attention(
     return out.reshape(*batch, *out.shape[-2:])
 
 
-def attend_masked(q, k, v, mask, bias, top_left, dropout_p, scale=None, softcap=None):
-    """out of [B, H, T, D] tensors as modules have them: a mask and a bias together, top-left if causal."""
+def attend_masked(q, k, v, mask, bias, top_left, dropout_p, scale=None, softcap=None, sinks=None):
+    """out of [B, H, T, D] tensors as modules have them: a mask and a bias together, top-left if causal.
+
+    sinks: [Hq] or None, a score in every row's softmax that belongs to no value (Xiao et al. 2023, arXiv:2309.17453).
+    """
     q, k, v = autocast(q, k, v)
     check.qkv("MultiheadAttention", q, k, v)
     options = _options("MultiheadAttention", q, False, scale, None, softcap, dropout_p)
@@ -203,7 +206,10 @@ def attend_masked(q, k, v, mask, bias, top_left, dropout_p, scale=None, softcap=
         mask=check.mask("MultiheadAttention", "attn_mask", mask, q, k),
         bias=check.bias("MultiheadAttention", "attn_mask", bias, q, k),
     )
-    return attend(q, k, v, options, False, False)[0]
+    if sinks is None:
+        return attend(q, k, v, options, False, False)[0]
+    out, lse = attend(q, k, v, options, True, False)
+    return out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None].to(out.dtype)
 
 
 def _options(op, q, causal, scale, window, softcap, dropout_p):

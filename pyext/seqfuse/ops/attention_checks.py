@@ -100,8 +100,16 @@ def integers(op, name, value, q, shape):
     return value
 
 
-def lengths(op, name, value, q):
-    return None if value is None else integers(op, name, value, q, (q.shape[0],))
+def lengths(op, name, value, q, most):
+    """How many of `most` keys each sequence has. The numbers are looked at where that does not wait for a device."""
+    if value is None:
+        return None
+    integers(op, name, value, q, (q.shape[0],))
+    if value.is_cpu and not traced():
+        wrong = [n for n in value.tolist() if not 0 <= n <= most]
+        if wrong:
+            raise ValueError(f"{op}: {name} must lie between 0 and {most}, the keys that there are, got {wrong[0]}")
+    return value
 
 
 def slopes(op, value, q, sequences):
@@ -111,11 +119,28 @@ def slopes(op, value, q, sequences):
     _on(op, "alibi_slopes", value, q)
     checks.tensor(op, "alibi_slopes", value)
     wanted = ([q.shape[1]], [sequences, q.shape[1]])
-    if list(value.shape) not in wanted:
+    if not any(_is_shape(value, shape) for shape in wanted):
         raise ValueError(f"{op}: alibi_slopes must have shape {wanted[0]} or {wanted[1]}, got {checks.describe(value)}")
     if value.requires_grad:
         raise ValueError(f"{op}: alibi_slopes are constants and get no gradient, but they require one: detach them")
     return value if value.dtype == torch.float64 == q.dtype else value.float()
+
+
+def _is_shape(value, shape) -> bool:
+    """Number by number: `in` of lists makes no guard of torch.compile where a size is symbolic."""
+    if value.dim() != len(shape):
+        return False
+    for n, w in zip(value.shape, shape, strict=True):
+        if n != w:
+            return False
+    return True
+
+
+def _broadcasts(view, whole) -> bool:
+    for n, w in zip(view.shape, whole, strict=True):
+        if n != 1 and n != w:  # see _is_shape
+            return False
+    return True
 
 
 def _over_scores(op, name, value, q, k, broadcast_queries):
@@ -124,7 +149,7 @@ def _over_scores(op, name, value, q, k, broadcast_queries):
     view = value
     while view.dim() < 4:
         view = view[None]
-    if view.dim() > 4 or not all(n in (1, w) for n, w in zip(view.shape, whole, strict=True)):
+    if view.dim() > 4 or not _broadcasts(view, whole):
         raise ValueError(f"{op}: {name} must broadcast to {list(whole)}, got {checks.describe(value)}")
     queries = view.shape[2] if broadcast_queries else whole[2]
     return view.expand(view.shape[0], view.shape[1], queries, whole[3])
@@ -158,7 +183,7 @@ def starts(op, name, value, q, total):
     integers(op, name, value, q, value.shape)
     if value.is_cpu and not traced():
         steps = value.tolist()
-        if steps[0] < 0 or steps[-1] > total or any(a > b for a, b in zip(steps, steps[1:], strict=False)):
+        if steps[0] != 0 or steps[-1] > total or any(a > b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"{op}: {name} must grow from 0 to at most {total}, the rows that there are, got {steps}")
     return value
 
@@ -205,7 +230,7 @@ def as_scores(op, mask, batch, q, k):
     if len(batch) <= 2 or mask.dim() <= 3:
         return mask
     padded = mask[(None,) * (len(whole) - mask.dim())] if mask.dim() < len(whole) else mask
-    if padded.dim() > len(whole) or not all(n in (1, w) for n, w in zip(padded.shape, whole, strict=True)):
+    if padded.dim() > len(whole) or not _broadcasts(padded, whole):
         raise ValueError(f"{op}: attn_mask must broadcast to {list(whole)}, got {checks.describe(mask)}")
     if all(n == 1 for n in padded.shape[:-3]):
         return padded.flatten(0, -4)

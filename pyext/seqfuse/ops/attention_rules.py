@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from seqfuse import dispatch, native, reference
 from seqfuse.ops import attention_cuda_rules, attention_op, library  # noqa: F401 (attention_op registers the ops)
 from seqfuse.reference import AttentionOptions
-from seqfuse.reference.attention import Positions
+from seqfuse.reference.attention import Positions, written
 
 
 class AttentionCase(NamedTuple):
@@ -101,6 +101,8 @@ def torch_attention(q, k, v, *options):
     """scaled_dot_product_attention, with whatever hides keys as its mask. (out, None)."""
     o = AttentionOptions(*options)
     Tq, Tk = q.shape[2], k.shape[2]
+    if o.key_lengths is not None:  # what lies behind does not exist, and 0 * NaN is NaN
+        k, v = (written(t, o.key_lengths) for t in (k, v))
     limited = o.window_left >= 0 or o.window_right >= 0
     bare = o.bias is None and o.mask is None and o.key_lengths is None and o.query_start is None
     causal = bare and o.window_left < 0 and o.window_right == 0 and (o.top_left or Tq == Tk)

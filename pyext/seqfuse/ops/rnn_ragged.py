@@ -66,7 +66,12 @@ class Ragged(NamedTuple):
 def check_lengths(op, lengths, steps, batch, device):
     """lengths as an int64 tensor [B]: on the CPU as given there, else on `device`. GPU lengths are not looked at."""
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.as_tensor(lengths)
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{op}: lengths must be int64 of shape [{batch}] (one number for each sequence), got {lengths!r}"
+            ) from None
     if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch,):
         kind = f"a {str(lengths.dtype).removeprefix('torch.')} tensor of shape {list(lengths.shape)}"
         raise ValueError(f"{op}: lengths must be int64 of shape [{batch}] (one number for each sequence), got {kind}")

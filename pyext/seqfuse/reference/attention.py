@@ -55,6 +55,8 @@ def attention(q, k, v, options):
     Returns (out [B, Hq, Tq, Dv] in q's dtype, lse [B, Hq, Tq]); in at least float32 until out is rounded.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
+    if options.key_lengths is not None:
+        k, v = (written(t, options.key_lengths) for t in (k, v))
     group = q.shape[1] // max(k.shape[1], 1)
     keys, values = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
     where = Positions(q, k, options)
@@ -167,12 +169,12 @@ def attention_decode(
 
 
 def gather_pages(cache, block_table):
-    pages = cache[block_table.long().clamp_min(0)]  # (B, M, Hkv, page, D)
+    pages = cache[block_table.long().clamp(0, cache.shape[0] - 1)]  # (B, M, Hkv, page, D); unused entries may be any
     return pages.transpose(1, 2).flatten(2, 3)
 
 
 def written(cache, lengths):
-    """A cache [B, H, T, D] with zeros where nothing was written: NaN may lie there, and 0 * NaN is NaN."""
+    """Keys or values [B, H, T, D] with zeros behind the lengths: NaN may lie there, and 0 * NaN is NaN."""
     there = torch.arange(cache.shape[2], device=cache.device) < lengths.long()[:, None]
     return cache.masked_fill(~there[:, None, :, None], 0.0)
 
