@@ -53,7 +53,7 @@ def cross_entropy_rows_kernel(
         u_target = tl.load(logits_ptr + base + at).to(tl.float32)
         if CAPPED:
             u_target = softcap * tanh(u_target / softcap)
-        origin = tl.where(u_target == float("-inf"), 0.0, u_target)
+        weights = tl.zeros([BLOCK], tl.float32)  # of the columns that `weighted` is made of, each lane's
         for start in range(0, V, BLOCK):
             cols = start + lanes
             mask = cols < V
@@ -63,19 +63,24 @@ def cross_entropy_rows_kernel(
             larger = tl.maximum(top, u)
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             total = total * tl.exp(top - shift) + tl.exp(u - shift)
-            top = larger
             if SMOOTH:
-                # from the target's logit, so that what all have in common does not round
+                # from the lane's largest logit, so that what all have in common does not round
+                weighted += weights * (tl.where(top == float("-inf"), 0.0, top) - shift)
                 if HAS_CW:
-                    weighted += tl.where(mask, (u - origin) * tl.load(cw_ptr + cols, mask, other=0.0), 0.0)
+                    own = tl.load(cw_ptr + cols, mask, other=0.0)
                 else:
-                    weighted += tl.where(mask, u - origin, 0.0)
+                    own = tl.where(mask, 1.0, 0.0)
+                weighted += tl.where(mask, (u - shift) * own, 0.0)
+                weights += own
+            top = larger
         largest = tl.max(top, axis=0)
         log_total = tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
         lse = largest + log_total
         loss = (1.0 - eps) * w * ((largest - u_target) + log_total) + z_loss * w * lse * lse
         if SMOOTH:
-            loss += eps * (cw_mean * ((largest - origin) + log_total) - tl.sum(weighted, axis=0) / V)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            weighted += weights * (shift - largest)
+            loss += eps * (cw_mean * log_total - tl.sum(weighted, axis=0) / V)
         loss = tl.where(exists, loss, float("nan"))
         tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
         tl.store(lse_ptr + row, tl.where(keep, lse, 0.0))

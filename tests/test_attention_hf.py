@@ -132,3 +132,14 @@ def test_what_attention_has_not_is_refused():
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match="no 'indices', which Linear asks for"):
         attention_forward(torch.nn.Linear(2, 2), q, q, q, None, indices=torch.zeros(1))
+
+
+def test_exclude_by_path_keeps_the_attention_too():
+    def both():
+        return torch.nn.ModuleDict({"a": llama(), "b": llama()})
+
+    for exclude in ("a", ["a"], (p for p in ["a"]), "a*"):
+        model = seqfuse.fuse(both(), exclude=exclude)
+        assert (
+            model["a"].config._attn_implementation != "seqfuse" and model["b"].config._attn_implementation == "seqfuse"
+        )

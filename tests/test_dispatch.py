@@ -140,6 +140,10 @@ def test_tuned_table_is_followed_and_survives_damage(tmp_path, monkeypatch):
     for damaged in (
         "{damaged",
         "[1]",
+        "5",
+        "null",
+        "[]",
+        "[{}]",
         f'{{"{tuned.machine("cpu")}": [1]}}',
         f'{{"{tuned.machine("cpu")}": {{"a": 1}}}}',
     ):

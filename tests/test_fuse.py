@@ -324,3 +324,14 @@ def test_a_layer_norm_of_another_dtype_or_device_gets_one_sentence():
         norm(torch.randn(3, 8).double())
     with pytest.raises(ValueError, match="weight is on cpu, but x is on meta"):
         norm(torch.randn(3, 8, device="meta"))
+
+
+def test_explain_evaluates_no_parametrization():
+    plain = torch.nn.utils.parametrizations.spectral_norm(nn.GRUCell(8, 8), "weight_hh")
+    fused = seqfuse.fuse(copy.deepcopy(plain))
+    x, h = torch.randn(4, 8), torch.randn(4, 8)
+    for model in (plain, fused):
+        for _ in range(3):
+            model(x, h)
+    (one,), (other,) = (m.parametrizations.weight_hh for m in (plain, fused))
+    assert torch.equal(one._u, other._u)

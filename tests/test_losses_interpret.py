@@ -89,3 +89,21 @@ def test_a_loss_scale_reaches_the_gradients_of_fp16_before_they_vanish(op):
     exact = run(x.double(), weight.double(), False)
     for got, wide in zip(run(x, weight, True), exact, strict=True):
         assert (got.double() - wide).norm() <= 1e-3 * wide.norm()
+
+
+def test_smoothing_beside_words_that_are_ruled_out():
+    """Finite logits that stand for none, with a class weight of zero or as a target's own."""
+    logits, target = torch.randn(3, 37), torch.tensor([1, 2, 36])
+    logits[0, 1] = torch.finfo(torch.float32).min
+    logits[1, 2] = -1e30
+    logits[2, :20] = -1e30
+    weight = torch.ones(37)
+    weight[2] = 0.0
+    weight[:20] = 0.0
+    for cw in (None, weight):
+        got, _ = cross_entropy.cross_entropy_rows(logits, target, cw, None, None, None, -100, 0.1, 0.0, 0.0)
+        wide = None if cw is None else cw.double()
+        options = dict(weight=wide, label_smoothing=0.1, reduction="none")
+        exact = torch.nn.functional.cross_entropy(logits.double(), target, **options)
+        for a, b in zip(got.double(), exact, strict=True):
+            assert (a - b).abs() <= 1e-6 * b.abs().clamp(min=1.0), (a, b)

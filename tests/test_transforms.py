@@ -1,12 +1,14 @@
 """What torch can do with a differentiable call besides one backward pass: gradients of gradients where the inputs of a
 call depend on each other, torch.func, forward mode, batches of gradients. Everything as with torch.nn."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import seqfuse
 from seqfuse import dispatch, native, ops
@@ -122,6 +124,28 @@ def test_gradients_of_gradients_of_inputs_that_depend_on_each_other(call):
         close(a.double(), b, 1e-4)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["saved", "checkpointed"])
+@pytest.mark.parametrize("module", ["LSTM", "GRU", "LayerNorm", "GRUCell"])
+def test_gradients_of_gradients_with_hooks_on_what_is_saved(module, again):
+    plain = getattr(torch.nn, module)(*((16,) if module == "LayerNorm" else (16, 16)))
+    fused, x = seqfuse.fuse(copy.deepcopy(plain)), torch.randn(64, 8, 16)[: 1 if module == "GRUCell" else 64]
+    x = x.squeeze(0).requires_grad_()
+
+    def penalty(model):
+        with torch.autograd.graph.save_on_cpu():
+            y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+            y = y if isinstance(y, torch.Tensor) else y[0]
+            (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), [x, *model.parameters()], allow_unused=True)
+
+    with seqfuse.backend("cpu"):
+        found = penalty(fused)
+    for a, b in zip(found, penalty(plain), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, 1e-4)
+
+
 # torch.func
 
 CALLS = {
@@ -216,7 +240,81 @@ def test_modules_with_parameters_that_want_gradients(module):
         close(transform(lambda x: call(fused, x))(x).detach(), transform(lambda x: call(module, x))(x).detach())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients_from_outside_of_a_transform(call):
+    """vmap and vjp of something that plain autograd differentiates: what a level has wrapped wants a gradient too."""
+    skip_if_linear(call, "cpu")
+    function, x, _ = case(call)
+    both = torch.stack([x, x / 2]).requires_grad_()
+    with seqfuse.backend("cpu"):
+        (found,) = torch.autograd.grad(torch.vmap(function)(both).square().sum(), both)
+        (each,) = torch.autograd.grad(sum(function(t).square().sum() for t in both.unbind()), both)
+        close(found, each)
+
+
+@pytest.mark.parametrize("loss", ["linear_cross_entropy", "kl_loss"])
+def test_a_value_that_a_transform_gives_back_is_differentiated_outside(loss):
+    x, w = torch.randn(40, 64), V.clone().requires_grad_()
+
+    def call(x, w):
+        return ops.linear_cross_entropy(x, w, TARGET) if loss[0] == "l" else ops.kl_loss(x, w, x.detach() + 1, V)
+
+    with seqfuse.backend("cpu"):
+        _, value = torch.func.grad_and_value(lambda x: call(x, w * 2))(x)
+        close(torch.autograd.grad(value, w)[0], torch.autograd.grad(call(x, w * 2), w)[0])
+
+
+def test_rope_is_differentiated_by_what_arrives():
+    x, z = torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
+
+    def penalty(z):
+        return torch.func.grad(lambda x: (ops.rope(x, *TABLES) * z).sum())(x).pow(3).sum()
+
+    with seqfuse.backend("reference"):
+        wanted = torch.func.grad(penalty)(z)
+    with seqfuse.backend("cpu"):
+        close(torch.func.grad(penalty)(z), wanted)
+    assert wanted.abs().max() > 0
+
+
+def test_dropout_is_differentiated_twice():
+    x, w = torch.randn(30, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+
+    def second(backend, wanted):
+        torch.manual_seed(5)
+        with seqfuse.backend(backend):
+            (first,) = torch.autograd.grad(ops.layer_norm(x, w, w, dropout_p=0.3).pow(3).sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), wanted)
+
+    for wanted in ([x], [x, w]):
+        for a, b in zip(second("cpu", wanted), second("reference", wanted), strict=True):
+            close(a, b, 1e-4)
+
+
+def test_only_the_sum_over_keys_is_differentiated_twice():
+    q, v = torch.randn(1, 2, 6, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
+
+    def second(backend, kept):
+        with seqfuse.backend(backend), kept():
+            lse = ops.attention(q, q, v, return_lse=True)[1]
+            (first,) = torch.autograd.grad(lse.square().sum(), q, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), q)[0]
+
+    wanted = second("reference", contextlib.nullcontext)
+    for kept in (contextlib.nullcontext, torch.autograd.graph.save_on_cpu):
+        close(second("cpu", kept), wanted, 1e-4)
+
+
 # Forward mode
+
+
+def test_decoding_has_no_forward_derivative_on_a_kernel():
+    q, cache = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 8)
+    call = lambda q: ops.attention_with_kv_cache(q, cache, cache, cache_lengths=torch.tensor([4]))  # noqa: E731
+    assert torch.func.jvp(call, (q,), (torch.ones_like(q),))[1].abs().max() > 0
+    with seqfuse.backend("cpu"), pytest.raises(RuntimeError, match="no forward-mode derivative of attention_decode"):
+        torch.func.jvp(call, (q,), (torch.ones_like(q),))
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -165,7 +165,8 @@ def nobody_else_listens() -> bool:
 
 
 def forward_mode() -> bool:
-    """Whether tangents travel along with values (torch.func.jvp, torch.autograd.forward_ad): our kernels have none."""
+    """Whether tangents travel along with values (torch.func.jvp, torch.autograd.forward_ad): our kernels have none.
+    torch keeps that for the process, so while one thread is at it calls of all threads go to the reference."""
     return forward_ad._current_level >= 0
 
 
@@ -176,7 +177,7 @@ def select(op: str, case: Any) -> Choice:
     if forward_mode():
         # not PyTorch's own ops: some, like its LSTM and its attention, have no such derivative either
         choice = _decide(op, case, "reference" if _forced == "auto" else _forced, compiling=False)
-        if get(op, choice.backend).bwd is not None:
+        if choice.backend not in ("reference", "torch"):
             raise RuntimeError(f"backend {choice.backend!r} has no forward-mode derivative of {op}: use 'auto'")
         tell(choice, case)
         return choice

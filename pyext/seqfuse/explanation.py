@@ -38,16 +38,9 @@ def last_choice(module: torch.nn.Module) -> dispatch.Choice | None:
     return _last.get(module)
 
 
-_ops_of: dict[type, str | None] = {}  # the op that modules of a class call; None: it varies
-
-
 def _calls(module: torch.nn.Module, op: str) -> bool:
     """Whether the module may have called this op: one whose call failed before it chose may still be waiting."""
-    cls = type(module)
-    if cls not in _ops_of:
-        case = getattr(module, "typical_case", lambda: None)()
-        _ops_of[cls] = None if case is None else case[0]
-    return _ops_of[cls] in (None, op)
+    return getattr(module, "called_op", op) == op
 
 
 def note(choice: dispatch.Choice, case) -> None:

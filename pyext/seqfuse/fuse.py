@@ -84,9 +84,10 @@ def fuse(
     Same Parameter objects, same state_dict keys, hooks kept; outputs agree within the numerics policy. Subclasses of
     these classes and scripted modules are left alone. A module already fused stays as it is.
     """
-    wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
+    everything = include is None
+    include, exclude = _listed("include", include), _listed("exclude", exclude)
+    wanted, unwanted = _matcher(include), _matcher(exclude)
     rules = {rule.original: rule for rule in RULES}
-    banned = [p for p in ([exclude] if isinstance(exclude, (str, type)) else exclude or ()) if isinstance(p, type)]
     modules = _modules(model, "fuse")
     paths = _paths(model)
     for name, patterns in (("include", include), ("exclude", exclude)):
@@ -103,13 +104,12 @@ def fuse(
         is_loss = hf_layers.has_its_loss(module)
         if rule is None or "forward" in module.__dict__ or not rule.pays(module):
             continue
-        if include is not None and not (is_loss or wanted(paths[module], rule)):
-            continue
-        if unwanted(paths[module], rule):
+        classes = rule.original, rule.fused
+        if not (everything or is_loss or wanted(paths[module], classes)) or unwanted(paths[module], classes):
             continue
         _change_class(module, rule.fused)
         rule.after_fuse(module)
-    hf_attention.fuse(model, lambda part: include is None and not any(issubclass(type(part), c) for c in banned))
+    hf_attention.fuse(model, lambda part: everything and not unwanted(paths[part], (type(part),)))
     return model
 
 
@@ -165,18 +165,16 @@ def _paths(model) -> dict[torch.nn.Module, set[str]]:
 
 def _warn_of_strangers(name, patterns, paths) -> None:
     known = set().union(*paths.values())
-    for p in _listed(name, patterns):
+    for p in patterns:
         if isinstance(p, str) and not any(fnmatch.fnmatchcase(path, p) for path in known):
             warnings.warn(f"fuse: no module's path is {p!r}, which {name} names", stacklevel=3)
 
 
-def _matcher(name, patterns):
-    patterns = _listed(name, patterns)
-
-    def matches(paths, rule):
+def _matcher(patterns):
+    def matches(paths, classes):
         for p in patterns:
             if isinstance(p, type):
-                if issubclass(rule.original, p) or issubclass(rule.fused, p):
+                if any(issubclass(c, p) for c in classes):
                     return True
             elif any(fnmatch.fnmatchcase(path, p) for path in paths):
                 return True

@@ -193,10 +193,12 @@ def _loop(model, ids, lengths, options: Options, stops: Tensor, writers, report,
     going = B
     for n in range(options.max_new_tokens):
         scores = rules.apply(logits)
-        if rules.active:  # a row to which they leave no token has ended
+        if options.no_repeat_ngram:  # a row to which the rules leave no token has ended
             mute = (scores == -torch.inf).all(-1)
             done, scores = done | mute, torch.where(mute[:, None], logits, scores)
             going = B - int(done.sum())
+            if going == 0 and n > 0:
+                return
         token = choose(scores, options, generator).masked_fill(done, pad)
         report.tokens += going
         if writers is not None:

@@ -46,12 +46,12 @@ def _load() -> dict:
 
 def _is_table(found) -> bool:
     """Whether it is {machine: {op: {shape class: backend}}}."""
+    parts = [found]
     for _ in range(3):
-        parts = [found] if isinstance(found, dict) else found
         if not all(isinstance(part, dict) for part in parts):
             return False
-        found = [value for part in parts for value in part.values()]
-    return all(isinstance(value, str) for value in found)
+        parts = [value for part in parts for value in part.values()]
+    return all(isinstance(value, str) for value in parts)
 
 
 def exists() -> bool:

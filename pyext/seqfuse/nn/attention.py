@@ -119,6 +119,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         hide = None if not hidden else hidden[0] if len(hidden) == 1 else hidden[0] | hidden[1]
         return hide, None if not added else sum(added[1:], added[0])
 
+    called_op = "attention"  # what explain() may hear of it
+
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight, H = self.out_proj.weight, self.num_heads

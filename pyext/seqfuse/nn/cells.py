@@ -30,7 +30,7 @@ class _Cell:
         route = self._route
         if route is None or traced() or type(h) is not torch.Tensor:
             return None
-        weights = tuple(map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+        weights = self._own_weights()
         if (
             any(w is None for w in weights)
             or route.shapes != (x.shape, h.shape)
@@ -49,12 +49,17 @@ class _Cell:
         choice = None if traced() else explanation.last_choice(self)
         if choice is None or not x.is_cpu or type(x) is not torch.Tensor or not dispatch.nobody_else_listens():
             return
-        grad = wants_gradient(x, h, c, *self._weights())
+        weights = self._own_weights()
+        if any(w is None for w in weights):  # parametrized: to look at one would evaluate it once more
+            return
+        grad = wants_gradient(x, h, c, *weights)
         self._route = _Route((x.shape, h.shape), x.dtype, grad, dispatch.epoch(), torch.get_num_threads(),
                              choice.backend)  # fmt: skip
 
     def __getstate__(self):  # a copy, or a pickle, starts afresh
         return {k: v for k, v in self.__dict__.items() if k != "_route"}
+
+    called_op = "rnn_cell"  # what explain() may hear of it
 
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
@@ -77,6 +82,10 @@ class _Cell:
         if input.dim() == 2:
             return input, states, True
         return input.unsqueeze(0), states and tuple(s.unsqueeze(0) if s.dim() == 1 else s for s in states), False
+
+    def _own_weights(self):
+        """The weights that are plain Parameters, None in the place of others."""
+        return tuple(map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
 
     def _weights(self):
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh

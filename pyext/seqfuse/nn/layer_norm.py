@@ -88,6 +88,8 @@ class LayerNorm(torch.nn.LayerNorm):
     def __getstate__(self):  # a copy, or a pickle, starts afresh
         return {k: v for k, v in self.__dict__.items() if k != "_route"}
 
+    called_op = "layer_norm"  # what explain() may hear of it
+
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         if self.weight is None:

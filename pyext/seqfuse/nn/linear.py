@@ -33,6 +33,8 @@ class Linear(torch.nn.Linear):
             return False
         return not products.atens_is_slow(input.dtype)
 
+    called_op = "linear"  # what explain() may hear of it
+
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight = self.weight

@@ -163,6 +163,11 @@ class _Recurrent(nn.Module):
         drops = self.zoneout, self.variational_dropout, self.weight_drop
         return ops.RecurrentOptions(*drops, norm, peephole, self.heads, self.recompute)
 
+    @property
+    def called_op(self):
+        """What explain() may hear of it."""
+        return self._name.lower()
+
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight, cell = getattr(self, self._flat_weights_names[0]), self.mode.lower()

@@ -13,7 +13,7 @@ from seqfuse.ops import attention_checks as check
 from seqfuse.ops import attention_rules as rules
 from seqfuse.ops import checks, library
 from seqfuse.ops.attention_function import without_autocast
-from seqfuse.ops.autograd import told_of_change, traced, wants_gradient
+from seqfuse.ops.autograd import requires_gradient, told_of_change, traced
 from seqfuse.reference import AttentionOptions
 from seqfuse.reference.attention import Positions, gather_pages, written
 
@@ -126,7 +126,7 @@ def _key(q, k_cache, v_cache, k, v, cache_lengths, block_table, causal, scale, w
     if slopes is not None or softcap is not None or window is not None or not plain or traced():
         return None
     tensors = q, k_cache, v_cache, k, v, cache_lengths, block_table
-    if not all([t is None or type(t) is torch.Tensor for t in tensors]) or wants_gradient(*tensors[:5]):
+    if not all([t is None or type(t) is torch.Tensor for t in tensors]) or requires_gradient(*tensors[:5]):
         return None
     facts = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     return (*facts, bool(causal), scale, bool(return_lse), dispatch.epoch(), torch.get_num_threads())
@@ -160,7 +160,7 @@ def _check(q, k_cache, v_cache, k, v, cache_lengths, block_table):
         # the batch of pages is not q's, everything else must agree
         check.agree(_OP, names, (q[:1], k_cache[:1], v_cache[:1]), heads=1)
     check.integers(_OP, "cache_lengths", cache_lengths, q, (q.shape[0],))
-    if wants_gradient(q, k_cache, v_cache, k, v):
+    if requires_gradient(q, k_cache, v_cache, k, v):
         raise ValueError(
             f"{_OP}: it has no gradient, but one of its tensors requires one: call it under torch.no_grad()"
         )

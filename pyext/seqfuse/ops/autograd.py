@@ -39,7 +39,17 @@ def autocast_is_on(t: torch.Tensor) -> bool:
 
 
 def wants_gradient(*tensors) -> bool:
-    """Whether autograd records what is done with these tensors (None: an absent one)."""
+    """Whether autograd records what is done with these tensors (None: an absent one). Inside a transform of torch.func
+    it may always: what one level has wrapped does not tell what a level below wants."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return any([t is not None for t in tensors])
+    return requires_gradient(*tensors)
+
+
+def requires_gradient(*tensors) -> bool:
+    """Whether one of these tensors (None: an absent one) says that it wants a gradient, and it is taken."""
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
@@ -60,10 +70,16 @@ def apply(function, *args):
 
 def is_differentiated(*saved) -> bool:
     """In a backward pass: whether its result is to be differentiated in its turn (create_graph=True). saved: what it is
-    made of. torch.func makes every backward pass so, also the last."""
+    made of. In torch.func's transforms that is usually so, also in the last of them."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return any(t is not None and t.requires_grad for t in saved)
+
+
+def _saves_by_hooks() -> bool:
+    """Whether what autograd saves goes through hooks (save_on_cpu, checkpoint without reentry)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def differentiable_gradients(make, grads, inputs, needs):
@@ -81,7 +97,16 @@ def differentiable_gradients(make, grads, inputs, needs):
             own[i] = t
         return tuple(o for o, g in zip(make(*own), grads, strict=True) if o is not None and g is not None)
 
-    outputs, back = torch.func.vjp(reached, *(inputs[i] for i in wanted))
-    arriving = tuple(g.to(o.dtype) for o, g in zip(outputs, (g for g in grads if g is not None), strict=True))
-    found = dict(zip(wanted, back(arriving), strict=True))
+    some, arriving = [inputs[i] for i in wanted], tuple(g for g in grads if g is not None)
+    if traced() or not _saves_by_hooks():
+        _, back = torch.func.vjp(reached, *some)
+        got = back(arriving)
+    else:  # which torch.func refuses
+        some = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in some]
+        pairs = [(o, g) for o, g in zip(reached(*some), arriving, strict=True) if o.requires_grad]
+        got = [None] * len(some)
+        if pairs:
+            outputs, arriving = zip(*pairs, strict=True)
+            got = torch.autograd.grad(outputs, some, arriving, create_graph=True, allow_unused=True)
+    found = dict(zip(wanted, got, strict=True))
     return tuple(found.get(i) for i in range(len(inputs)))

@@ -28,7 +28,7 @@ def tensor(op: str, name: str, value, dims: tuple[int, ...] | None = None) -> No
 def number(op: str, name: str, value, least: float = -math.inf, most: float = math.inf) -> None:
     """A finite number, least <= number <= most. What torch.compile traces as a symbol is one."""
     real = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
-    if not real:
+    if not real and not (isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     if not (least <= value <= most and -math.inf < value < math.inf):
         accepted = "finite" if least == -math.inf else f"at least {least:g}"

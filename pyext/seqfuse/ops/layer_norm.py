@@ -184,9 +184,9 @@ class LayerNormFunction(torch.autograd.Function):
         x, residual, weight, bias, eps, name, *options = inputs
         _, s, mean, rstd = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([s] if residual is None else []), mean, rstd)
         seed, *rest = options
-        stored = residual is not None or rest[0] > 0.0
+        stored = residual is not None or rest[0] > 0.0  # then a second derivative goes by s, back to x
+        ctx.mark_non_differentiable(*([] if stored else [s]), mean, rstd)
         ctx.save_for_backward(s if stored else x, weight, bias, mean, rstd, seed)
         ctx.call = residual is not None, eps, name, rest
 
@@ -196,7 +196,7 @@ class LayerNormFunction(torch.autograd.Function):
         has_residual, eps, name, (dropout_p, rms, zero_centered) = ctx.call
         _, want_residual, want_weight, want_bias, *rest = ctx.needs_input_grad
         options = NormOptions(seed, dropout_p, rms, zero_centered)
-        if not has_residual:
+        if not (has_residual or dropout_p):
             ds = None
         if dy is None:  # only the sum was used
             dx = None if ds is None or not dropout_p else ds * reference.norm_dropout(ds, seed, dropout_p).to(ds.dtype)

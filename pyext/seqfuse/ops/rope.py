@@ -1,12 +1,13 @@
 """Rotary position embedding. Its gradient is the rotation back, so it is differentiable as often as one likes."""
 
+import operator
 from typing import NamedTuple
 
 import torch
 
 from seqfuse import dispatch, reference
 from seqfuse.ops import checks, library
-from seqfuse.ops.autograd import apply, is_differentiated, told_of_change, traced, wants_gradient
+from seqfuse.ops.autograd import apply, requires_gradient, told_of_change, traced, wants_gradient
 
 
 class RopeCase(NamedTuple):
@@ -37,12 +38,13 @@ def rope(x, cos, sin, *, positions=None, offset=0, interleaved=False, inplace=Fa
     xs = x if isinstance(x, (tuple, list)) else (x,)
     for t in xs:
         _check(t, cos, sin, positions, offset)
-    if any(wants_gradient(t) for t in (cos, sin)):
+    if requires_gradient(cos, sin):
         raise ValueError("rope: cos and sin get no gradient: detach them")
-    if inplace and (traced() or any(wants_gradient(t) for t in xs)):
+    if inplace and (traced() or requires_gradient(*xs)):
         raise ValueError("rope: inplace=True needs inference: a gradient of x is recorded, or the call is traced")
     tables = [t.float() if t.dtype != torch.float64 else t for t in (cos, sin)]
     positions = None if positions is None else positions.contiguous()
+    offset = offset if isinstance(offset, torch.SymInt) else operator.index(offset)
     out = tuple(_rope(t, *(t.contiguous() for t in tables), positions, offset, interleaved, inplace) for t in xs)
     return out if isinstance(x, (tuple, list)) else out[0]
 
@@ -59,13 +61,16 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
                     raise IndexError(f"rope: position {int(position)} is outside of tables of {cos.shape[0]} rows")
         y = backend.fwd(x, *args)
         return x.copy_(y) if inplace else y
-    overlaps = any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
-    if inplace and x.stride(3) == 1 and not overlaps:  # copy_ says what is wrong with one that overlaps
+    if inplace and x.stride(3) == 1 and not _overlaps(x):  # copy_ says what is wrong with one that overlaps
         _INTO[backend.name](x, *args, x)
         told_of_change(x)
         return x
     y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
     return x.copy_(y) if inplace else y
+
+
+def _overlaps(x):
+    return any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
 
 
 class RopeFunction(torch.autograd.Function):
@@ -85,7 +90,7 @@ class RopeFunction(torch.autograd.Function):
     def backward(ctx, dy):
         offset, interleaved, inverse, name = ctx.call
         args = (dy, *ctx.saved_tensors, offset, interleaved, not inverse)
-        if is_differentiated(dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by the same kernel
             dx = apply(RopeFunction, *args, name)
         else:
             dx = dispatch.get("rope", name).fwd(*args)
@@ -106,7 +111,7 @@ def _check(x, cos, sin, positions, offset):
             f"rope: cos has {cos.shape[1]} columns, at most half a head of x ({x.shape[3] // 2}) is accepted"
         )
     if positions is None:
-        if not isinstance(offset, (int, torch.SymInt)):
+        if not isinstance(offset, torch.SymInt) and not hasattr(offset, "__index__"):
             raise TypeError(f"rope: offset must be an integer, got {checks.describe(offset)}")
         if not 0 <= offset <= cos.shape[0] - x.shape[2]:
             raise ValueError(
