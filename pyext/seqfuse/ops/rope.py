@@ -55,10 +55,8 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
     backend = dispatch.get("rope", dispatch.select("rope", case).backend)
     args = (cos, sin, positions, offset, interleaved, False)
     if backend.bwd is None:
-        if positions is not None and positions.is_cpu and positions.numel() and not traced():  # kernels look themselves
-            for position in positions.aminmax():
-                if not 0 <= int(position) < cos.shape[0]:
-                    raise IndexError(f"rope: position {int(position)} is outside of tables of {cos.shape[0]} rows")
+        if positions is not None:
+            _check_numbers(positions, cos)
         y = backend.fwd(x, *args)
         return x.copy_(y) if inplace else y
     if inplace and x.stride(3) == 1 and not _overlaps(x):  # copy_ says what is wrong with one that overlaps
@@ -67,6 +65,15 @@ def _rope(x, cos, sin, positions, offset, interleaved, inplace):
         return x
     y = apply(RopeFunction, x, *args, backend.name) if grad else backend.fwd(x, *args)
     return x.copy_(y) if inplace else y
+
+
+def _check_numbers(positions, cos):
+    """What the kernels look at themselves, where that does not wait for a device."""
+    if not positions.is_cpu or traced() or not positions.numel():
+        return
+    for position in positions.aminmax():
+        if not 0 <= int(position) < cos.shape[0]:
+            raise IndexError(f"rope: position {int(position)} is outside of tables of {cos.shape[0]} rows")
 
 
 def _overlaps(x):
