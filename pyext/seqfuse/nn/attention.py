@@ -124,5 +124,5 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight, H = self.out_proj.weight, self.num_heads
-        return "attention", AttentionCase(weight.device.type, weight.dtype, 8, H, H, 512, 512, self.head_dim,
+        return self.called_op, AttentionCase(weight.device.type, weight.dtype, 8, H, H, 512, 512, self.head_dim,
                                           self.head_dim, self.training)  # fmt: skip

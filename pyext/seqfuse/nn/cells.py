@@ -64,7 +64,7 @@ class _Cell:
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         w = self.weight_hh
-        return "rnn_cell", CellCase(self._cell, w.device.type, w.dtype, 32, self.hidden_size, self.training)
+        return self.called_op, CellCase(self._cell, w.device.type, w.dtype, 32, self.hidden_size, self.training)
 
     def _batched(self, input, states):
         """(input 2-D, states 2-D or None, whether the input had a batch dimension)."""

@@ -95,7 +95,7 @@ class LayerNorm(torch.nn.LayerNorm):
         if self.weight is None:
             return None
         dtype = self.weight.dtype
-        return "layer_norm", LayerNormCase(
+        return self.called_op, LayerNormCase(
             self.weight.device.type, dtype, dtype, 2048, self.weight.numel(), False, self.training
         )
 

@@ -38,7 +38,9 @@ class Linear(torch.nn.Linear):
     def typical_case(self):
         """(op, case) of a call of usual size, for explain() of a module that has not been called."""
         weight = self.weight
-        return "linear", LinearCase(weight.device.type, weight.dtype, 1, weight.shape[1], weight.shape[0], grad=False)
+        return self.called_op, LinearCase(
+            weight.device.type, weight.dtype, 1, weight.shape[1], weight.shape[0], grad=False
+        )
 
 
 def pays(module: torch.nn.Linear) -> bool:

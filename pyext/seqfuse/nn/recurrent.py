@@ -177,7 +177,7 @@ class _Recurrent(nn.Module):
             extras = in_force(options, self._is_lstm, self.training, bool(self.proj_size)) + extras
         case = RecurrentCase(cell, weight.device.type, weight.dtype, 64, 32, self.input_size, self.hidden_size,
                              self.num_layers, self.bidirectional, self.training, extras, self.heads)  # fmt: skip
-        return cell.split("_")[0], case
+        return self.called_op, case
 
     def _check_input(self, input):
         if input.dim() not in (2, 3):

@@ -42,6 +42,6 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.weight is None:
             return None
         dtype = self.weight.dtype
-        return "rms_norm", LayerNormCase(
+        return self.called_op, LayerNormCase(
             self.weight.device.type, dtype, dtype, 2048, self.weight.numel(), False, self.training, rms=True
         )

@@ -160,7 +160,6 @@ def attention_decode(
     """
     if block_table is not None:
         k_cache, v_cache = (gather_pages(c, block_table) for c in (k_cache, v_cache))
-    k_cache, v_cache = (written(c, lengths) for c in (k_cache, v_cache))
     options = AttentionOptions(
         alibi_slopes=alibi_slopes, key_lengths=lengths, query_start=lengths - q.shape[2], scale=scale,
         window_left=window_left, window_right=window_right, softcap=softcap,
