@@ -37,7 +37,7 @@ WITH_DOTS |= {"cross_entropy.cpp", "gated.cpp", "layer_norm.cpp"}
 WITH_DOTS |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
 WITH_TILES = {"attention_backward.cpp", "attention_forward.cpp"}  # they multiply tiles of bf16
 WITH_TILES |= {"rnn_backward.cpp", "rnn_cell_step.cpp", "rnn_forward.cpp", "rnn_gemm.cpp", "rnn_scan.cpp"}
-HOPPER_ONLY = {"attention_backward.cu", "attention_forward.cu", "rnn_cluster_backward.cu", "rnn_cluster_forward.cu"}
+HOPPER_ONLY = {"attention.cu", "rnn_cluster.cu"}
 SOME_FILES = {"avx512_bf16": WITH_DOTS, "amx": WITH_TILES}  # the others: as one level below
 BASELINE = ["-O1"]  # on x86 for processors from before 2013: quick to compile matters more
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
@@ -67,7 +67,7 @@ def nvcc_flags(name: str):
     if name not in HOPPER_ONLY:
         architectures += [("80", "sm_80"), ("80", "compute_80")]
     codes = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in architectures]
-    return ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, *INCLUDES]
+    return ["-std=c++20", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, *INCLUDES]
 
 
 def cpu_levels():

@@ -151,9 +151,9 @@ def bodies(ptx):
     return {re.match(r"\w+", part)[0]: part for part in ptx.split(".entry ")[1:]}
 
 
-@pytest.mark.parametrize("source", ["rnn_forward.cu", "rnn_backward.cu"])
-def test_16_bit_steps_use_the_tensor_cores_and_float_does_not(compiled, source):
-    steps = {n: body for n, body in bodies(compiled[source][2]).items() if "_step" in n}
+@pytest.mark.parametrize("kernel", ["rnn_forward_step", "rnn_backward_step"])
+def test_16_bit_steps_use_the_tensor_cores_and_float_does_not(compiled, kernel):
+    steps = {n: body for n, body in bodies(compiled["rnn.cu"][2]).items() if kernel in n}
     assert len(steps) == 18  # cells x dtypes x aligned or not
     for name, body in steps.items():
         kind = "bf16" if "bf16" in name else "f16" if "f16" in name else None
@@ -182,7 +182,6 @@ def test_the_microbenchmark_of_clusters_compiles(tmp_path):
     assert kernel.stack == 0 and kernel.spills == 0
 
 
-CLUSTER = {"rnn_cluster_forward.cu": "forward", "rnn_cluster_backward.cu": "backward"}
 GATES = {"0": 1, "2": 3, "3": 4}  # by the number of the cell
 
 
@@ -211,11 +210,11 @@ def time_loop(instructions):
     return best
 
 
-@pytest.mark.parametrize("source", CLUSTER)
-def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, direction):
     """In the machine code: every product of the kernel lies in the time loop, and too few loads to fetch w_hh again."""
-    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled[source][0]])
-    kernels = {n: code for n, code in functions(sass).items() if "rnn_cluster" in n}
+    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled["rnn_cluster.cu"][0]])
+    kernels = {n: code for n, code in functions(sass).items() if f"rnn_cluster_{direction}" in n}
     # cells x 16-bit types x extents; in tf32 the larger extent is the plain RNN's alone
     assert len(kernels) == 12 + 4
     for name, code in kernels.items():
@@ -228,38 +227,38 @@ def test_the_cluster_kernels_keep_their_weights_in_registers(compiled, source):
         assert sum(o.startswith("HMMA") for o in body) == fragments, name
         assert sum(opcode(t).startswith("HMMA") for _, t in code) == fragments, name
         # a pair is one load of 4 bytes or two of 2, in two places: what the step before left may be in two arrays
-        pairs = gates if CLUSTER[source] == "forward" else {"0": 2, "2": 6, "3": 6}[cell]
+        pairs = gates if direction == "forward" else {"0": 2, "2": 6, "3": 6}[cell]
         flags = 5 + 2  # bytes of masks, dcells
         # w_hh is not among them: its share of a thread is many times as much
         assert 3 * pairs + 2 + flags < fragments * 2 or gates == 1
         loads = sum(o.startswith("LDG") for o in body)
         assert loads <= 3 * pairs + 2 + flags, f"{name}: {loads} loads from global memory a step"
         # fragments come from shared memory 16 bytes a lane; w_hh would be twice as many again
-        tiles = tf32 * (int(extent) // 32 if CLUSTER[source] == "forward" else 2 * gates)
+        tiles = tf32 * (int(extent) // 32 if direction == "forward" else 2 * gates)
         assert sum(o == "LDS.128" for o in body) <= tiles + 1, name
         # blocks exchange by counted bytes: no fence and no barrier of the cluster in the loop
         assert any(o.startswith("STAS") for o in body) and any(o.startswith("SYNCS") for o in body), name
         assert not any(o.startswith(("MEMBAR", "UCGABAR", "LDL", "STL")) for o in body), name
 
 
-ATTENTION = {"attention_forward.cu": 8, "attention_backward.cu": 16}  # head sizes x causal or not x types (x passes)
+ATTENTION = {"attention_forward": 8, "attention_backward": 16}  # head sizes x causal or not x types (x passes)
 
 
-def hopper_kernels(compiled, source):
-    """Name, machine code, (D, causal) of each kernel for sm_90a."""
-    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled[source][0]])
-    kernels = {n: [opcode(t) for _, t in code] for n, code in functions(sass).items() if "ward" in n}
-    assert len(kernels) == ATTENTION[source]
+def hopper_kernels(compiled, kernel):
+    """Name, machine code, (D, causal) of each instance for sm_90a."""
+    sass = run([cuobjdump(), "-sass", "-arch", "sm_90a", compiled["attention.cu"][0]])
+    kernels = {n: [opcode(t) for _, t in code] for n, code in functions(sass).items() if kernel in n}
+    assert len(kernels) == ATTENTION[kernel]
     for name, code in kernels.items():
         D, causal = re.search(r"Li(\d+)ELb(\d)", name).groups()
         yield name, code, int(D), causal == "1"
 
 
-@pytest.mark.parametrize("source", ATTENTION)
-def test_products_of_attention_are_not_serialised(compiled, source):
+def test_products_of_attention_are_not_serialised(compiled):
     """ptxas says C7510 and the like where it makes wgmma wait for each other, or adds synchronisation of its own."""
-    assert not re.search(r"\(C7\d+\)|wgmma", compiled[source][3])
-    for name, body in bodies(compiled[source][2]).items():  # the last one of each name is for sm_90a
+    _, _, ptx, log = compiled["attention.cu"]
+    assert not re.search(r"\(C7\d+\)|wgmma", log)
+    for name, body in bodies(ptx).items():  # the last one of each name is for sm_90a
         if "delta" in name:
             continue
         for word in ("wgmma", "cp.async.bulk.tensor.4d", "setmaxnreg.inc", "setmaxnreg.dec", "mbarrier.try_wait"):
@@ -269,7 +268,7 @@ def test_products_of_attention_are_not_serialised(compiled, source):
 def test_attention_forward_keeps_its_schedule(compiled):
     """In the machine code of each turn of the loop: both products are queued, and all exponentials of S lie between
     the wait for S and the wait for O, beside the second product."""
-    for name, code, D, causal in hopper_kernels(compiled, "attention_forward.cu"):
+    for name, code, D, causal in hopper_kernels(compiled, "attention_forward"):
         assert not any(o.startswith(("LDL", "STL", "LDG")) for o in code), name
         assert sum(o.startswith("UTMALDG") for o in code) == 3 * D // 64, name
         events = [o for o in code if o.startswith(("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2"))]
@@ -282,7 +281,7 @@ def test_attention_forward_keeps_its_schedule(compiled):
 def test_attention_backward_keeps_its_schedule(compiled):
     """The exponentials of a turn lie between the wait for S and the next one, with all products queued before that
     have registers."""
-    for name, code, D, _ in hopper_kernels(compiled, "attention_backward.cu"):
+    for name, code, D, _ in hopper_kernels(compiled, "attention_backward"):
         keys = re.search(r"Li\d+ELb\dELb(\d)", name)[1] == "1"
         assert not any(o.startswith(("LDL", "STL")) for o in code), name
         events = [o for o in code if o.startswith(("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2"))]

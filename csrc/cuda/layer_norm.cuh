@@ -5,8 +5,9 @@
 //              ds = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsum), which is the residual's gradient
 //              dx = dropout(ds)
 //              dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
-// rms_norm is the same with mean and mean(g) zero. It, dropout and a zero-centred weight are chosen at run time: what
-// that adds to the arithmetic of a kernel that waits for memory is less than twice the kernels would cost to compile.
+// rms_norm is the same with mean and mean(g) zero. It, dropout, a zero-centred weight and the type of the parameters
+// are chosen at run time: what that adds to the arithmetic of a kernel that waits for memory is less than twice the
+// kernels would cost to compile.
 //
 // Memory traffic allowed: forward reads x (and the residual) once, writes y (and the sum) once; backward reads dy and s
 // (and dsum) once, writes dx once. A group of threads (a power of two from 32 up) holds a row in registers, 16 bytes a
@@ -50,9 +51,10 @@ struct ForwardArgs {
   float eps;
   float weight_offset;  // 1 if the weight is stored around zero, else 0
   NormDropout dropout;
-  int group;     // threads a row in each block
-  int cluster;   // blocks a row; several only with one row a block
-  bool vectors;  // every row and parameter is 16-byte aligned and cols is a multiple of the vector
+  int group;             // threads a row in each block
+  int cluster;           // blocks a row; several only with one row a block
+  bool vectors;          // every row and parameter is 16-byte aligned and cols is a multiple of the vector
+  bool wide_parameters;  // weight and bias are float; else T, as x is
 };
 
 struct BackwardArgs {
@@ -64,7 +66,7 @@ struct BackwardArgs {
   float weight_offset;
   NormDropout dropout;
   int group, cluster;
-  bool vectors;
+  bool vectors, wide_parameters;
 };
 
 // Vector i of a thread covers columns [first, first + kVector) of a row; n of them exist.
@@ -108,6 +110,15 @@ SEQFUSE_DEVICE Moments moments_of(const Bits16 (&v)[N], int64_t cols, int group,
   return {count, mean, m2};
 }
 
+// of the weight or the bias
+template <class T, class Args>
+SEQFUSE_DEVICE void load_parameter(const void* data, const Args& p, Span at, float (&out)[kVector<T>]) {
+  if (sizeof(T) == 4 || p.wide_parameters)
+    dev::load_floats(static_cast<const float*>(data) + at.first, at.n, p.vectors, out);
+  else
+    dev::load_floats(static_cast<const T*>(data) + at.first, at.n, p.vectors, out);
+}
+
 template <class T>
 SEQFUSE_DEVICE Bits16 load_x(const ForwardArgs& p, int64_t row, Span at) {
   return dev::load_some(static_cast<const T*>(p.x) + row * p.cols + at.first, at.n, p.vectors);
@@ -130,7 +141,7 @@ SEQFUSE_DEVICE Bits16 store_sum(const ForwardArgs& p, int64_t row, Span at, cons
   return sum;
 }
 
-template <class T, class P>
+template <class T>
 SEQFUSE_DEVICE void write_normalised(const ForwardArgs& p, int64_t row, Span at, const Bits16& s, float mean,
                                      float rstd) {
   float x[kVector<T>], parameter[kVector<T>];
@@ -138,12 +149,12 @@ SEQFUSE_DEVICE void write_normalised(const ForwardArgs& p, int64_t row, Span at,
 #pragma unroll
   for (int j = 0; j < kVector<T>; j++) x[j] = (x[j] - mean) * rstd;
   if (p.weight) {
-    dev::load_floats(static_cast<const P*>(p.weight) + at.first, at.n, p.vectors, parameter);
+    load_parameter<T>(p.weight, p, at, parameter);
 #pragma unroll
     for (int j = 0; j < kVector<T>; j++) x[j] *= p.weight_offset + parameter[j];
   }
   if (p.bias) {
-    dev::load_floats(static_cast<const P*>(p.bias) + at.first, at.n, p.vectors, parameter);
+    load_parameter<T>(p.bias, p, at, parameter);
 #pragma unroll
     for (int j = 0; j < kVector<T>; j++) x[j] += parameter[j];
   }
@@ -204,7 +215,7 @@ struct AddPairs {
   SEQFUSE_DEVICE Pair operator()(const Pair& a, const Pair& b) const { return add(a, b); }
 };
 
-template <class T, class P>
+template <class T>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_forward(ForwardArgs p) {
   ForwardShared& shared = dev::shared<ForwardShared>();
@@ -233,14 +244,14 @@ layer_norm_forward(ForwardArgs p) {
 #pragma unroll
     for (int i = 0; i < kForwardVectors<T>; i++) {
       const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
-      if (at.n) write_normalised<T, P>(p, row, at, s[i], m.mean, rstd);
+      if (at.n) write_normalised<T>(p, row, at, s[i], m.mean, rstd);
     }
   }
   leave_cluster(p.cluster);
 }
 
 // One block a row, which is read twice (from the stored sum the second time, if there is one).
-template <class T, class P>
+template <class T>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_forward_long(ForwardArgs p) {
   ForwardShared& shared = dev::shared<ForwardShared>();
@@ -269,13 +280,13 @@ layer_norm_forward_long(ForwardArgs p) {
         bits = *reinterpret_cast<const Bits16*>(s + row * p.cols + at.first);
       else
         bits = dev::load_some(s + row * p.cols + at.first, at.n, false);
-      write_normalised<T, P>(p, row, at, bits, m.mean, rstd);
+      write_normalised<T>(p, row, at, bits, m.mean, rstd);
     }
   }
 }
 
 // g = dy * weight and xhat of one vector; columns that do not exist give zeros
-template <class T, class P>
+template <class T>
 SEQFUSE_DEVICE void gradient_terms(const BackwardArgs& p, Span at, const Bits16& dy, const Bits16& s, float mean,
                                    float rstd, float (&g)[kVector<T>], float (&xhat)[kVector<T>]) {
   dev::unpack<T>(dy, g);
@@ -284,7 +295,7 @@ SEQFUSE_DEVICE void gradient_terms(const BackwardArgs& p, Span at, const Bits16&
   for (int j = 0; j < kVector<T>; j++) xhat[j] = j < at.n ? (xhat[j] - mean) * rstd : 0.0f;
   if (!p.weight) return;
   float w[kVector<T>];
-  dev::load_floats(static_cast<const P*>(p.weight) + at.first, at.n, p.vectors, w);
+  load_parameter<T>(p.weight, p, at, w);
   // multiply: were it fused into the subtraction of its own mean, the gradient of a constant row would not be zero
 #pragma unroll
   for (int j = 0; j < kVector<T>; j++) g[j] = dev::multiply(g[j], p.weight_offset + w[j]);
@@ -322,7 +333,7 @@ struct BackwardShared {
   float columns[2][kSharedThreads / 2 * kBackwardColumns];  // where the rows of one block add up
 };
 
-template <class T, class P>
+template <class T>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_backward(BackwardArgs p) {
   constexpr int V = kVector<T>, N = kBackwardVectors<T>;
@@ -345,7 +356,7 @@ layer_norm_backward(BackwardArgs p) {
     for (int i = 0; i < N; i++) {
       const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       float g[V], xhat[V];
-      gradient_terms<T, P>(p, at, dy[i], s[i], mean, rstd, g, xhat);
+      gradient_terms<T>(p, at, dy[i], s[i], mean, rstd, g, xhat);
       sums = sum_terms<T>(g, xhat, sums);
     }
     sums = dev::group_reduce(sums, p.group, shared.pairs, parity, AddPairs{});
@@ -356,7 +367,7 @@ layer_norm_backward(BackwardArgs p) {
     for (int i = 0; i < N; i++) {
       const Span at = span<T>(cols, at_work.a_row, at_work.in_row, i);
       float g[V], xhat[V], d[V];
-      gradient_terms<T, P>(p, at, dy[i], s[i], mean, rstd, g, xhat);
+      gradient_terms<T>(p, at, dy[i], s[i], mean, rstd, g, xhat);
       dev::unpack<T>(dy[i], d);
 #pragma unroll
       for (int j = 0; j < V; j++) dweight[i][j] += d[j] * xhat[j], dbias[i][j] += d[j];
@@ -390,7 +401,7 @@ layer_norm_backward(BackwardArgs p) {
 
 // One block a row, which is read twice; the block adds to its partial rows in global memory, each thread to its own
 // columns.
-template <class T, class P>
+template <class T>
 SEQFUSE_KERNEL(kMostThreads, 1)
 layer_norm_backward_long(BackwardArgs p) {
   constexpr int V = kVector<T>;
@@ -410,7 +421,7 @@ layer_norm_backward_long(BackwardArgs p) {
         const Bits16 dy = dev::load_some(static_cast<const T*>(p.dy) + offset, at.n, p.vectors);
         const Bits16 s = dev::load_some(static_cast<const T*>(p.s) + offset, at.n, p.vectors);
         float g[V], xhat[V], d[V];
-        gradient_terms<T, P>(p, at, dy, s, mean, rstd, g, xhat);
+        gradient_terms<T>(p, at, dy, s, mean, rstd, g, xhat);
         if (pass == 0) {
           sums = sum_terms<T>(g, xhat, sums);
           continue;

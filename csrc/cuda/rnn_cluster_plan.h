@@ -1,5 +1,5 @@
 // Whether and how the cluster-persistent recurrent kernel runs a scan: pure functions, so that they can be tested and
-// printed where there is no GPU; and the same for the current device (rnn_cluster_forward.cu).
+// printed where there is no GPU; and the same for the current device (rnn_cluster.cu).
 #pragma once
 #include <cstdio>
 #include <string>
