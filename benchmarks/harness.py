@@ -185,17 +185,18 @@ def ratio(baseline: Timing, contender: Timing) -> float:
     return statistics.median(b / c for b, c in zip(baseline.samples, contender.samples, strict=True))
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next call, for every contender alike.
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let glibc keep what is freed for the next call, for every contender alike; or (False) no longer.
 
     Left alone it gives megabytes back to the system at moments of its own choosing, and the next call that asks for
     them pays for every page again: at 2 MB a result, 0 to 700 page faults a call were seen, from nothing but the order
-    of earlier allocations. For the rest of the process; other C libraries are left as they are.
+    of earlier allocations. Only while something is timed: over hundreds of training steps the heap that keeps
+    everything falls into pieces, and grows by gigabytes. Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30 if keep else 32 << 20)  # M_MMAP_THRESHOLD; the lower is what glibc's own rises to
+        mallopt(-1, 2**31 - 1 if keep else 64 << 20)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager
@@ -214,6 +215,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
+        keep_freed_memory(False)
         if collecting:
             gc.enable()
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
