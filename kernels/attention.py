@@ -46,6 +46,8 @@ def _plane(x: torch.Tensor | None, width: int) -> Plane | None:
     """Broadcast dimensions get the stride 0."""
     if x is None:
         return None
+    if x.stride(3) * x.shape[3] >= 2**31:  # kernels count the columns of a tile in 32 bits
+        x = x.contiguous()
     strides = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
     return Plane(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides, width)
 
@@ -80,9 +82,9 @@ def _options(
 
 
 def tf32(dtype: torch.dtype) -> bool:
-    """Whether float32 products may round their factors to tf32, as torch's own switches say."""
-    allowed = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
-    return dtype == torch.float32 and allowed
+    """Whether float32 products may round their factors to tf32, as torch's switch says: the one that knows of the other
+    two, which raise where they were used together."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def decode_kernel(
     stop = tl.minimum(begin + share, tl.cdiv(end, BLOCK_N))
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     head = h.to(tl.int64) * GROUP + g
-    q_at = q.data + b.to(tl.int64) * q.b + head * q.h + i * q.t
+    q_at = q.data + b.to(tl.int64) * q.b + head * q.h + i.to(tl.int64) * q.t
     q_tile = tl.load(q_at[:, None] + c[None, :], there[:, None] & (c < D)[None, :], other=0.0)
     if past.slopes is not None:
         slope = tl.load(past.slopes + b * past.slopes_b + head, there, other=0.0) * LOG2E
@@ -136,7 +136,7 @@ def decode_kernel(
     lse = tl.where(total != total, total, tl.where(got, LN2 * (m + tl.log2(tl.where(got, total, 1.0))), float("-inf")))
     part = (tl.zeros([], tl.int64) + split) * B + b
     tl.store(lse_ptr + (part * H * GROUP + head) * Tq + i, lse, there)
-    out_at = out.data + part * out.b + head * out.h + i * out.t
+    out_at = out.data + part * out.b + head * out.h + i.to(tl.int64) * out.t
     value = (acc * inverse[:, None]).to(out.data.dtype.element_ty)
     tl.store(out_at[:, None] + cv[None, :], value, there[:, None] & (cv < DV)[None, :])
 

@@ -137,4 +137,6 @@ def launch(
     """cooperative: the driver starts all programs at once, or none and raises: they may then wait for each other."""
     if cooperative and not interpreting():
         constants["launch_cooperative_grid"] = True
-    kernel[grid](*args, num_warps=num_warps, num_stages=2, maxnreg=maxnreg, enable_fp_fusion=True, **constants)
+    if maxnreg is not None:
+        constants["maxnreg"] = maxnreg
+    kernel[grid](*args, num_warps=num_warps, num_stages=2, enable_fp_fusion=True, **constants)

@@ -127,7 +127,7 @@ def forward_chunked_kernel(
             centred = tl.where(mask, x - chunk_mean, 0.0)
             delta = chunk_mean - mean
             total = count + n
-            m2 += tl.sum(centred * centred, axis=0) + delta * delta * (count * n / total)
+            m2 += tl.sum(centred * centred, axis=0) + delta * (delta * (count * n / total))
             mean += delta * (n / total)
             count = total
     rstd = 1.0 / tl.sqrt(m2 / N + eps)
@@ -338,14 +338,16 @@ def layer_norm_fwd(
     s = torch.empty_like(x) if residual is not None or dropout_p else x.new_empty(0)
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    if not x.numel():
+        return y, s, mean.fill_(0.0), rstd.fill_(0.0)
     if dropout_p and not drop and residual is None:  # a probability below 2^-32
         s.copy_(x)
     flags = {
         "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
         "DROP": drop, "RMS": rms, "CENTERED": zero_centered,
     }  # fmt: skip
-    args = (x, residual, weight, bias, seed if drop else None, y, s if s.numel() else None, None if rms else mean, rstd,
-            m, n, eps, below, factor)  # fmt: skip
+    written = (y, s if s.dim() == 2 else None, None if rms else mean, rstd)
+    args = (x, residual, weight, bias, seed if drop else None, *written, m, n, eps, below, factor)
     block = _blocks("layer_norm_fwd", x, drop)
     with common.on_device(x):
         if block is None:
@@ -381,10 +383,14 @@ def layer_norm_bwd(
     drop, below, factor = _draw(dropout_p)
     dx = torch.empty_like(s)
     dr = torch.empty_like(s) if want_dresidual and dropout_p else s.new_empty(0)
-    want_dr = dr.numel() > 0
+    want_dr = dr.dim() == 2
     own = {"RMS": rms, "CENTERED": zero_centered, "HAS_WEIGHT": weight is not None}
     flags = {"HAS_DS": ds is not None, "WANT_DW": want_dweight, "WANT_DB": want_dbias, "DROP": drop,
              "WANT_DR": want_dr, **own}  # fmt: skip
+    if not s.numel():
+        dtype = s.dtype if weight is None else weight.dtype
+        sizes = (n if want_dweight else 0, n if want_dbias else 0)
+        return dx, dr, *(torch.zeros(size, dtype=dtype, device=s.device) for size in sizes)
     block = _blocks("layer_norm_bwd", s, drop)
     rows, warps = (_COLUMN_TILE[0], 4) if block is None else block
     programs = common.sm_count(s.device) * _WARPS_PER_SM // warps

@@ -178,7 +178,7 @@ def rnn_scan_fwd(
     scan = _Scan.of(cell, xg, w_hh, reverse, options)
     o, steps, batch, hidden = scan.options, scan.steps, scan.batch, scan.hidden
     xg = xg if xg.stride(2) == 1 else xg.contiguous()
-    h0, w_hh = h0.contiguous(), w_hh.contiguous()
+    h0, w_hh, b_hh = h0.contiguous(), w_hh.contiguous(), None if b_hh is None else b_hh.contiguous()
     y = _sequence(xg, hidden)
     # Outputs never share memory, empty ones neither: a registered op may not return aliases.
     lstm, saved = cell == "lstm", 4 if GATES[cell] > 1 else int(o.zones_h)

@@ -136,6 +136,24 @@ def test_an_empty_batch(device):
     assert "the batch is empty" in refusal(B=0)
 
 
+def test_the_newer_switch_for_tf32_decides_too():
+    """Triton's attention as well: the older switches raise beside it."""
+    from seqfuse.ops import rnn_scan
+
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for precision, allowed in (("tf32", True), ("ieee", False)):
+            switch.fp32_precision = precision
+            assert rnn_scan.tf32_allowed() == allowed
+            if library.triton_missing() is None:
+                from seqfuse.kernels import attention
+
+                assert attention.tf32(torch.float32) == allowed and not attention.tf32(torch.bfloat16)
+    finally:
+        switch.fp32_precision = before
+
+
 def test_tf32_follows_torchs_setting(monkeypatch):
     from seqfuse.ops import rnn_scan
 

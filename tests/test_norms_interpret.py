@@ -12,6 +12,7 @@ import test_rms_norm as checks
 
 import seqfuse
 from seqfuse.kernels import common, layer_norm
+from seqfuse.testing import assert_accurate
 
 pytestmark = pytest.mark.interpret
 
@@ -51,3 +52,57 @@ def test_the_mask_is_the_same_as_on_the_cpu(way, p):
 
     here = dropped("triton")
     assert torch.equal(here, dropped("reference")) and (here.all() if p == 1.0 else here.any())
+
+
+def _gradients(norm, x, weight, bias):
+    """y and gradients of a call whose dy is a part of a larger tensor, and of one whose dy is one element, expanded."""
+    found = []
+    for after in (lambda y: torch.cat([y, y * 2], -1).mul(torch.arange(y.numel() * 2).view(*y.shape[:-1], -1)).sum(),
+                  torch.sum):  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = norm(*leaves)
+        found += [y.detach(), *torch.autograd.grad(after(y), leaves)]
+    return found
+
+
+LAYOUTS = {
+    "first": lambda n: torch.randn(5, 7, n)[:, 0],
+    "part": lambda n: torch.randn(4, 3, 3 * n)[..., :n],
+    "transposed": lambda n: torch.randn(n, 6).t(),
+    "permuted": lambda n: torch.randn(3, n, 4).permute(2, 0, 1),
+    "expanded": lambda n: torch.randn(1, n).expand(5, n),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(way, layout):
+    """Of x, of the parameters and of what comes back in the backward pass."""
+    x, weight = LAYOUTS[layout](70), torch.randn(70, 2)[:, 0]
+    bias = torch.randn(1).expand(70)
+    with seqfuse.backend("triton"):
+        ours = _gradients(lambda *args: seqfuse.ops.layer_norm(*args), x, weight, bias)
+    plain = torch.nn.functional.layer_norm
+    theirs = _gradients(lambda x, w, b: plain(x, (70,), w, b), x, weight, bias)
+    truth = _gradients(lambda x, w, b: plain(x, (70,), w, b), x.double(), weight.double(), bias.double())
+    for got, wanted, same in zip(ours, truth, theirs, strict=True):
+        assert_accurate(got, wanted, same)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_empty(way, shape, p):
+    x, residual = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    weight = torch.ones(shape[-1], requires_grad=True)
+    with seqfuse.backend("triton"):
+        y, s = seqfuse.ops.rms_norm(x, weight, residual=residual, dropout_p=p)
+        (y.sum() + s.sum()).backward()
+    assert y.shape == s.shape == x.grad.shape == residual.grad.shape == shape
+    assert torch.equal(weight.grad, torch.zeros(shape[-1]))
+
+
+def test_a_large_mean_in_chunks(way):
+    x = torch.randn(3, 150) * 1e15 + 1e20
+    with seqfuse.backend("triton"):
+        y = seqfuse.ops.layer_norm(x)
+    plain = torch.nn.functional.layer_norm
+    assert_accurate(y, plain(x.double(), (150,)), plain(x, (150,)), dims=(0,))

@@ -177,6 +177,13 @@ def test_rnn_pair_of_options(number, pair):
     checks.rnn_scan(cell, 3, 3, units(tier), torch.float32, "cpu", plan=tiles(tier), options=pair, reverse=reverse)
 
 
+def test_rnn_reads_a_bias_of_any_stride():
+    xg, h0, w, wide = torch.randn(2, 3, 15), torch.randn(3, 5), torch.randn(15, 5), torch.randn(15, 2)
+    for bias in (wide[:, 0], wide[:1, 0].expand(15)):
+        found = [rnn.rnn_scan_fwd("gru", xg, h0, None, w, b)[0] for b in (bias, bias.contiguous())]
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_rnn_inference_with_options(tier):
     checks.rnn_inference("lstm", 3, 4, units(tier), torch.float32, "cpu", plan=tiles(tier), options=checks.LSTM_OPTIONS)

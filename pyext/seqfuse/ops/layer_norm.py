@@ -270,16 +270,25 @@ def _fake_bwd(
     return s.new_empty(s.shape), dresidual, dweight, param.new_empty(cols if want_dbias else 0)
 
 
+def _rows(*tensors):
+    """[..., N] as the Triton kernels read them, [rows, N], one element next to the other."""
+    return [None if t is None else checks.rows(t).contiguous() for t in tensors]
+
+
+def _dense(*parameters):
+    return [None if t is None else t.contiguous() for t in parameters]
+
+
 def _triton_fwd(x, residual, weight, bias, eps, *options):
-    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
-    y, s, mean, rstd = library.launcher("layer_norm", "layer_norm_fwd")(*rows, weight, bias, eps, *options)
-    return y.view(x.shape), s.view(x.shape) if s.numel() else s, mean, rstd
+    launch = library.launcher("layer_norm", "layer_norm_fwd")
+    y, s, mean, rstd = launch(*_rows(x, residual), *_dense(weight, bias), eps, *options)
+    return y.view(x.shape), s.view(x.shape) if s.dim() == 2 else s, mean, rstd
 
 
 def _triton_bwd(dy, dsum, s, weight, mean, rstd, *rest):
-    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, dsum, s)]
-    dx, dr, dweight, dbias = library.launcher("layer_norm", "layer_norm_bwd")(*rows, weight, mean, rstd, *rest)
-    return dx.view(s.shape), dr.view(s.shape) if dr.numel() else dr, dweight, dbias
+    launch = library.launcher("layer_norm", "layer_norm_bwd")
+    dx, dr, dweight, dbias = launch(*_rows(dy, dsum, s), *_dense(weight), mean, rstd, *rest)
+    return dx.view(s.shape), dr.view(s.shape) if dr.dim() == 2 else dr, dweight, dbias
 
 
 library.register_op(

@@ -29,6 +29,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def old_gpu() -> str | None:
+    """Why Triton's kernels can't run on the GPU that is there, or None."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "the Triton kernels are written for NVIDIA's GPUs, not for ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+
+
 def triton_refusal(device: str, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel can take a tensor of this device and dtype, or None."""
     if triton_missing():
@@ -36,6 +47,8 @@ def triton_refusal(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda" and not (interpreting() and device == "cpu"):
         where = "no CUDA device is available" if not torch.cuda.is_available() else f"the tensors are on {device}"
         return f"{where}; Triton kernels need one (or TRITON_INTERPRET=1, which is slow and for tests)"
+    if device == "cuda" and not interpreting() and (old := old_gpu()):
+        return old
     if dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter computes bfloat16 wrongly"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

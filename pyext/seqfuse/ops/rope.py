@@ -147,7 +147,13 @@ def _new_rope(x, cos, sin, positions, offset, interleaved, inverse):
 
 
 _SCHEMA = "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor"
-_triton_rope = library.kernel("rope", "seqfuse_triton")
+
+
+def _triton_rope(x, *rest):
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return torch.ops.seqfuse_triton.rope.default(x, *rest)
+
+
 _INTO = {"cpu": library.kernel("rope"), "triton": library.launcher("rope", "rope")}  # with y, which may be x itself
 
 
