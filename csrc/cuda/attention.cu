@@ -157,9 +157,9 @@ int64_t attention_backward_workspace_cuda(int64_t B, int64_t Hq, int64_t Tq) {
 
 int attention_backward_cuda(const AttentionBackwardCuda& a, void* stream) {
   if (dev::capability() != 90 || !(a.scale > 0.0f)) return kNotSupported;
-  for (const HeadStrides& s : {a.out_strides, a.dout_strides})
-    if (s.t % 8 || s.h % 8 || s.b % 8) return kNotSupported;
-  if (!a.B || !a.Hq) return 0;
+  for (const HeadStrides& s : {a.out_strides, a.dout_strides})  // those of one row, head or batch say nothing
+    if ((a.Tq > 1 && s.t % 8) || (a.Hq > 1 && s.h % 8) || (a.B > 1 && s.b % 8)) return kNotSupported;
+  if (!a.B || !a.Hq || (!a.Tq && !a.Tk)) return 0;
   return with_attention_instance(a.D, a.causal, a.dtype,
                                  [&]<int D, bool Causal, class T>() { return backward<D, Causal, T>(a, stream); });
 }

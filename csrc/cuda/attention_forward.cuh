@@ -124,8 +124,10 @@ struct RowState {
       for (int mask = 1; mask < 4; mask *= 2)
         high = dev::maximum(high, dev::as_float(dev::shuffle_xor(dev::as_bits(high), mask)));
       high = dev::maximum(high, top[i]);
-      const float base = high == kHidden ? 0.0f : high * scale_log2;
-      shrink[i] = dev::exp2(top[i] * scale_log2 - base);
+      const float floor = high == kHidden ? 0.0f : high, base = floor * scale_log2;
+      // exactly 1 where the largest stayed what it was: a fused top * scale_log2 - base would be what base was rounded
+      // by
+      shrink[i] = dev::exp2((top[i] - floor) * scale_log2);
       top[i] = high;
       float sum[2] = {};
 #pragma unroll

@@ -235,14 +235,15 @@ SEQFUSE_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], cons
 // The configuration of one launch. It points into itself: not to be copied.
 class Launch {
  public:
-  Launch(const Grid& grid, int threads, void* stream) {
+  // clusters: say how many blocks a cluster has even if it is one, which a question about clusters must
+  Launch(const Grid& grid, int threads, void* stream, bool clusters) {
     config_.gridDim = dim3(uint32_t(grid.x), uint32_t(grid.y));
     config_.blockDim = dim3(uint32_t(threads));
     config_.dynamicSmemBytes = size_t(grid.shared);
     config_.stream = static_cast<cudaStream_t>(stream);
     cluster_.id = cudaLaunchAttributeClusterDimension;
     cluster_.val.clusterDim.x = uint32_t(grid.cluster), cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
-    if (grid.cluster > 1) config_.attrs = &cluster_, config_.numAttrs = 1;
+    if (clusters) config_.attrs = &cluster_, config_.numAttrs = 1;
   }
   Launch(const Launch&) = delete;
 
@@ -265,7 +266,8 @@ class Launch {
 template <class... P, class... A>
 int launch(void (*kernel)(P...), Grid grid, int threads, void* stream, const A&... args) {
   cudaError_t error = Launch::prepare(reinterpret_cast<const void*>(kernel), grid);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&Launch(grid, threads, stream).config(), kernel, P(args)...);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernelEx(&Launch(grid, threads, stream, grid.cluster > 1).config(), kernel, P(args)...);
   const cudaError_t last = cudaGetLastError();  // also clears it, so that the caller's next call does not see it
   return int(error != cudaSuccess ? error : last);
 }
@@ -276,7 +278,7 @@ int resident_clusters(void (*kernel)(P...), Grid grid, int threads) {
   int count = 0;
   cudaError_t error = Launch::prepare(function, grid);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveClusters(&count, function, &Launch(grid, threads, nullptr).config());
+    error = cudaOccupancyMaxActiveClusters(&count, function, &Launch(grid, threads, nullptr, true).config());
   cudaGetLastError();
   return error == cudaSuccess ? count : 0;
 }

@@ -2,26 +2,41 @@
 #pragma once
 #include <cuda.h>  // types only: libcuda is not linked
 
+#include <atomic>
+
 #define SEQFUSE_CONSTANT const __grid_constant__
 
 namespace seqfuse::dev {
 
 using TensorMap = CUtensorMap;
 
-inline int make_tensor_map(TensorMap& map, const Tiled& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// null where the driver has none, or could not be asked
+inline Encode find_encode() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
 #endif
-    cudaGetLastError();
-    return status == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
-  }();
+  cudaGetLastError();
+  const bool there = error == cudaSuccess && status == cudaDriverEntryPointSuccess;
+  return there ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+inline int make_tensor_map(TensorMap& map, const Tiled& t) {
+  static std::atomic<Encode> known{nullptr};  // what failed once may be there the next time
+  Encode encode = known;
+  if (!encode) known = encode = find_encode();
   if (!encode) return int(cudaErrorNotSupported);
+  // a thread whose first work this is (autograd's, of a backward pass) may have no context yet, and the driver's call
+  // takes the current one: torch's guard sets a device only if it is another
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return int(error);
+  if (const cudaError_t error = cudaSetDevice(device)) return int(error);
   cuuint64_t size[4], stride[3];
   for (int i = 0; i < 4; i++) size[i] = cuuint64_t(t.size[i]);
   for (int i = 0; i < 3; i++) stride[i] = cuuint64_t(t.stride[i]) * 2;
@@ -30,7 +45,7 @@ inline int make_tensor_map(TensorMap& map, const Tiled& t) {
   const CUresult error =
       encode(&map, type, 4, const_cast<void*>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return error == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
+  return int(error);  // the numbers are cudaError_t's
 }
 
 SEQFUSE_DEVICE float maximum(float x, float y) {

@@ -176,6 +176,8 @@ int rnn_backward_cluster_cuda(const RnnBackward* scans, int count, void* workspa
   if (const int error = cluster_refused(scans, count)) return error;
   bool sums = false;
   for (int i = 0; i < count; i++) sums = sums || scans[i].db_hh;
+  for (int i = 0; i < count; i++)
+    if (sums != bool(scans[i].db_hh)) return kInvalidValue;
   const int64_t rows = partial_rows(a.B), cols = gates_of(a.cell) * a.H;
   ColumnSum sum[2];
   for (int i = 0; i < 2; i++)
@@ -210,8 +212,8 @@ int64_t resident(const RnnClusterCase& c) {
   static std::mutex mutex;
   static std::map<std::tuple<int, Cell, DType, int64_t, bool>, int64_t> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, fresh] = known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.backward}, 0);
-  if (fresh)
+  const auto entry = known.try_emplace({dev::current_device(), c.cell, c.dtype, c.H, c.backward}, 0).first;
+  if (entry->second == 0)  // none may also be an error, which need not come again
     entry->second = c.backward ? rnn_backward_clusters_resident_cuda(c.cell, c.dtype, c.H)
                                : rnn_forward_clusters_resident_cuda(c.cell, c.dtype, c.H);
   return entry->second;

@@ -64,7 +64,8 @@ void set_problem(Arguments& a, const Options& o, const Tensor& q, const Tensor& 
   STD_TORCH_CHECK(a.D == 64 || a.D == 128, "attention: the CUDA C++ kernels take D 64 and 128, not ", a.D);
   STD_TORCH_CHECK(k.size(0) == a.B && k.size(3) == a.D, "k must be [B, Hkv, Tk, D], with q's B and D");
   for (int64_t i = 0; i < 4; i++) STD_TORCH_CHECK(v.size(i) == k.size(i), "v must have the shape of k");
-  STD_TORCH_CHECK(a.Hkv > 0 ? a.Hq % a.Hkv == 0 : a.Hq == 0, "q's ", a.Hq, " heads are no multiple of k's ", a.Hkv);
+  STD_TORCH_CHECK(a.Hkv > 0 ? a.Hq > 0 && a.Hq % a.Hkv == 0 : a.Hq == 0, "q's ", a.Hq, " heads are no multiple of k's ",
+                  a.Hkv);
   a.causal = o.window_right == 0, a.scale = float(o.scale);
   refuse(o.top_left && a.causal && a.Tq != a.Tk, "top-left alignment of Tq != Tk");
   STD_TORCH_CHECK(o.scale > 0.0, "attention: the CUDA C++ kernels take a positive scale, not ", o.scale);
