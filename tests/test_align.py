@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import random
 import tarfile
 
@@ -92,6 +93,12 @@ def test_a_stage_on_finished_ones(stage, earlier, tmp_path):
     )
 
 
+@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+def test_a_stage_in_bf16(stage, earlier, tmp_path):
+    assert run(tmp_path, stage, earlier | {"precision": "bf16"})
+    assert math.isfinite(results(tmp_path)["reward"])
+
+
 @pytest.mark.parametrize("stage, updates", [("grpo", 2), ("ppo", 3), ("dpo", 1)])
 def test_a_resumed_run_draws_the_same_answers(stage, updates, earlier, tmp_path, monkeypatch):
     """Stopped after the first step on some answers, of which others follow: they are in the checkpoint."""
@@ -116,14 +123,17 @@ def test_a_resumed_run_draws_the_same_answers(stage, updates, earlier, tmp_path,
 
 
 def test_the_bound_decides_which_weights_are_kept(earlier, tmp_path):
-    """Beyond kl_bound the objective is below that of everything within."""
+    """Beyond kl_bound the objective is below that of everything within, whatever its reward."""
     task = ready("grpo", earlier, tmp_path, kl_bound=1e-3)
+    rewards = task.rewards
+    task.rewards = lambda rows: rewards(rows) - 1e3
     with torch.no_grad():
         near = task.evaluate(task.model)
         task.model.output_weights()[0].mul_(3)
         far = task.evaluate(task.model)
     assert near["bounded_reward"] == near["reward"] and near["kl"] <= 1e-3
-    assert far["bounded_reward"] == -far["kl"] < -1e-3
+    assert far["kl"] > 1e-3 and far["bounded_reward"] < near["bounded_reward"] < -900
+    assert far["bounded_reward"] == policies.BEYOND - far["kl"]  # beyond it, what is nearer is better
 
 
 # ---------------------------------------------------------------------------------------------------------- it learns
@@ -197,6 +207,63 @@ def test_samples_end_where_they_end(earlier, tmp_path):
         assert answer[-1] == eos or len(answer) == task.config.answer
     ended = task.have_ended(rows).tolist()
     assert ended == [row[n - 1] == eos for row, n in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True)]
+
+
+@pytest.fixture
+def another(earlier, tmp_path):
+    """The fine-tuned model as other people keep theirs: the tokenizer puts <s> in front of each text, the config says
+    that another token than the tokenizer's <eos> ends one, or a third one, and padding is the third one too."""
+    model = models.load(earlier["start"])
+    names = ["a", "b"]  # of tokens that the text has as well; the vocabulary is full
+    first, second = map(model.tokenizer.id_of, names)
+    model.tokenizer.with_template("<bos> $A")
+    model.config = dataclasses.replace(model.config, eos_id=first, more_eos_ids=(second,), pad_id=second)
+    model.save(tmp_path / "another")
+    return {"start": str(tmp_path / "another")}, (first, second)
+
+
+def test_a_model_from_elsewhere_keeps_its_tokens(earlier, another, tmp_path):
+    start, ends = another
+    task = ready("grpo", earlier | start, tmp_path)
+    assert task.ends == ends and task.bos_id == task.model_tokenizer.bos_id
+    for part in task.demonstrations:
+        assert all(ids.count(task.bos_id) == 1 and ids[0] == task.bos_id and ids[-1] == ends[0] for ids, _ in part)
+    assert all(ids.count(task.bos_id) == 1 for part in task.prompts for ids in part)
+    prompts = [[1, *ends, 9], [1, 9]] * 30
+    rows = task.sample(task.model, prompts)
+    for ids, first, length, prompt in zip(*map(torch.Tensor.tolist, rows), prompts, strict=True):
+        answer = ids[first:length]
+        assert ids[:first] == prompt and not set(ends) & set(answer[:-1]) and set(ids[length:]) <= {task.pad_id}
+        assert answer[-1] in ends or len(answer) == task.config.answer
+    assert 0 < int(task.have_ended(rows).sum()) < 60
+
+
+def test_who_asks_the_finished_model_starts_as_training_did(earlier):
+    model = models.load(earlier["start"])
+    assert model.tokenizer.encode("ab")[0] == model.tokenizer.bos_id
+
+
+def test_dpo_takes_its_ratios_without_dropout(earlier, tmp_path):
+    model = models.load(earlier["start"])
+    model.config = dataclasses.replace(model.config, dropout=0.5)
+    model.save(tmp_path / "dropout")
+    task = ready("dpo", earlier | {"start": str(tmp_path / "dropout")}, tmp_path)
+    task.model.train()
+    batch = task.batch([0, 1, 2, 3])
+    assert float(task.loss(task.model, *batch)[0].detach()) / 4 == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_label_smoothing_is_dpos_or_refused(earlier, tmp_path):
+    task = ready("dpo", earlier, tmp_path, label_smoothing=0.25)
+    with torch.no_grad():
+        for p in task.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        batch = task.batch([0, 1, 2, 3])
+        smooth = float(task.loss(task.model, *batch)[0])
+        task.config = dataclasses.replace(task.config, label_smoothing=0.0)
+        assert smooth != float(task.loss(task.model, *batch)[0])
+    with pytest.raises(ValueError, match="label_smoothing is of sft and dpo, grpo has none"):
+        ALIGN.configure(SMALL | {"stage": "grpo", "label_smoothing": 0.1})
 
 
 def test_divergence_is_that_of_whole_distributions(earlier, tmp_path):

@@ -280,3 +280,19 @@ def test_bad_configs_say_what_is_wrong(options, sentence):
 def test_what_hugging_face_has_no_model_for(tmp_path):
     with pytest.raises(ValueError, match="GPT-2 has no counterpart of positions=.sinusoidal.*; Llama has no"):
         seqfuse.interop.export_hf(small("post-norm"), tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_generation_under_autocast(name):
+    """float32 weights, products in bf16: the cache holds what the projections give."""
+    model = small(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, cache = model.begin(IDS, capacity=16)
+        ids = IDS
+        for _ in range(3):
+            ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+            logits = model.step(ids[:, -1], cache)
+        wanted = model(ids)[:, -1]
+    assert cache.keys[0].dtype == torch.bfloat16
+    testing.assert_accurate(logits, model.double()(ids)[:, -1], wanted)

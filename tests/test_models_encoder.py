@@ -83,6 +83,21 @@ def test_names_of_old_checkpoints(tmp_path):
     assert torch.equal(models.load(tmp_path)(IDS), ours(IDS))
 
 
+@pytest.mark.parametrize("kind", [transformers.BertForTokenClassification, transformers.BertForQuestionAnswering])
+def test_a_pooler_that_was_left_over_is_left_out(kind, tmp_path):
+    ours = loaded(bert(kind, num_labels=2), tmp_path)
+    tensors = models.files.read_safetensors(tmp_path / "model.safetensors")
+    tensors |= {"bert.pooler.dense.weight": torch.zeros(24, 24), "bert.pooler.dense.bias": torch.zeros(24)}
+    models.files.write_tensors(tmp_path / "model.safetensors", tensors)
+    for a, b in zip(models.load(tmp_path).parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_masked_lm_with_a_vocabulary_matrix_of_its_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tie_word_embeddings False is not supported"):
+        loaded(bert(transformers.BertForMaskedLM, tie_word_embeddings=False), tmp_path)
+
+
 BODY = {"vocab": 60, "width": 24, "layers": 2, "heads": 3, "max_positions": 16}
 
 

@@ -59,7 +59,12 @@ def run(config, folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-OTHERS = [("bottleneck", {"attention": None}), ("translate", {"arch": "rnn"} | SMALL_RNN), ("charlm", {"cell": "rnn"})]
+OTHERS = [
+    ("bottleneck", {"attention": None}),
+    ("g2p", {"model.attention": None}),
+    ("translate", {"arch": "rnn"} | SMALL_RNN),
+    ("charlm", {"cell": "rnn"}),
+]
 
 
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in SMALL), *OTHERS])

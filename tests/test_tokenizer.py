@@ -43,6 +43,18 @@ def test_what_it_never_saw(kind):
         assert 3 in tokenizer.encode(text)
 
 
+def test_a_template_puts_tokens_around_a_text(tmp_path):
+    tokenizer = Tokenizer.train(TEXTS, "bpe", vocab=VOCAB["bpe"])
+    plain = tokenizer.encode("a b")
+    assert tokenizer.with_template("$A <eos> <bos>") is tokenizer
+    assert tokenizer.encode("a b") == [*plain, 2, 1] and tokenizer.encode("a b", specials=False) == plain
+    assert tokenizer.encode_batch(["a b"], specials=False) == [plain]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode("a b") == [*plain, 2, 1]
+    with pytest.raises(ValueError, match="has '<cls>', which is none of the tokens"):
+        tokenizer.with_template("<cls> $A")
+
+
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "characters", "words"])
 def test_training_is_repeatable(kind):
     first, second = (Tokenizer.train(TEXTS, kind, vocab=VOCAB[kind]) for _ in range(2))

@@ -50,7 +50,7 @@ class Options:
             raise TypeError(f"generate: forbidden must be a list of token ids, got {self.forbidden!r}")
         _number("temperature", self.temperature, "at least 1e-6, or 0 (greedy)", lambda v: v == 0 or v >= 1e-6)
         _number("repetition_penalty", self.repetition_penalty, "above 0 (1 does nothing)", lambda v: v > 0)
-        _number("length_penalty", self.length_penalty, "finite", lambda v: True)
+        _number("length_penalty", self.length_penalty, "between -10 and 10", lambda v: abs(v) <= 10)
         if self.top_p is not None:
             _number("top_p", self.top_p, "in (0, 1]", lambda v: 0 < v <= 1)
         if self.num_beams > 1 and self.temperature > 0:

@@ -1,12 +1,14 @@
 """Text to token ids and back: one class over the `tokenizers` library, trained here or read from a tokenizer.json.
 
-kind          tokens                                                     text outside of what it was trained on
+kind          tokens                                                     text outside of what it was trained on (1)
 "bpe"         byte pairs, merged by frequency (Sennrich et al. 2016)      always comes back as it was
 "unigram"     pieces of a unigram model (Kudo 2018)                       <unk> for unknown characters
 "wordpiece"   words in pieces (Schuster and Nakajima 2012), as in BERT    <unk> for unknown characters
 "bytes"       the 256 bytes of UTF-8                                      always comes back as it was
 "characters"  characters                                                  <unk>
 "words"       what stands between spaces                                  <unk>
+
+(1) The name of a special token, "<eos>" in a text, is that token in all of them.
 """
 
 from __future__ import annotations
@@ -118,6 +120,19 @@ class Tokenizer:
         inner.no_truncation()
         return cls(inner)
 
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokenizer, from now on with tokens around each text: "<bos> $A", where $A is the text.
+
+        Raises ValueError for a token that there is not.
+        """
+        names = [name for name in template.split() if name != "$A"]
+        ids = [(name, self.id_of(name)) for name in dict.fromkeys(names)]
+        for name, i in ids:
+            if i is None:
+                raise ValueError(f"Tokenizer: the template {template!r} has {name!r}, which is none of the tokens")
+        self.inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+        return self
+
     def save(self, path: str | Path) -> None:
         text = self.inner.to_str(pretty=True)
         save_atomically(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
@@ -127,17 +142,17 @@ class Tokenizer:
             eos = self.eos_id
             if eos is None:
                 raise ValueError("Tokenizer: add_eos needs <eos> among the tokens")
-            name = self.inner.id_to_token(eos)
-            self.inner.post_processor = processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, eos)])
+            self.with_template(f"$A {self.inner.id_to_token(eos)}")
         return self
 
     # ---------------------------------------------------------------------------------------------------- what it does
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text).ids
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """specials: with the tokens that the tokenizer puts around a text, such as <bos> and <eos>."""
+        return self.inner.encode(text, add_special_tokens=specials).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.inner.encode_batch(list(texts))]
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = True) -> list[list[int]]:
+        return [e.ids for e in self.inner.encode_batch(list(texts), add_special_tokens=specials)]
 
     def batch(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [B, T] int64, padded on the right; lengths [B] int64)."""

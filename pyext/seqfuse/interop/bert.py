@@ -39,6 +39,8 @@ def read_config(values, names):
     if name not in _ARCHITECTURES:
         raise ValueError(f"the architecture {name!r} is none of {', '.join(_ARCHITECTURES)}")
     kind = _ARCHITECTURES[name]
+    if kind is MaskedLMConfig:
+        refuse(v, tie_word_embeddings=True)
     body = EncoderConfig(
         vocab=v["vocab_size"],
         bos_id=v["bos_token_id"],
@@ -154,11 +156,11 @@ def _body_rows(c):
 
 
 def adapt(tensors, config):
-    """Norms as TensorFlow named them; what a masked LM was pretrained with and has no use for."""
+    """Norms as TensorFlow named them; what a body was pretrained with, and a model with this head has no use for."""
     tensors = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
                for n, t in tensors.items()}  # fmt: skip
     unused = ("cls.seq_relationship.", "cls.predictions.decoder.", "pooler.")
-    if isinstance(config, MaskedLMConfig):
+    if isinstance(config, MaskedLMConfig | TaggerConfig | SpanQAConfig):
         return {name: t for name, t in tensors.items() if not name.startswith(unused)}
     return tensors
 

@@ -50,7 +50,9 @@ def read_rope(values) -> RopeSettings:
     if kind == "yarn":
         given = {"beta_slow": 1.0, "beta_fast": 32.0} | given
     if "original_max_position_embeddings" in _ROPE[kind]:
-        given.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        first = values.get("original_max_position_embeddings")  # above what stands inside, as in transformers
+        inside = given.get("original_max_position_embeddings")
+        given["original_max_position_embeddings"] = first or inside or values["max_position_embeddings"]
     given = {key: value for key, value in given.items() if value is not None}
     unknown = [key for key in given if key not in _ROPE[kind] and key != "partial_rotary_factor"]
     if unknown or given.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -94,6 +96,8 @@ def write_config(c):
     require(c, "Llama", positions="rope", norm="rms", norm_first=True, scale_embeddings=False, embedding_norm=False)
     if c.activation not in _THEIR_GATED:
         raise ValueError(f"Llama has no counterpart of activation={c.activation!r}, only {', '.join(_THEIR_GATED)}")
+    if c.width % c.heads:
+        raise ValueError(f"Llama wants a width that its heads divide, got width={c.width} and heads={c.heads}")
     kind = c.rope.scaling or "default"
     rope = {theirs: getattr(c.rope, ours) for theirs, ours in _ROPE[kind].items()}
     rope = {key: value for key, value in rope.items() if value is not None}

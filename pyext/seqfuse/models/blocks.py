@@ -289,7 +289,7 @@ class Stack(nn.Module):
     def forward(self, ids, context=_WHOLE, types=None):
         """ids, types (B, T) -> hidden states (B, T, d)."""
         x, residual = self.embed(ids, context.positions, types), None
-        again = self.config.checkpoint and self.training and torch.is_grad_enabled()
+        again = self.config.checkpoint and torch.is_grad_enabled()
         for block in self.blocks:
             if again:
                 x, residual = checkpoint(block, x, residual, context, self.rotary, use_reentrant=False)

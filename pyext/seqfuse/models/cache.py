@@ -10,6 +10,7 @@ replayed() of a step that ran without the model.
 import torch
 
 from seqfuse import ops
+from seqfuse.ops.autograd import autocast_is_on
 
 
 class KVCache:
@@ -27,9 +28,11 @@ class KVCache:
 
     @classmethod
     def of(cls, config, B: int, capacity: int | None, like: torch.Tensor, layers: int | None = None):
-        """For a model of this config, of the dtype and device of `like`; no capacity: the longest that it takes."""
+        """For a model of this config, of the dtype that projections of `like` have, on its device; no capacity: the
+        longest that it takes."""
         shape = (B, config.Hkv, capacity or config.max_positions, config.D)
-        return cls(layers or config.layers, shape, like.dtype, like.device)
+        dtype = torch.get_autocast_dtype(like.device.type) if autocast_is_on(like) else like.dtype
+        return cls(layers or config.layers, shape, dtype, like.device)
 
     @property
     def capacity(self) -> int:

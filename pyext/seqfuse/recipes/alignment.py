@@ -72,6 +72,8 @@ class AlignConfig(RunConfig):
         super().__post_init__()
         self.positive("sft_steps", "reward_steps", "vocab", "answer", "prompt_words", "measured", "samples", "updates",
                       "kl_bound")  # fmt: skip
+        smooth = self.stage in ("sft", "dpo") or not self.label_smoothing
+        self.require(smooth, f"label_smoothing is of sft and dpo, {self.stage} has none")
         fits = self.answer + 2 <= self.longest
         self.require(fits, f"longest must leave room for a prompt: at least answer + 2, got {self.longest}")
         self.require(self.stage != "grpo" or self.samples > 1, "samples must be two at least in grpo: a group")
@@ -149,12 +151,22 @@ class Align(Task):
         self.fingerprint = fingerprint("\n".join("\t".join(row) for part in self.demonstrations for row in part),
                                        "\n".join("\t".join(row) for part in self.pairs for row in part))  # fmt: skip
         self.model_tokenizer = self.tokenizer(self.first_tokenizer)
-        for name in ("bos", "eos"):
-            if getattr(self.model_tokenizer, f"{name}_id") is None:
-                raise DataError(f"{config.start}: the tokenizer has no token that {name} could be")
+        self.start_model = None if config.start is None else self.loaded(config.start)
+        self.bos_id, self.ends = self.edges()
         self.encode_all()
         counts = ", ".join(f"{len(train):,} and {len(held):,} {name}" for name, (train, held) in self.splits().items())
         self.said = f"{what}\nto train on and held out: {counts}"
+
+    def edges(self) -> tuple[int, tuple[int, ...]]:
+        """<bos>, and the tokens that end an answer, of which training writes the first. What the model to start from
+        says of itself comes before what its tokenizer's tokens are called."""
+        known, tokens = getattr(self.start_model, "config", None), self.model_tokenizer
+        bos = tokens.bos_id if known is None or known.bos_id is None else known.bos_id
+        ends = known.eos_ids if known is not None and known.eos_ids else (tokens.eos_id,)
+        for name, token in (("bos", bos), ("eos", ends[0])):
+            if token is None:
+                raise DataError(f"{self.config.start}: the tokenizer has no token that {name} could be")
+        return bos, ends
 
     def splits(self) -> dict[str, tuple[list, list]]:
         return {"demonstrations": self.demonstrations, "pairs": self.pairs, "prompts": self.prompts}
@@ -188,7 +200,7 @@ class Align(Task):
         if self.config.start is None:
             texts = [joined(*row) for row in self.demonstrations[0]]
             texts += [joined(pair.prompt, pair.rejected) for pair in self.pairs[0]]
-            return Tokenizer.train(texts, "bpe", vocab=self.config.vocab)
+            return Tokenizer.train(texts, "bpe", vocab=self.config.vocab).with_template("<bos> $A")
         return Tokenizer.load(Path(self.config.start) / "tokenizer.json")
 
     # ---------------------------------------------------------------------------------------------------------- tokens
@@ -207,9 +219,8 @@ class Align(Task):
             for part in self.pairs
         )  # fmt: skip
         room = config.longest - config.answer
-        begun = (
-            [[self.model_tokenizer.bos_id, *ids] for ids in self.model_tokenizer.encode_batch(p)] for p in self.prompts
-        )
+        texts = (self.model_tokenizer.encode_batch(part, specials=False) for part in self.prompts)
+        begun = ([[self.bos_id, *ids] for ids in part] for part in texts)
         self.prompts = tuple([ids for ids in part if len(ids) <= room] for part in begun)
         for name, parts in self.splits().items():
             if not all(parts):
@@ -221,10 +232,10 @@ class Align(Task):
     def encoded(self, texts: list[tuple[str, str]], keep: bool = False) -> list[tuple[list[int], int]]:
         """(ids, where the answer begins) of prompts and answers, those that are too long left out unless `keep`."""
         tokenizer = self.model_tokenizer
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in texts])
-        answers = tokenizer.encode_batch([answer_after(*text) for text in texts])
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], specials=False)
+        answers = tokenizer.encode_batch([answer_after(*text) for text in texts], specials=False)
         rows = [
-            ([tokenizer.bos_id, *prompt, *answer, tokenizer.eos_id], 1 + len(prompt))
+            ([self.bos_id, *prompt, *answer, self.ends[0]], 1 + len(prompt))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         return [row for row in rows if keep or len(row[0]) <= self.config.longest]
@@ -237,14 +248,14 @@ class Align(Task):
 
     @property
     def pad_id(self) -> int:
-        tokenizer = self.model_tokenizer
-        return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        pad = self.model_tokenizer.pad_id
+        return self.ends[0] if pad is None else pad
 
     # ---------------------------------------------------------------------------------------------------------- models
 
     def build(self) -> Model:
-        if self.config.start is not None:
-            model = self.loaded(self.config.start)
+        if self.start_model is not None:
+            model, self.start_model = self.start_model, None
         else:
             config = dataclasses.replace(self.config.model, **self.model_tokenizer.config())
             model = MODELS[config.model](config)
@@ -253,7 +264,10 @@ class Align(Task):
         return lora.attach(model, self.config.lora) if self.config.lora else model
 
     def loaded(self, folder: str | Path) -> Model:
-        return models.load(folder, dtype=torch.float32, device=self.device)
+        model = models.load(folder, dtype=torch.float32, device=self.device)
+        if model.config.eos_id is None and model.tokenizer is not None:  # generation is to stop where training does
+            model.config = dataclasses.replace(model.config, eos_id=model.tokenizer.eos_id)
+        return model
 
     def earlier(self, stage: str, steps: int, start: str | None = None) -> AlignConfig:
         """The config of an earlier stage: this one's, with what the stage has of its own."""

@@ -160,7 +160,9 @@ class G2P(Task):
             f"{lines(samples[: SHOWN // 3])}\n\nphoneme error rate: {phonemes:.1f}%\nword error rate: {words:.1f}%\n"
             f"({len(decoded):,} held-out words decoded in {seconds:.1f} s)"
         )
-        sections = [self.attention(model, samples), held_out_words(samples, len(decoded))]
+        sections = [held_out_words(samples, len(decoded))]
+        if model.config.attention is not None:
+            sections.insert(0, self.attention(model, samples))
         rates = {"phoneme_error_rate": phonemes, "word_error_rate": words}
         return Findings(rates | self.evaluate(model), sections, text)
 

@@ -16,6 +16,8 @@ from seqfuse.recipes.alignment import REPORT_SEED, SAMPLING_SEED, SHOWN, Align, 
 from seqfuse.recipes.base import Findings
 from seqfuse.recipes.texts import EVALUATED_ROWS, IGNORED
 
+BEYOND = -1e6  # of rewards beyond the bound: below all others, which are near those of texts, between 0 and 1
+
 
 class Measured(Align):
     """A policy: how its answers to held-out prompts are rewarded, and how far it has gone from its reference.
@@ -66,13 +68,17 @@ class Measured(Align):
         ids = torch.nn.functional.pad(ids, (0, self.config.longest - ids.shape[1]), value=self.pad_id)
         first = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
         place = torch.arange(ids.shape[1], device=ids.device)
-        ended = (ids == self.model_tokenizer.eos_id) & (place >= first[:, None])
+        drawn = (place >= first[:, None]) & (place < first[:, None] + self.config.answer)
+        ended = self.is_end(ids) & drawn
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, first + self.config.answer)
         return Rows(ids.where(place < lengths[:, None], self.pad_id), first, lengths)
 
     def have_ended(self, rows: Rows) -> Tensor:
         """[B] bool: whether an answer has an end."""
-        return rows.ids.gather(1, rows.lengths[:, None] - 1)[:, 0] == self.model_tokenizer.eos_id
+        return self.is_end(rows.ids.gather(1, rows.lengths[:, None] - 1)[:, 0])
+
+    def is_end(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.ends, device=ids.device))
 
     @torch.no_grad()
     def rewards(self, rows: Rows) -> Tensor:
@@ -100,7 +106,7 @@ class Measured(Align):
             written += rows.targets.tolist()
         reward = float(torch.cat(rewards).double().mean())
         return {
-            "bounded_reward": reward if kl <= self.config.kl_bound else -kl,  # beyond the bound, the nearest is best
+            "bounded_reward": reward if kl <= self.config.kl_bound else BEYOND - kl,  # there the nearest is best
             "reward": reward,
             "kl": kl,
             "answer_tokens": float(torch.cat(lengths).double().mean()),
@@ -142,13 +148,18 @@ class Dpo(Measured, OnPairs):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). Its evaluation asks a reward model; its
     training does not."""
 
+    def batch(self, indices):
+        self.model.eval()  # no dropout: the reference has none either
+        return super().batch(indices)
+
     def loss(self, model, *batch):
         rows = Rows(*batch)
         inputs, targets = rows.inputs, rows.targets
         with torch.no_grad():
             reference = log_probs(self.reference, self.reference.hidden(inputs), targets).sum(1)
         weight, bias = model.output_weights()
-        loss = ops.dpo_loss(model.hidden(inputs), weight, targets, reference, bias=bias, beta=self.config.beta)
+        loss = ops.dpo_loss(model.hidden(inputs), weight, targets, reference, bias=bias, beta=self.config.beta,
+                            label_smoothing=self.config.label_smoothing)  # fmt: skip
         return loss * (len(targets) // 2), len(targets) // 2
 
 

@@ -91,6 +91,12 @@ class TextToText(Translate):
             raise DataError(f"{self.config.data or self.config.recipe}: no pair of the test split is at most "
                             f"{self.config.longest} tokens long (longest)")  # fmt: skip
 
+    def build(self) -> Model:
+        model = super().build()
+        if self.alone:  # who gives the finished model a text means a source
+            model.tokenizer = self.pieces.with_template("$A <eos> <bos>")
+        return model
+
     @property
     def alone(self) -> bool:
         """Whether the model is a decoder without an encoder."""
@@ -113,7 +119,7 @@ class TextToText(Translate):
 
     def write(self, model: Model, sources: list[str]) -> list[str]:
         """What the model writes for each source."""
-        prompts = [ids + [self.pieces.bos_id] * self.alone for ids in self.pieces.encode_batch(sources)]
+        prompts = [ids + [self.pieces.bos_id] * self.alone for ids in self.encode_side(sources)]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found = [""] * len(prompts)
         for start in range(0, len(order), DECODED_ROWS):

@@ -12,6 +12,7 @@ starts with up to the first "-", so that texts of one program are in one split; 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -127,8 +128,11 @@ class Translate(Task):
 
     def encode(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Token ids, <eos> at the end of both; pairs that are too long left out."""
-        sides = [self.pieces.encode_batch(side) for side in zip(*pairs, strict=True)]
+        sides = [self.encode_side(side) for side in zip(*pairs, strict=True)]
         return [pair for pair in zip(*sides, strict=True) if max(map(len, pair)) <= self.config.longest]
+
+    def encode_side(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*ids, self.pieces.eos_id] for ids in self.pieces.encode_batch(texts, specials=False)]
 
     def build(self) -> Model:
         config = dataclasses.replace(self.config.model, **self.pieces.config())
@@ -166,7 +170,7 @@ class Translate(Task):
         """Sources for which the model has no positions are cut."""
         most = getattr(model.config, "max_positions", None)
         read = [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]]
-                for ids in self.pieces.encode_batch(sources)]  # fmt: skip
+                for ids in self.encode_side(sources)]  # fmt: skip
         order = sorted(range(len(read)), key=lambda i: len(read[i]))
         found = [""] * len(read)
         for start in range(0, len(order), DECODED_ROWS):
