@@ -13,7 +13,7 @@ import torch
 import training
 from training import RECIPE, make, run
 
-from seqfuse import checkpoints, files
+from seqfuse import checkpoints, files, models
 from seqfuse.checkpoints import RunFolder, TrainError, differences
 from seqfuse.models import CheckpointError
 from seqfuse.parallel import Group
@@ -305,8 +305,37 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(TrainError, match="exists, and nothing is written over"):
         run(tmp_path / "model", {})
     (tmp_path / "file").write_text("")
-    with pytest.raises((TrainError, OSError), match="file"):
+    with pytest.raises(TrainError, match="could not be written"):
         run(tmp_path / "file", {})
+
+
+@pytest.mark.parametrize(
+    "name", ["log.jsonl", "tokenizer.json", "report.html", "checkpoints/best-42/model.safetensors"]
+)
+def test_files_that_are_no_runs_are_not_written_over(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(TrainError, match="exists, and nothing is written over"):
+        run(tmp_path, {})
+    assert path.read_text() == "mine" and not (tmp_path / "run.json").exists()
+
+
+def test_a_folder_that_a_run_was_killed_in_is_taken(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    run(tmp_path, {})
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    """Other shapes, or other names: not a stack trace, and nothing is broadcast."""
+    run(tmp_path, {})
+    path = RunFolder(tmp_path).newest()[0] / "model.safetensors"
+    good = models.files.read_safetensors(path)
+    name = next(iter(good))
+    for bad in (good | {name: good[name][:1]}, {n: t for n, t in good.items() if n != name}):
+        models.files.write_tensors(path, {n: t.contiguous() for n, t in bad.items()})
+        with pytest.raises(CheckpointError, match=f"is of another model: {name} is"):
+            checkpoints.load_weights(path.parent, make().model)
 
 
 def test_differences():

@@ -66,6 +66,16 @@ def test_translate_gives_a_line_for_each_line(seq2seq):
         assert (result.exit_code, result.stdout) == (0, expected)
 
 
+def test_lines_stay_at_their_places(seq2seq, monkeypatch):
+    """Blank ones at the end too, and characters that Python counts as ends of lines but files do not."""
+    given = []
+    monkeypatch.setattr(
+        sys.modules["seqfuse.generate"], "generate", lambda model, lines, **_: given.extend(lines) or lines
+    )
+    run("translate", seq2seq, input="a\u2028b\n\nc\x0cd\n\n\n")
+    assert given == ["a\u2028b", "", "c\x0cd", "", ""]
+
+
 def test_a_translation_of_several_lines_stays_one(seq2seq, monkeypatch):
     monkeypatch.setattr(sys.modules["seqfuse.generate"], "generate", lambda model, lines, **_: ["a\nb"] * len(lines))
     assert run("translate", seq2seq, "abc", "d").stdout == "a b\na b\n"

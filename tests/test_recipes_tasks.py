@@ -10,6 +10,7 @@ from rich.console import Console
 from task_files import BILSTM, ENCODER, RNN, TRANSFORMER, ULMFIT
 from typer.testing import CliRunner
 
+import seqfuse
 from seqfuse import data, models, schedules, trainer
 from seqfuse.checkpoints import RunFolder
 from seqfuse.cli import app
@@ -147,6 +148,28 @@ def test_a_decoder_alone_learns_few_pairs_by_heart(pairs, tmp_path):
     changes = {"arch": "decoder", "overfit": True, "data": str(pairs / "summaries.tsv"), "optim.lr": 0.01}
     found = run(configure("summarize", size | changes), tmp_path / "run")
     assert found["metrics"]["rouge1"] == 100
+    model = models.load(tmp_path / "run")  # and who asks the finished model for a text gets what the recipe wrote
+    task = RECIPES["summarize"].task(configure("summarize", size | changes), "cpu", tmp_path / "run")
+    source, target = task.test[0]
+    assert seqfuse.generate(model, source, max_new_tokens=task.config.written).removeprefix(source).strip() == target
+
+
+def test_a_file_is_read_to_its_end(tmp_path):
+    (tmp_path / "mine.txt").write_text("some words of text\n" * 1000)
+    task = RECIPES["charlm"].task(RECIPES["charlm"].configure({"data": str(tmp_path / "mine.txt"), "limit": 500}))
+    assert len(task.train_ids) + len(task.held_ids) == 19_000
+    task = RECIPES["charlm"].task(RECIPES["charlm"].configure({"text": "stdlib", "limit": 5000}))
+    assert len(task.train_ids) + len(task.held_ids) == 5000
+
+
+def test_characters_that_are_no_tokens(tmp_path):
+    """A few are said, many are refused: they would all be <unk>, and easily foretold."""
+    (tmp_path / "few.txt").write_text("some words of text\n" * 2000 + "\u4e00")
+    task = RECIPES["charlm"].task(RECIPES["charlm"].configure({"data": str(tmp_path / "few.txt"), "vocab": 16}))
+    assert task.said.endswith("1 characters are too rare to be tokens")
+    (tmp_path / "many.txt").write_text("".join(chr(0x4E00 + i % 2000) for i in range(20_000)))
+    with pytest.raises(data.DataError, match="many.txt: .* are none of the 1000 tokens"):
+        RECIPES["charlm"].task(RECIPES["charlm"].configure({"data": str(tmp_path / "many.txt")}))
 
 
 def test_bad_lines_of_text_to_text(tmp_path):

@@ -30,6 +30,9 @@ from seqfuse.models.files import CheckpointError
 from seqfuse.parallel import Group, says_lost
 
 PATHS = ("data", "test", "start", "reward")  # settings that may be one
+# of a run, besides run.json
+WRITTEN = ("model.safetensors", "config.json", "tokenizer.json", "source_tokenizer.json", "log.jsonl", "results.json",
+           "report.html", "checkpoints")  # fmt: skip
 KEEP = 2  # newest checkpoints: should one turn out damaged, there is another
 
 
@@ -51,6 +54,11 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "results.json").is_file()
 
+    def taken(self) -> Path | None:
+        """What a new run would write over, if there is anything. A run that was killed at once leaves empty folders."""
+        found = (self.path / name for name in WRITTEN)
+        return next((p for p in found if (any(p.iterdir()) if p.is_dir() else p.exists())), None)
+
     def settings(self) -> dict:
         """run.json: "config", what RunConfig.to_dict() gave, and "data", the task's fingerprint."""
         path = self.path / "run.json"
@@ -66,9 +74,8 @@ class RunFolder:
         if self.exists:
             self.check(self.settings(), config, data, self.path / "run.json")
         else:
-            for name in ("model.safetensors", "config.json"):
-                if (self.path / name).exists():
-                    raise TrainError(f"{self.path / name}: exists, and nothing is written over: give another --out")
+            if taken := self.taken():
+                raise TrainError(f"{taken}: exists, and nothing is written over: give another --out")
             with writing(self.path / "run.json"):
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 files.write_json(self.path / "run.json", {"config": config, "data": data})
@@ -203,7 +210,14 @@ def reason_of(error: Exception) -> str:
 
 def load_weights(folder: Path, model: Model) -> None:
     """Those of a step's checkpoint, adapters included, into the model that was trained."""
-    tensors, own = files.read_safetensors(folder / "model.safetensors"), files.tensors_of(model)
+    path = folder / "model.safetensors"
+    tensors, own = files.read_safetensors(path), files.tensors_of(model)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in (tensors, own)]
+    if shapes[0] != shapes[1]:
+        name = min(shapes[0].items() ^ shapes[1].items())[0]
+        what = " and ".join(f"{'no tensor' if s is None else list(s)} {whose}" for s, whose in
+                            ((shapes[0].get(name), "there"), (shapes[1].get(name), "in this run's model")))  # fmt: skip
+        raise CheckpointError(f"{path}: is of another model: {name} is {what}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

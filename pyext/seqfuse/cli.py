@@ -64,6 +64,7 @@ def info(
     """Show versions, compiled features, the CPU's instruction set and the GPU; or what a model's folder holds."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     import seqfuse
 
@@ -71,7 +72,7 @@ def info(
         rows = seqfuse.build_info().items() if model is None else list(cli_models.model_rows(model))
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
-        table.add_row(f"[dim]{name}[/dim]", _plain(value))
+        table.add_row(f"[dim]{name}[/dim]", Text(_plain(value)))
     Console(highlight=False).print(table)
 
 

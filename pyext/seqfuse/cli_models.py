@@ -38,7 +38,7 @@ def generate(
         _need_tokenizer(loaded, model)
         if loaded.config.encoder_decoder:
             raise ValueError(f"{model}: a {type(loaded).__name__} reads a source: use seqfuse translate")
-        prompt = _standard_input() if prompt is None else prompt
+        prompt = _standard_input().rstrip("\n") if prompt is None else prompt
         options = dict(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=beams,
             repetition_penalty=repetition_penalty, stop=stop or None, seed=seed,
@@ -74,7 +74,7 @@ def translate(
         _need_tokenizer(loaded, model)
         if not loaded.config.encoder_decoder:
             raise ValueError(f"{model}: a {type(loaded).__name__} has no source to read: use seqfuse generate")
-        lines = list(texts) if texts else _standard_input().splitlines()
+        lines = list(texts) if texts else _standard_input().removesuffix("\n").split("\n")
         options = dict(max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty)
         for i in range(0, len(lines), batch):
             for line in run(loaded, lines[i : i + batch], **options):
@@ -171,7 +171,7 @@ def _new_folder(path: Path) -> None:
 def _standard_input() -> str:
     if sys.stdin.isatty():
         raise ValueError("no text was given, neither as an argument nor through a pipe")
-    return sys.stdin.read().rstrip("\n")
+    return sys.stdin.read()
 
 
 def _summary(model) -> str:

@@ -113,11 +113,11 @@ def _train(config, folder: Path, device: str, resumed: bool) -> int:
     if RunFolder(folder).finished:
         data = None if resumed else _recipe(config.recipe).task(config, pick_device(device), folder).fingerprint
         RunFolder(folder).check(RunFolder(folder).settings(), config.to_dict(), data, folder / "run.json")
-        console.print(f"{folder}: this run is finished; another --out begins a new one", soft_wrap=True)
+        console.print(f"{folder}: this run is finished; another --out begins a new one", soft_wrap=True, markup=False)
         return 0
     finished = trainer.train(config, folder, device=device)
     if not finished:
-        console.print(f"stopped; go on with  seqfuse train --resume {folder}", soft_wrap=True)
+        console.print(f"stopped; go on with  seqfuse train --resume {folder}", soft_wrap=True, markup=False)
         return INTERRUPTED
     return 0
 

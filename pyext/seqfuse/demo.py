@@ -24,7 +24,7 @@ from torch import nn
 
 import seqfuse
 from seqfuse import dispatch, report, testing
-from seqfuse.checkpoints import RunFolder
+from seqfuse.checkpoints import RunFolder, writing
 from seqfuse.interrupts import INTERRUPTED
 from seqfuse.models.files import read_json, write_json
 from seqfuse.optimizer import make_optimizer
@@ -194,7 +194,7 @@ class Demo:
         self.started = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True, markup=False)
 
     def head(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/bold]")
@@ -207,9 +207,9 @@ class Demo:
             self.make_folder()
         try:
             task = self.prepare()
-            task.measured = Measured(**read_json(self.notes)) if self.options.resume else self.compare(task)
+            task.measured = self.read_notes() if self.options.resume else self.compare(task)
         except KeyboardInterrupt:
-            self.say("\n[bold]interrupted[/bold] before training began: start again with the same command")
+            self.say("\ninterrupted before training began: start again with the same command")
             return INTERRUPTED
         self.head("5  Training the fused model")
         trainer = Trainer(task, self.options.out, console=self.console)
@@ -228,7 +228,7 @@ class Demo:
         """An empty one. A new run never overwrites an earlier one that somebody may still want."""
         out = self.options.out
         try:
-            if self.folder.exists or (out / "model.safetensors").exists():
+            if self.folder.exists or self.folder.taken():
                 old = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
                 out.rename(old)
                 self.say(f"the earlier run in {out} is now {old}")
@@ -236,13 +236,19 @@ class Demo:
         except OSError as error:
             raise DemoError(f"cannot make the folder {out}: {error.strerror}") from error
 
+    def read_notes(self) -> Measured:
+        try:
+            return Measured(**read_json(self.notes))
+        except TypeError as error:
+            raise DemoError(f"{self.notes}: is not what this version writes ({error}): begin a new run") from error
+
     def explain_resume(self, what: str) -> int:
         if not self.folder.newest():
-            self.say(f"\n[bold]{what}[/bold] before the first checkpoint: start again with the same command")
+            self.say(f"\n{what} before the first checkpoint: start again with the same command")
             return INTERRUPTED
         more = [] if self.options.out == Path("demo") else ["--out", str(self.options.out)]
         arguments = shlex.join(["--resume", *more])
-        self.say(f"\n[bold]{what}[/bold]; everything is in {self.options.out}. Go on from there with")
+        self.say(f"\n{what}; everything is in {self.options.out}. Go on from there with")
         self.say(f"    seqfuse demo {arguments}")
         self.say(f'or  make demo ARGS="{arguments}"')
         return INTERRUPTED
@@ -293,5 +299,6 @@ class Demo:
         seconds = time_alternately(contenders, TIMED_STEPS)
         measured.speed = [["training step", 1 / seconds["plain"], 1 / seconds["fused"], "steps/s"]]
         self.say(measured.speed_lines()[0])
-        write_json(self.notes, dataclasses.asdict(measured))
+        with writing(self.notes):
+            write_json(self.notes, dataclasses.asdict(measured))
         return measured

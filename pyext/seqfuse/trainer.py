@@ -98,7 +98,7 @@ class Trainer:
                 if self.progress.step >= self.config.max_steps or self.out_of_patience:
                     break
                 self.step(self.next_batch())
-                stop = self.look(self.due(self.config.checkpoint_every))
+                stop = self.look(self.due(self.config.checkpoint_every) or self.due(self.config.evaluate_every))
                 if self.due(self.config.checkpoint_every) or stop:
                     self.save()
                 if stop:
@@ -180,11 +180,12 @@ class Trainer:
     def look(self, now: bool) -> bool:
         """Bring the numbers of the last steps from the device, check and log them; True if training is to stop.
 
-        A GPU is waited for only where a line of the log or a checkpoint is due.
+        A GPU is waited for only where a line of the log, an evaluation or a checkpoint is due, or for a signal.
         """
         config, progress = self.config, self.progress
         line = self.due(config.log_every)
-        if not (now or line or self.task.device.type == "cpu"):
+        told = self.group.size == 1 and self.interrupt.wanted  # of several, all look at the same step
+        if not (now or line or told or self.task.device.type == "cpu"):
             return False
         rows, self.pending = torch.stack(self.pending).tolist(), []
         for step, row in enumerate(rows, start=progress.step - len(rows) + 1):
@@ -210,7 +211,7 @@ class Trainer:
                 }
             )
             progress.window, progress.logged = [], progress.seconds
-        return any(row[2] for row in rows) or (self.group.size == 1 and self.interrupt.wanted)
+        return any(row[2] for row in rows) or told
 
     def tick(self) -> None:
         """Count the time since the last tick as training."""
@@ -261,7 +262,7 @@ class Trainer:
                 break
             except CheckpointError as error:
                 damaged.append(str(error))
-                self.console.print(f"{error}; trying the checkpoint before it", soft_wrap=True)
+                self.console.print(f"{error}; trying the checkpoint before it", soft_wrap=True, markup=False)
         else:
             if damaged:
                 raise TrainError(f"no checkpoint can be read ({damaged[0]}): begin a new run with another --out")
@@ -334,10 +335,12 @@ class Trainer:
         if self.group.first:
             findings = run_report.finish(self.task, self.folder, self.progress)
             for name, value in findings.metrics.items():
-                self.console.print(f"{name}: {run_report.show(value)}", soft_wrap=True)
+                self.console.print(f"{name}: {run_report.show(value)}", soft_wrap=True, markup=False)
             if findings.text:
                 self.console.print(f"\n{findings.text}\n", markup=False, soft_wrap=True)
-            self.console.print(f"{self.folder.path}: the model, its report.html and log.jsonl", soft_wrap=True)
+            self.console.print(
+                f"{self.folder.path}: the model, its report.html and log.jsonl", soft_wrap=True, markup=False
+            )
 
 
 def train(config: RunConfig, folder: Path, *, device: str = "auto", console: Console | None = None) -> bool:

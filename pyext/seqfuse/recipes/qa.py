@@ -19,6 +19,7 @@ from pathlib import Path
 
 from seqfuse import data, metrics
 from seqfuse.data import DataError
+from seqfuse.data.readers import is_broken
 from seqfuse.recipes.base import Recipe
 from seqfuse.recipes.text_to_text import TextToText, TextToTextConfig, text_to_text
 
@@ -112,6 +113,8 @@ def _key(values, name: str, where: str, kind: type = str):
         raise DataError(f"{where}: the key {name!r} is missing")
     if not isinstance(values[name], kind):
         raise DataError(f"{where}: the key {name!r} must be a {'list' if kind is list else 'text'}")
+    if kind is str and is_broken(values[name]):
+        raise DataError(f"{where}: the key {name!r} holds half of a character (a lone surrogate)")
     return values[name]
 
 

@@ -19,6 +19,7 @@ from seqfuse.tokenizer import Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
 EVALUATED_ROWS = 64  # of a batch
+MOST_UNKNOWN = 1e-3  # share of <unk>
 SAMPLED = 300  # tokens of the sample in the report, at most
 POOL = 32  # batches that are sorted by length together, before they are shuffled
 
@@ -38,9 +39,9 @@ def sorted_batches(lengths: Sequence[Any], size: int, seed: int, epoch: int) -> 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(RunConfig):
     """text: without a file of your own, "gutenberg" (books: those whose name starts so), or "stdlib", the source code
-    of the running Python's standard library, which needs no network. limit: characters of it that are used. tokens:
-    the kind of tokenizer, trained on the training text; vocab: how many tokens it may have. length: tokens of one
-    example. prompt: what the sample in the report goes on from.
+    of the running Python's standard library, which needs no network. limit: characters of these that are used; a file
+    of your own is read to its end. tokens: the kind of tokenizer, trained on the training text; vocab: how many tokens
+    it may have. length: tokens of one example. prompt: what the sample in the report goes on from.
     """
 
     text: Literal["gutenberg", "stdlib"] = "gutenberg"
@@ -66,7 +67,6 @@ class TextTask(Task):
     def prepare(self) -> None:
         config = self.config
         text, name = self.read()
-        text = text[: config.limit]
         train, held = data.hold_out(text)
         self.said = f"{name}: {len(text):,} characters, of which {len(held):,} are held out"
         self.unit = "characters" if config.tokens == "characters" else "tokens"
@@ -75,6 +75,7 @@ class TextTask(Task):
         self.train_ids = torch.tensor(self.text_tokenizer.encode(train))
         self.held_ids = torch.tensor(self.text_tokenizer.encode(held))
         self.held_bytes = len(held.encode())
+        self.check_unknown(name)
         if len(self.train_ids) <= config.length or len(self.held_ids) < 2:
             raise DataError(
                 f"{config.data or config.text}: {len(text)} characters are too few for examples of {config.length} "
@@ -87,15 +88,29 @@ class TextTask(Task):
         if self.room < 1:
             raise DataError(f"prompt: it leaves no room for a sample in the model's {most} positions (max_positions)")
 
+    def check_unknown(self, name: str) -> None:
+        """Characters that became <unk> are easily foretold: with many of them no number would say anything."""
+        ids = torch.cat([self.train_ids, self.held_ids])
+        unknown = 0 if self.text_tokenizer.unk_id is None else int((ids == self.text_tokenizer.unk_id).sum())
+        if unknown > MOST_UNKNOWN * len(ids):
+            raise DataError(
+                f"{name}: {unknown:,} of {len(ids):,} characters are none of the {self.config.vocab} tokens (vocab); "
+                "raise vocab, or take tokens=bpe, which knows them all"
+            )
+        if unknown:
+            self.said += f"; {unknown:,} characters are too rare to be tokens"
+
     def read(self) -> tuple[str, str]:
         """The text, and what it is."""
         config = self.config
         if config.data:
             return data.read_text(config.data), config.data
         if config.text == "stdlib":
-            return data.standard_library(), "source code of Python's standard library"
+            return data.standard_library()[: config.limit], "source code of Python's standard library"
         item = data.SETS["gutenberg"]
-        return data.gutenberg(config.books), f"{item.source}, those called {config.books}*; {item.licence}"
+        return data.gutenberg(config.books)[
+            : config.limit
+        ], f"{item.source}, those called {config.books}*; {item.licence}"
 
     def train_tokenizer(self, text: str) -> Tokenizer:
         return Tokenizer.train([text], self.config.tokens, vocab=self.config.vocab)
