@@ -286,6 +286,11 @@ def test_persistent_kernels_wait_before_they_read(compiled):
         order = [loop.find(text) for text in ("gpu.acquire", "ld.global.cg", "gpu.release")]
         if not header or -1 in order or order != sorted(order):
             return f"acquire, read, release at {order} of the loop"
+        acquire, read, release = order
+        stored = loop.rfind("st.global", 0, release)
+        # one thread acquires and releases for all: barriers carry it to the others, and what they stored to it
+        if "bar.sync" not in loop[acquire:read] or stored == -1 or "bar.sync" not in loop[stored:release]:
+            return "no barrier of the program beside an acquire or a release"
         if "gpu.acquire" in before or "ld.global.cg" in before:
             return "an exchange outside of the loop"
         wide = "604" not in job.label  # heads of 302 units: the loads of w_hh are as narrow as those of the gates
