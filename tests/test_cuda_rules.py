@@ -136,6 +136,25 @@ def test_an_empty_batch(device):
     assert "the batch is empty" in refusal(B=0)
 
 
+@pytest.mark.parametrize(
+    "capability, hip, words",
+    [
+        ((7, 5), None, "need compute capability 8.0, this GPU has 7.5"),
+        ((9, 4), "6.2", "not for ROCm"),
+        ((8, 0), None, None),
+        ((0, 0), None, None),  # there is no GPU, and a case is only described
+    ],
+    ids=str,
+)
+def test_gpus_that_tritons_kernels_are_not_for(capability, hip, words, monkeypatch):
+    monkeypatch.setattr(library, "gpu_capability", lambda: capability)
+    monkeypatch.setattr(library, "triton_missing", lambda: None)
+    monkeypatch.setattr(library, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    refusal = library.triton_refusal("cuda", torch.float32)
+    assert refusal is None if words is None else words in refusal
+
+
 def test_the_newer_switch_for_tf32_decides_too():
     """Triton's attention as well: the older switches raise beside it."""
     from seqfuse.ops import rnn_scan

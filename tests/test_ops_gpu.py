@@ -148,6 +148,21 @@ def test_dropout_in_front_of_a_norm(width, rms):
         assert_accurate(got, wanted, same)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a GPU's: nothing is compiled in the interpreter")
+def test_fullgraph():
+    """Nor does a question to the driver break the graph."""
+
+    def block(x, w):
+        y = ops.rms_norm(x, w)
+        q = y.unflatten(-1, (2, -1)).transpose(1, 2)
+        return ops.swiglu(*ops.attention(q, q, q, causal=True).flatten(1, 2).chunk(2, -1)).sum()
+
+    x, w = torch.randn(2, 64, 128, device=DEVICE, requires_grad=True), torch.randn(128, device=DEVICE)
+    wanted = torch.autograd.grad(block(x, w), x)[0]
+    got = torch.autograd.grad(torch.compile(block, fullgraph=True)(x, w), x)[0]
+    assert_accurate(got, wanted.double())
+
+
 def test_empty():
     for shape in ((0, 64), (4, 0)):
         x = torch.randn(shape, device=DEVICE, requires_grad=True)

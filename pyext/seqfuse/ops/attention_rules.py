@@ -32,7 +32,7 @@ class AttentionCase(NamedTuple):
     @property
     def capability(self) -> tuple[int, int]:
         """(major, minor) of the GPU; (0, 0) without one."""
-        return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        return library.gpu_capability()
 
     def shape_class(self) -> str:
         power = dispatch.size_class

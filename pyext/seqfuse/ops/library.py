@@ -29,15 +29,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+def gpu_capability() -> tuple[int, int]:
+    """(major, minor) of the current GPU; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+gpu_capability._dynamo_marked_constant = True  # Dynamo can't trace a question to the driver
+
+
 def old_gpu() -> str | None:
     """Why Triton's kernels can't run on the GPU that is there, or None."""
-    if not torch.cuda.is_available():
-        return None
     if torch.version.hip:
         return "the Triton kernels are written for NVIDIA's GPUs, not for ROCm"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    major, minor = gpu_capability()
+    return f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}" if 0 < major < 8 else None
 
 
 def triton_refusal(device: str, dtype: torch.dtype) -> str | None:

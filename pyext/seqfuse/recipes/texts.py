@@ -108,9 +108,8 @@ class TextTask(Task):
         if config.text == "stdlib":
             return data.standard_library()[: config.limit], "source code of Python's standard library"
         item = data.SETS["gutenberg"]
-        return data.gutenberg(config.books)[
-            : config.limit
-        ], f"{item.source}, those called {config.books}*; {item.licence}"
+        books = data.gutenberg(config.books)[: config.limit]
+        return books, f"{item.source}, those called {config.books}*; {item.licence}"
 
     def train_tokenizer(self, text: str) -> Tokenizer:
         return Tokenizer.train([text], self.config.tokens, vocab=self.config.vocab)
