@@ -352,6 +352,13 @@ def test_leftovers_of_a_killed_run(tmp_path):
     part = tmp_path / "checkpoints/step-000099.part"
     part.mkdir()
     (part / "model.safetensors").write_text("half")
+    half = tmp_path / "model.safetensors.123.part"
+    half.write_text("half")
     (tmp_path / "log.jsonl").open("a").write('{"step": 13, "lo')
     assert train(RECIPE.configure(), tmp_path, device="cpu")
-    assert not part.exists() and not stale.exists() and [r["step"] for r in read_log(tmp_path / "log.jsonl")][-1] == 12
+    assert (
+        not part.exists()
+        and not stale.exists()
+        and not half.exists()
+        and [r["step"] for r in read_log(tmp_path / "log.jsonl")][-1] == 12
+    )

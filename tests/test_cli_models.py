@@ -74,6 +74,10 @@ def test_lines_stay_at_their_places(seq2seq, monkeypatch):
     )
     run("translate", seq2seq, input="a\u2028b\n\nc\x0cd\n\n\n")
     assert given == ["a\u2028b", "", "c\x0cd", "", ""]
+    given.clear()
+    run("translate", seq2seq, input="a\r\nb\r\n")
+    assert given == ["a", "b"]
+    assert run("translate", seq2seq, input="").stdout == "" and given == ["a", "b"]
 
 
 def test_a_translation_of_several_lines_stays_one(seq2seq, monkeypatch):

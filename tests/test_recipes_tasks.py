@@ -167,6 +167,10 @@ def test_characters_that_are_no_tokens(tmp_path):
     (tmp_path / "few.txt").write_text("some words of text\n" * 2000 + "\u4e00")
     task = RECIPES["charlm"].task(RECIPES["charlm"].configure({"data": str(tmp_path / "few.txt"), "vocab": 16}))
     assert task.said.endswith("1 characters are too rare to be tokens")
+    (tmp_path / "meant.txt").write_text("some words <unk>\n" * 2000)  # as in Penn Treebank
+    for tokens in ("characters", "bpe"):
+        changes = {"data": str(tmp_path / "meant.txt"), "tokens": tokens}
+        assert RECIPES["charlm"].task(RECIPES["charlm"].configure(changes)).said.endswith("are held out")
     (tmp_path / "many.txt").write_text("".join(chr(0x4E00 + i % 2000) for i in range(20_000)))
     with pytest.raises(data.DataError, match="many.txt: .* are none of the 1000 tokens"):
         RECIPES["charlm"].task(RECIPES["charlm"].configure({"data": str(tmp_path / "many.txt")}))

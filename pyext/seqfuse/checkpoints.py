@@ -83,6 +83,8 @@ class RunFolder:
             save_tokenizers(self.path)
         for part in self.checkpoints.glob("*.part"):  # what a killed run left
             shutil.rmtree(part, ignore_errors=True)
+        for part in self.path.glob("*.part"):
+            part.unlink(missing_ok=True)
 
     def check(self, settings: dict, config: dict, data: str | None, where: Path) -> None:
         """TrainError if `settings`, which stand in the file `where`, are not this config and this data."""

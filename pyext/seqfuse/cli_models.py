@@ -74,7 +74,7 @@ def translate(
         _need_tokenizer(loaded, model)
         if not loaded.config.encoder_decoder:
             raise ValueError(f"{model}: a {type(loaded).__name__} has no source to read: use seqfuse generate")
-        lines = list(texts) if texts else _standard_input().removesuffix("\n").split("\n")
+        lines = list(texts) if texts else _lines(_standard_input())
         options = dict(max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty)
         for i in range(0, len(lines), batch):
             for line in run(loaded, lines[i : i + batch], **options):
@@ -172,6 +172,11 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         raise ValueError("no text was given, neither as an argument nor through a pipe")
     return sys.stdin.read()
+
+
+def _lines(text: str) -> list[str]:
+    """Blank ones too. str.splitlines() also splits where files do not, at form feeds and Unicode's separators."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _summary(model) -> str:

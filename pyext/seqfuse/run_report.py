@@ -94,6 +94,9 @@ def flat(values: dict, prefix: str = "") -> list[tuple[str, str]]:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
+UNDRAWN = {"step", "bounded_reward"}  # the latter orders weights; reward and kl, of which it is made, are drawn
+
+
 def curves(logs: dict[str, list[dict]]) -> list[str]:
     """Charts (SVG) of one run or several, by name: losses and every other number of the evaluations, and the speed."""
     several = len(logs) > 1
@@ -103,7 +106,7 @@ def curves(logs: dict[str, list[dict]]) -> list[str]:
         trained = [r for r in log if "evaluation" not in r]
         series["loss"].append(line(f"{prefix}training", trained, "loss", color))
         evaluations = [r["evaluation"] | {"step": r["step"]} for r in log if "evaluation" in r]
-        for name in dict.fromkeys(name for e in evaluations for name in e if name != "step"):
+        for name in dict.fromkeys(name for e in evaluations for name in e if name not in UNDRAWN):
             points = [e for e in evaluations if name in e]
             steps, values = [e["step"] for e in points], [e[name] for e in points]
             one = report.Series(f"{prefix}held-out", steps, values, marks=True, color=color)

@@ -31,7 +31,8 @@ class KVCache:
         """For a model of this config, of the dtype that projections of `like` have, on its device; no capacity: the
         longest that it takes."""
         shape = (B, config.Hkv, capacity or config.max_positions, config.D)
-        dtype = torch.get_autocast_dtype(like.device.type) if autocast_is_on(like) else like.dtype
+        converted = autocast_is_on(like) and like.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(like.device.type) if converted else like.dtype
         return cls(layers or config.layers, shape, dtype, like.device)
 
     @property

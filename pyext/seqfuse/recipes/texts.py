@@ -15,11 +15,12 @@ from seqfuse.generate import generate
 from seqfuse.models.base import Model
 from seqfuse.models.config import MODELS
 from seqfuse.recipes.base import Findings, RunConfig, Task, check_positions, fingerprint, generator
-from seqfuse.tokenizer import Tokenizer
+from seqfuse.tokenizer import SPECIALS, Tokenizer
 
 IGNORED = -100  # as a target: predict nothing here
 EVALUATED_ROWS = 64  # of a batch
-MOST_UNKNOWN = 1e-3  # share of <unk>
+UNK = SPECIALS[3]
+MOST_UNKNOWN = 1e-3  # share of it
 SAMPLED = 300  # tokens of the sample in the report, at most
 POOL = 32  # batches that are sorted by length together, before they are shuffled
 
@@ -75,7 +76,7 @@ class TextTask(Task):
         self.train_ids = torch.tensor(self.text_tokenizer.encode(train))
         self.held_ids = torch.tensor(self.text_tokenizer.encode(held))
         self.held_bytes = len(held.encode())
-        self.check_unknown(name)
+        self.check_unknown(name, text)
         if len(self.train_ids) <= config.length or len(self.held_ids) < 2:
             raise DataError(
                 f"{config.data or config.text}: {len(text)} characters are too few for examples of {config.length} "
@@ -88,10 +89,13 @@ class TextTask(Task):
         if self.room < 1:
             raise DataError(f"prompt: it leaves no room for a sample in the model's {most} positions (max_positions)")
 
-    def check_unknown(self, name: str) -> None:
-        """Characters that became <unk> are easily foretold: with many of them no number would say anything."""
+    def check_unknown(self, name: str, text: str) -> None:
+        """Characters that became <unk> are easily foretold: with many of them no number would say anything. Where the
+        text itself says <unk>, it is meant."""
+        if self.config.tokens != "characters":
+            return
         ids = torch.cat([self.train_ids, self.held_ids])
-        unknown = 0 if self.text_tokenizer.unk_id is None else int((ids == self.text_tokenizer.unk_id).sum())
+        unknown = int((ids == self.text_tokenizer.unk_id).sum()) - text.count(UNK)
         if unknown > MOST_UNKNOWN * len(ids):
             raise DataError(
                 f"{name}: {unknown:,} of {len(ids):,} characters are none of the {self.config.vocab} tokens (vocab); "

@@ -174,7 +174,9 @@ class Target(Stage, AWDLSTM):
     before = "general"
 
     def read(self):
-        return "\n".join(self.pool_of_texts()), "the task's texts, without their labels"
+        text = "\n".join(self.pool_of_texts())
+        own = self.config.data is not None  # which is read to its end
+        return text if own else text[: self.config.limit], "the task's texts, without their labels"
 
 
 class ToClassifier(Stage, Classification):
