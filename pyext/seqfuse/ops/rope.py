@@ -135,9 +135,13 @@ def _check(x, cos, sin, positions, offset):
     checks.same_device("rope", "positions", positions, "x", x)
 
 
-def _cpu_rope(x, cos, sin, positions, offset, interleaved, inverse):
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return torch.ops.seqfuse_composed.rope.default(x, cos, sin, positions, offset, interleaved, inverse)
+def _on_dense_heads(call):
+    """An op whose result has x's strides, for which the elements of a head must lie side by side."""
+    return lambda x, *rest: call(x if x.stride(3) == 1 else x.contiguous(), *rest)
+
+
+_cpu_rope = _on_dense_heads(library.kernel("rope", "seqfuse_composed"))
+_triton_rope = _on_dense_heads(library.kernel("rope", "seqfuse_triton"))
 
 
 def _new_rope(x, cos, sin, positions, offset, interleaved, inverse):
@@ -147,13 +151,6 @@ def _new_rope(x, cos, sin, positions, offset, interleaved, inverse):
 
 
 _SCHEMA = "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor"
-
-
-def _triton_rope(x, *rest):
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return torch.ops.seqfuse_triton.rope.default(x, *rest)
-
-
 _INTO = {"cpu": library.kernel("rope"), "triton": library.launcher("rope", "rope")}  # with y, which may be x itself
 
 

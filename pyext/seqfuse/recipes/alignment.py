@@ -162,7 +162,7 @@ class Align(Task):
         says of itself comes before what its tokenizer's tokens are called."""
         known, tokens = getattr(self.start_model, "config", None), self.model_tokenizer
         bos = tokens.bos_id if known is None or known.bos_id is None else known.bos_id
-        ends = known.eos_ids if known is not None and known.eos_ids else (tokens.eos_id,)
+        ends = (known and known.eos_ids) or (tokens.eos_id,)
         for name, token in (("bos", bos), ("eos", ends[0])):
             if token is None:
                 raise DataError(f"{self.config.start}: the tokenizer has no token that {name} could be")

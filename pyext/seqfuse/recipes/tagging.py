@@ -142,7 +142,7 @@ class Tagging(Task):
         ids, starts = first, []
         for word in sentence.words:
             if word not in self.ids_of:  # the space makes byte pairs see that a word begins
-                found = self.pieces.inner.encode(f" {word}", add_special_tokens=False).ids
+                found = self.pieces.encode(f" {word}", specials=False)
                 self.ids_of[word] = found[:WORD_PIECES] or [self.pieces.unk_id]
             starts.append(len(ids))
             ids += self.ids_of[word]
